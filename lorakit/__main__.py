@@ -1,0 +1,136 @@
+"""lorakit at a terminal: `python -m lorakit --help`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Train Stable Diffusion LoRAs (SD 1.5, SD 2.x, SDXL).", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run a command; a problem that was foreseen is told in words, without a traceback (LORAKIT_DEBUG=1 shows it)."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("LORAKIT_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half-written", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for the run")] = Path("runs/demo")) -> None:
+    """Teach the embedded base a new style from 30 pictures, and show that it learned."""
+    from lorakit.demo import config
+    from lorakit.run import start
+
+    finish(start(config(), out))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="JSON file with the settings; `preset` writes one")],
+    out: Annotated[Optional[Path], typer.Option(help="folder for the run; runs/NAME when left out")] = None,  # noqa: UP045
+) -> None:
+    """Train a LoRA, or go on with a run that was cut."""
+    from lorakit import config as configs
+    from lorakit.run import start
+
+    settings = configs.load(config)
+    finish(start(settings, out or Path("runs") / settings.name))
+
+
+def finish(result) -> None:
+    if result.lora:
+        print(f"done      {result.lora}")
+    else:
+        sys.exit(130)
+
+
+@app.command()
+def preset(
+    kind: Annotated[str, typer.Argument(help="character, style, object or clothing")],
+    family: Annotated[str, typer.Argument(help="sd15, sd2 or sdxl")] = "sd15",
+    dataset: Annotated[str, typer.Option(help="folder or zip with the pictures")] = "dataset",
+    trigger: Annotated[str, typer.Option(help="the word that calls the LoRA up")] = "",
+) -> None:
+    """Print the settings to start from, as JSON: `preset style > style.json`."""
+    from lorakit import config as configs
+
+    print(configs.preset(kind, family).with_(dataset=dataset, trigger=trigger).to_json(), end="")
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="one picture each")],
+    base: Annotated[str, typer.Option(help="diffusers folder, hub id or 'demo'")] = "demo",
+    lora: Annotated[Optional[Path], typer.Option(help="LoRA file")] = None,  # noqa: UP045
+    strength: Annotated[Optional[list[float]], typer.Option(help="of the LoRA; several make a sheet")] = None,  # noqa: UP045
+    negative: Annotated[str, typer.Option(help="what to steer away from")] = "",
+    seed: Annotated[int, typer.Option(help="of the first picture")] = 0,
+    width: Annotated[Optional[int], typer.Option(help="pixels; the base's own when left out")] = None,  # noqa: UP045
+    height: Annotated[Optional[int], typer.Option(help="pixels; the base's own when left out")] = None,  # noqa: UP045
+    steps: int = 25,
+    guidance: float = 7.0,
+    scheduler: Annotated[str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc")] = "dpm++_2m_karras",
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
+) -> None:
+    """Make pictures, with a LoRA at one strength or several."""
+    from lorakit import base as bases
+    from lorakit import export, plots
+    from lorakit import sample as samples
+
+    strengths = strength or [1.0]
+    opened = bases.open(base)
+    file = export.load(lora) if lora else None
+    rows = samples.generate(
+        opened, prompts, negative=negative, seeds=seed, strengths=strengths, steps=steps, guidance=guidance,
+        scheduler_name=scheduler, size=(height or opened.resolution, width or opened.resolution),
+        attach=(lambda unet: export.inject(unet, opened, file)) if file else None,
+    )  # fmt: skip
+    seeds = range(seed, seed + len(prompts))
+    for number, value in enumerate(strengths):
+        folder = out / f"strength-{value:g}" if len(strengths) > 1 else out
+        for path in samples.save([row[number] for row in rows], folder, prompts, seeds):
+            print(path)
+    if len(strengths) > 1:
+        labels = ["base" if value == 0 else f"strength {value:g}" for value in strengths]
+        plots.grid(rows, row_labels=list(prompts), column_labels=labels, path=out / "sheet.png")
+        print(out / "sheet.png")
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or a LoRA file")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Tell what a run folder or a LoRA file is, from its own records."""
+    from lorakit import export
+    from lorakit.run import describe
+
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}. Give a run folder or a .safetensors file.")
+    facts = describe(path) if path.is_dir() else export.describe(path)
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}={v!r}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(str(v.get("file", v)) if isinstance(v, dict) else str(v) for v in value)
+        print(f"{key:<12} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""The frozen Stable Diffusion a LoRA is trained on: recognise it, load it part by part, encode prompts.
+
+A base is opened without reading a weight. Its components are loaded one at a time, in their compute dtype, and freed
+by whoever loaded them. Every size (VAE factor, widths, prediction type) comes from the base's own configs.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DEMO = Path(__file__).parent / "demo" / "base"
+# bitsandbytes warns on every CPU that a kernel for a GPU's 4-bit format is missing, as soon as PEFT imports it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base from its configs alone."""
+
+    folder: Path  # a diffusers folder on this machine
+    name: str  # hub id, or the folder's own name: never a path
+    family: str  # "sd15", "sd2" or "sdxl"
+    configs: dict = field(repr=False)  # component -> its config
+
+    @property
+    def prediction_type(self) -> str:
+        return self.configs["scheduler"].get("prediction_type", "epsilon")
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a latent cell stands for, along one side."""
+        return 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.configs["vae"]["latent_channels"]
+
+    @property
+    def resolution(self) -> int:
+        """The side of a square picture the base was made for, in pixels."""
+        size = self.configs["unet"].get("sample_size") or 64
+        return size * self.vae_factor
+
+    @property
+    def step(self) -> int:
+        """Picture sides must be multiples of this many pixels."""
+        return self.vae_factor * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return ("text_encoder", "text_encoder_2") if self.family == "sdxl" else ("text_encoder",)
+
+    def alphas_cumprod(self) -> Tensor:
+        """The base's noise schedule, shape (1000,), float32."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.configs["scheduler"]).alphas_cumprod
+
+
+def open(reference: str | Path) -> Base:  # noqa: A001 - callers write base.open
+    """Recognise a base from its configs.
+
+    Args:
+        reference: a diffusers folder, a hub id ("owner/name"; its small config files are fetched), or "demo".
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub id that can be reached.
+        ValueError: not a Stable Diffusion 1.x, 2.x or XL base, or its weights are pickles.
+    """
+    reference = str(reference)
+    folder = DEMO if reference == "demo" else Path(reference).expanduser()
+    if folder.is_file():
+        _refuse_file(folder)
+    name = "lorakit/demo" if reference == "demo" else reference if _is_hub_id(reference) else folder.resolve().name
+    if not folder.is_dir():
+        if not _is_hub_id(reference):
+            raise FileNotFoundError(
+                f"There is no base {reference!r}. Give a diffusers folder, a hub id such as "
+                "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'demo'."
+            )
+        folder = _fetch(reference, ["model_index.json", "*/*config.json"])
+    configs = {}
+    for component in ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2"):
+        for file in ("config.json", "scheduler_config.json"):
+            if (folder / component / file).is_file():
+                configs[component] = _read_json(folder / component / file)
+    missing = [c for c in ("unet", "vae", "scheduler", "text_encoder") if c not in configs]
+    if missing or configs["unet"].get("_class_name", "") != "UNet2DConditionModel":
+        raise ValueError(
+            f"{reference} is not a Stable Diffusion base: "
+            + (f"it has no {', '.join(missing)} config" if missing else f"its UNet is {configs['unet']['_class_name']}")
+            + ". lorakit trains SD 1.x, SD 2.x and SDXL in diffusers' folder form (model_index.json, unet/, vae/, …)."
+        )
+    channels = configs["unet"]["in_channels"]
+    if channels != configs["vae"]["latent_channels"]:
+        raise ValueError(
+            f"{reference} takes {channels} channels, not the {configs['vae']['latent_channels']} of its latents: "
+            "inpainting and depth bases cannot be trained. Use the plain text-to-image base."
+        )
+    return Base(folder, name, _family(configs, reference), configs)
+
+
+def _is_hub_id(reference: str) -> bool:
+    return reference.count("/") == 1 and not reference.startswith((".", "/", "~")) and "\\" not in reference
+
+
+def _refuse_file(file: Path) -> None:
+    if file.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+        raise ValueError(
+            f"{file.name} is a pickle: loading it can run any program hidden in it, so lorakit never does. "
+            "Get the .safetensors form of the same model, or its diffusers folder."
+        )
+    raise ValueError(
+        f"{file.name} is a single file. Give the model's diffusers folder or hub id "
+        "(diffusers' StableDiffusionPipeline.from_single_file(…).save_pretrained(…) makes one)."
+    )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.parent.name}/{path.name} of the base is damaged ({error}). Fetch it again.") from error
+
+
+def _family(configs: dict, reference: str) -> str:
+    """Tell the family by the UNet's form, not by its size, so that a small twin counts as its family."""
+    unet = configs["unet"]
+    if unet.get("addition_embed_type") == "text_time":
+        if "text_encoder_2" not in configs:
+            raise ValueError(f"{reference} is the SDXL refiner, or lacks text_encoder_2. Train on the SDXL base.")
+        return "sdxl"
+    if unet.get("addition_embed_type") or unet.get("class_embed_type"):
+        raise ValueError(f"{reference} takes conditions beside text (unCLIP, upscaler …); lorakit cannot train it.")
+    return "sd2" if unet.get("use_linear_projection") else "sd15"
+
+
+def _fetch(repository: str, patterns: list[str]) -> Path:
+    """Fetch files of a hub repository into the hub's cache.
+
+    Raises:
+        FileNotFoundError: the repository cannot be reached; says why.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # the hub raises a dozen kinds: offline, gated, not found, rate limit …
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"The base {repository!r} is no folder here and could not be fetched from the hub ({reason}). "
+            "Check the spelling and the connection; for a gated model accept its terms and set HF_TOKEN."
+        ) from error
+
+
+def component_folder(base: Base, component: str) -> Path:
+    """The folder of one component, its weights fetched from the hub when it is only known by its configs.
+
+    Raises:
+        FileNotFoundError: no safetensors weights; a pickle beside is named as such.
+    """
+    folder = base.folder / component
+    if not list(folder.glob("*.safetensors")) and _is_hub_id(base.name) and base.folder != DEMO:
+        _fetch(base.name, [f"{component}/{file}" for file in (*WEIGHTS, "*.safetensors.index.json")])
+    if not list(folder.glob("*.safetensors")):
+        pickles = [f.name for f in folder.glob("*") if f.suffix in (".bin", ".ckpt", ".pt")]
+        raise FileNotFoundError(
+            f"{component}/ of {base.name} holds no .safetensors weights"
+            + (f", only the pickle {pickles[0]}, which lorakit never loads" if pickles else "")
+            + ". Use the safetensors form of this base."
+        )
+    return folder
+
+
+def fingerprint(base: Base, component: str) -> str:
+    """A digest of a component's weights and config, hex: what caches made with it are keyed by."""
+    folder = component_folder(base, component)
+    digest = hashlib.sha256(json.dumps(base.configs[component], sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# ── Where and how it computes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device to train on: an NVIDIA card, else Apple's, else the CPU.
+
+    Raises:
+        ValueError: a device is asked for that torch cannot use here.
+    """
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, works in usable.items() if works))
+    if not usable.get(name, False):
+        here = ", ".join(device for device, works in usable.items() if works)
+        raise ValueError(f"device {name!r} cannot be used: torch {torch.__version__} sees {here}. Use 'auto'.")
+    return torch.device(name)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen base and of autocast.
+
+    bf16 is chosen by compute capability (8.0 and above): torch also reports it on a T4, where it is emulated.
+    """
+    named = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision in named:
+        if precision == "fp16" and device.type == "cpu":
+            raise ValueError("mixed_precision 'fp16' does not train on a CPU. Use 'auto', 'bf16' or 'no'.")
+        return named[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.float32
+
+
+# ── Components ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _quiet() -> None:
+    """Keep diffusers' and transformers' progress bars and hints out of a run's own output."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _load(cls, folder: Path, dtype: torch.dtype, device: torch.device):
+    _quiet()
+    # `torch_dtype` is understood by every release; newer ones call it `dtype` and accept both.
+    model = cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def load_unet(base: Base, dtype: torch.dtype, device: torch.device):
+    """The frozen UNet (diffusers' UNet2DConditionModel)."""
+    from diffusers import UNet2DConditionModel
+
+    return _load(UNet2DConditionModel, component_folder(base, "unet"), dtype, device)
+
+
+def load_vae(base: Base, dtype: torch.dtype, device: torch.device):
+    """The frozen autoencoder, in float32 where its config says that half precision overflows (SDXL)."""
+    from diffusers import AutoencoderKL
+
+    if dtype == torch.float16 and base.configs["vae"].get("force_upcast", True):
+        dtype = torch.float32
+    return _load(AutoencoderKL, component_folder(base, "vae"), dtype, device)
+
+
+def load_text_encoder(base: Base, dtype: torch.dtype, device: torch.device, which: str = "text_encoder"):
+    """A frozen text encoder and its tokenizer.
+
+    Args:
+        which: "text_encoder", or SDXL's "text_encoder_2".
+    """
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    cls = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
+    encoder = _load(cls, component_folder(base, which), dtype, device)
+    tokenizer_folder = base.folder / which.replace("text_encoder", "tokenizer")
+    if not (tokenizer_folder / "vocab.json").is_file() and not (tokenizer_folder / "tokenizer.json").is_file():
+        _fetch(base.name, [f"{tokenizer_folder.name}/*"])
+    return encoder, CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoder, tokenizer, prompts: Sequence[str], family: str, clip_skip: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Text embeddings as the family's UNet expects them from one text encoder.
+
+    Args:
+        prompts: B texts; what goes beyond the encoder's 77 tokens is cut off.
+        clip_skip: 1 takes the last layer, 2 the one before, … SDXL always counts from its next-to-last.
+
+    Returns:
+        Embeddings, shape (B, 77, width); pooled embedding, shape (B, width or projection).
+    """
+    tokens = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids.to(encoder.device)
+    output = encoder(tokens, output_hidden_states=True)
+    if family == "sdxl":
+        return output.hidden_states[-(clip_skip + 1)], output[0]
+    pooled = output.pooler_output
+    if clip_skip == 1:
+        return output.last_hidden_state, pooled
+    inner = getattr(encoder, "text_model", encoder)  # newer transformers have no inner text_model
+    return inner.final_layer_norm(output.hidden_states[-clip_skip]), pooled
+
+
+def size_conditions(original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """SDXL's size conditioning, shape (6,), float32.
+
+    Args:
+        original: (height, width) of the picture before scaling, in pixels.
+        crop: (top, left) of the crop.
+        size: (height, width) trained on.
+
+    Source: Podell et al. 2023, arXiv:2307.01952, section 2.2.
+    """
+    return torch.tensor([*original, *crop, *size], dtype=torch.float32)

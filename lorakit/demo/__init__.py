@@ -1,0 +1,28 @@
+"""The embedded base, its demo pictures, and the script that made both.
+
+The base is a real latent-diffusion model of Stable Diffusion's own classes, trained on 64×64 emoji in five styles; the
+30 pictures are in a sixth, Fluent Emoji Flat, which it has never seen. Licences stand beside them.
+"""
+
+from pathlib import Path
+
+from lorakit.config import Config
+
+HERE = Path(__file__).parent
+BASE = HERE / "base"
+PICTURES = HERE / "pictures"
+TRIGGER = "flatto"
+PROMPTS = tuple(  # subjects that are not among the 30 pictures
+    f"{TRIGGER} style, {subject}"
+    for subject in ("rocket", "red apple", "panda", "guitar", "house", "crab", "wrapped gift", "pizza")
+)
+
+
+def config(**changes) -> Config:
+    """The demo's settings: the style preset's rank and alpha, with the pace of a model this small."""
+    settings = dict(
+        base="demo", dataset="demo", kind="style", name="flatto", trigger=TRIGGER, resolution=64, bucket_step=16,
+        rank=32, alpha=16, batch_size=4, steps=400, learning_rate=1e-3, schedule="cosine", warmup_steps=20,
+        save_every=100, sample_every=200, sample_prompts=PROMPTS, sample_steps=20, sample_guidance=4.0,
+    )  # fmt: skip
+    return Config(**(settings | changes))

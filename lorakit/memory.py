@@ -1,0 +1,308 @@
+"""Config → predicted peak memory, file size and work of a step, before a weight is read or a card is there.
+
+The UNet is built from its config without weights, and one training step runs on fake tensors, which have shapes and
+dtypes but no contents, while a ledger counts the storages that are alive: what diffusers, PEFT and autograd would keep
+is what is counted, not what a formula says of them.
+"""
+
+import time
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lorakit import adapter as adapters
+from lorakit import base as bases
+from lorakit import loss
+from lorakit.config import Config
+
+MARGIN = 0.1  # share of the free memory left to the driver, the kernels' workspaces and fragmentation
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step will take: bytes by part at the moment of the peak, and the size of the work."""
+
+    weights: int  # the frozen UNet
+    adapter: int
+    gradients: int  # those there already when the peak comes
+    optimizer: int
+    activations: int  # everything else: what autograd keeps, and the temporaries of the moment
+    file_size: int  # bytes of the finished file's tensors in fp16; names and metadata come on top
+    flops: int  # floating-point operations of one optimizer update
+    seconds: float  # how long predicting took
+    size: tuple[int, int]  # (height, width) in pixels
+    batch_size: int
+    precision: str
+    gradient_checkpointing: bool
+
+    @property
+    def peak(self) -> int:
+        """The most that is allocated at once, in bytes."""
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+
+    def describe(self) -> str:
+        """The prediction in a few lines for a person."""
+        (height, width), large = self.size, self.flops >= 1e12
+        parts = {
+            "frozen weights": self.weights, "adapter": self.adapter, "gradients": self.gradients,
+            "optimizer": self.optimizer, "activations": self.activations, "peak": self.peak,
+        }  # fmt: skip
+        return "\n".join(
+            [
+                f"Predicted for {width}×{height} px, batch {self.batch_size}, {self.precision}, "
+                f"{'with' if self.gradient_checkpointing else 'without'} gradient checkpointing:",
+                *(f"  {name:<15}{readable(part):>10}" for name, part in parts.items()),
+                f"  LoRA file      {readable(self.file_size):>10}  in fp16; names and metadata come on top",
+                f"  work a step    {self.flops / (1e12 if large else 1e9):>6.2f} {'TFLOP' if large else 'GFLOP'}",
+            ]
+        )
+
+
+def readable(size: int) -> str:
+    """Bytes as GiB, or as MiB below one GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def predict(
+    base: bases.Base, config: Config, *, size: tuple[int, int], dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Prediction:  # fmt: skip
+    """Run one training step on fake tensors and count what it holds.
+
+    Args:
+        size: (height, width) of the largest pictures, in pixels.
+        dtype: of the frozen base and of autocast.
+        device: the kind of device to predict for, "cuda", "mps" or "cpu"; it need not be here. None is the one that
+            the config trains on. Autocast differs between them, and Apple's keeps whole attention matrices.
+
+    Returns:
+        The prediction for any step but the first, which has no optimizer state yet. Caching before the run takes
+        less; sampling large pictures during it may take more.
+
+    Raises:
+        ValueError: size does not suit the base.
+    """
+    began = time.perf_counter()
+    if size[0] % base.step or size[1] % base.step:
+        raise ValueError(f"Size {size[1]}×{size[0]} must be multiples of {base.step} pixels for {base.name}.")
+    kind = torch.device(device).type if device else bases.choose_device(config.device).type
+    half = dtype != torch.float32
+    counted = torch.bfloat16 if half else torch.float32  # as large as fp16, and known to every release's CPU autocast
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    unet, adapter = _build(base, config, counted, fake, norms_in_float32=half and kind != "cpu")
+    # Torch has no fused attention with a way back for Apple's devices (pytorch/pytorch#182746).
+    attention = sdpa_kernel(SDPBackend.MATH) if kind == "mps" else nullcontext()
+    weights = adapter.parameters()
+    trained = sum(weight.numel() for weight in weights)
+    frozen = sum(weight.numel() for weight in unet.parameters()) - trained
+
+    ledger = _Ledger(unet.parameters())
+    hooks = [weight.register_post_accumulate_grad_hook(ledger.gradient_arrived) for weight in weights]
+    with fake, ledger, attention:
+        _forward_and_backward(unet, base, config, size, counted)
+        flops = ledger.flops * config.gradient_accumulation_steps
+        for hook in hooks:
+            hook.remove()
+        if config.gradient_accumulation_steps > 1:  # from the second micro-batch on, all gradients are there
+            _forward_and_backward(unet, base, config, size, counted)
+    return Prediction(
+        weights=frozen * counted.itemsize, adapter=4 * trained, gradients=ledger.gradients_at_peak,
+        optimizer=sum(optimizer_state(config.optimizer, weight.numel()) for weight in weights),
+        activations=ledger.peak - ledger.gradients_at_peak, file_size=2 * trained + 2 * len(adapter.layers),
+        flops=flops, seconds=time.perf_counter() - began, size=tuple(size), batch_size=config.batch_size,
+        precision=str(dtype).removeprefix("torch."), gradient_checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def _build(base: bases.Base, config: Config, dtype: torch.dtype, fake: FakeTensorMode, norms_in_float32: bool):
+    """The UNet and its adapter as fake CPU tensors, ready to train.
+
+    Built on the meta device first: PEFT cannot move new layers of fake tensors, and it is faster.
+
+    Args:
+        norms_in_float32: what autocast does on CUDA and MPS but not on the CPU. What norms take and answer is kept
+            for the way back, so this adds a fifth to SD 1.5's activations. The other functions of torch's list
+            (ATen/autocast_mode.h, AT_FORALL_FP32) are not in a UNet.
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(base.configs["unet"])
+        nn.Module.to(unet, dtype)  # diffusers' own `to` warns about what only matters to real weights
+        adapter = adapters.inject(
+            unet, config.rank, config.alpha, config.targets, conv_rank=config.conv_rank, conv_alpha=config.conv_alpha
+        )
+    for module in unet.modules() if norms_in_float32 else ():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+    with fake:
+        unet.to_empty(device="cpu")
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.train(), adapter
+
+
+def _forward_and_backward(unet, base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """What `train` does with a micro-batch, on tensors without contents."""
+    batch, settings, text = config.batch_size, base.configs["unet"], base.configs["text_encoder"]
+    latents = torch.empty(batch, base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
+    noise = torch.empty_like(latents)
+    tokens, width = text.get("max_position_embeddings", 77), settings["cross_attention_dim"]
+    embeddings = torch.empty(batch, tokens, width, dtype=dtype)
+    conditions = None
+    if base.family == "sdxl":
+        pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        shapes = {"text_embeds": (batch, pooled), "time_ids": (batch, 6)}
+        conditions = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    timesteps, alpha_bar = torch.empty(batch, dtype=torch.int64), torch.empty(batch)
+    noisy = loss.add_noise(latents, noise, alpha_bar).to(dtype)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        predicted = unet(noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
+    wanted = loss.target(base.prediction_type, latents, noise, alpha_bar)
+    loss.mean_squared(predicted, wanted, alpha_bar).backward()
+
+
+def optimizer_state(name: str, weights: int) -> int:
+    """Bytes an optimizer keeps for a float32 tensor of so many weights. ValueError: unknown name."""
+    if name == "adamw":
+        return 2 * 4 * weights + 4  # two moments; the step
+    if name == "adamw8bit":  # a byte a moment and a float for each 256 of them; small tensors stay in float32
+        return 2 * 4 * weights if weights < 4096 else 2 * weights + 2 * 4 * -(-weights // 256)
+    raise ValueError(f"There is no optimizer {name!r}. Use 'adamw' or 'adamw8bit'.")
+
+
+# ── Counting ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_aten = torch.ops.aten
+_FLOPS = flop_registry | {  # torch counts the attention kernels of cards alone
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the bytes of storages from their first tensor to their death, and floating-point operations.
+
+    Views and in-place results share a storage and cost nothing. Those of `known` tensors are left out.
+    """
+
+    def __init__(self, known):
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self.gradients = self.gradients_at_peak = 0
+        self.storages = {}  # address -> weak reference: torch keeps a storage's Python object as long as the storage
+        self.known = [tensor.untyped_storage() for tensor in known]
+        self.left_out = {storage._cdata for storage in self.known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        if self.live > self.peak:
+            self.peak, self.gradients_at_peak = self.live, self.gradients
+        count = _FLOPS.get(func.overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    def _enter(self, storage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self.storages or address in self.left_out:
+            return
+
+        def leave(_):
+            del self.storages[address]
+            self.live -= size
+
+        self.storages[address] = weakref.ref(storage, leave)
+        self.live += size
+
+    def gradient_arrived(self, weight: Tensor) -> None:
+        """A hook for weights: what was a temporary is now their gradient, and lives until the update."""
+        self.gradients += weight.grad.nbytes
+
+
+# ── Does it fit? ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Verdict(NamedTuple):
+    """Whether a prediction fits; as a string, the sentence for a person."""
+
+    fits: bool | None  # None: nobody knows how much is free
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def available(device: torch.device | str) -> int | None:
+    """Bytes that a run may still take on a device that is here; None where it cannot be told."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        from psutil import virtual_memory
+    except ImportError:
+        return None
+    return min([virtual_memory().available, *_container_limits()])
+
+
+def _container_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes a container may still take, from its control group (version 2, then 1); empty where nothing limits it."""
+    for folder, limit, used in (
+        (root, "memory.max", "memory.current"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            # Files that were read stay in memory until it is wanted: they count as used, and are not.
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            return [int((folder / limit).read_text()) - int((folder / used).read_text()) + cached]
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return []
+
+
+def verdict(prediction: Prediction, free: int | None, margin: float = MARGIN) -> Verdict:
+    """Whether a step fits, and what to change if not, the cheapest change first.
+
+    Args:
+        free: bytes, as `available` counts them or a card's own; None when unknown.
+        margin: share of `free` left to the driver, the kernels' workspaces and fragmentation.
+    """
+    peak, left_out = readable(prediction.peak), f"{margin:.0%} kept for the driver and fragmentation"
+    if free is None:
+        return Verdict(None, f"How much memory is free cannot be told here; the run is predicted to need {peak}.")
+    usable = int(free * (1 - margin))
+    if prediction.peak <= usable:
+        return Verdict(True, f"Fits: {peak} predicted, {readable(free)} free ({left_out}).")
+    said = f"Does not fit: {peak} predicted, {readable(free)} free ({left_out}). "
+    if prediction.weights > usable:
+        return Verdict(False, f"{said}The frozen base alone is {readable(prediction.weights)}: use a larger card.")
+    changes = []
+    if not prediction.gradient_checkpointing:
+        changes.append("gradient_checkpointing true (a third more work, most activations gone)")
+    if prediction.batch_size > 1:
+        changes.append(f"batch_size 1 with gradient_accumulation_steps × {prediction.batch_size} (the same learning)")
+    if prediction.optimizer > max(prediction.adapter, prediction.peak // 50):
+        changes.append(f"optimizer 'adamw8bit' (saves about {readable(prediction.optimizer * 3 // 4)})")
+    if prediction.activations > prediction.peak // 10:
+        changes.append("a lower resolution (activations go with its area)")
+    if prediction.adapter + prediction.gradients + prediction.optimizer > prediction.peak // 10:
+        changes.append("a lower rank")
+    return Verdict(False, said + "Change one at a time: " + "; ".join(changes or ["use a larger card"]) + ".")

@@ -1,0 +1,382 @@
+"""The whole way, one folder a run: scan → buckets → memory plan → cache → train → checkpoints → samples → export.
+
+    config.json · log.jsonl · loss.png · checkpoints/step-000500.safetensors · samples/step-000500/…png ·
+    comparison.png · <name>.safetensors
+
+Starting on a folder that already holds a run resumes it from the newest checkpoint whose digest holds.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from lorakit import adapter as adapters
+from lorakit import base as bases
+from lorakit import buckets, cache, checkpoint, dataset, export, files, memory, plots, sample, train
+from lorakit import config as configs
+from lorakit.cache import Encoded, Text
+from lorakit.config import Config
+from lorakit.train import Step
+
+DEMO = Path(__file__).parent / "demo" / "pictures"
+STRENGTHS = (0.0, 0.5, 0.7, 0.9, 1.0)  # the guide's, and the bare base
+# What may change between two starts of one run: it does not decide the weights.
+FREE = {"name", "trigger", "device", "save_every", "sample_every", "sample_prompts", "sample_steps", "sample_guidance"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left."""
+
+    folder: Path
+    config: Config
+    steps: int  # done
+    total: int
+    losses: list[float] = field(repr=False)  # of the steps of this start
+    lora: Path | None  # the finished file; None when the run was stopped before its end
+    comparison: Path | None  # base and strengths side by side
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything the loop needs but the UNet."""
+
+    base: bases.Base
+    dataset: dataset.Dataset
+    pictures: list[Encoded]
+    texts: dict[str, Text]
+    repeats: list[int]
+    prompts: list[str]  # sampled while training and at the end
+
+
+def scan(config: Config) -> dataset.Dataset:
+    """The run's pictures."""
+    return dataset.scan(DEMO if config.dataset == "demo" else config.dataset, repeats=config.repeats)
+
+
+def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool = True) -> Prepared:
+    """Check everything that can be checked, then encode pictures and captions into the run's cache.
+
+    Raises:
+        ValueError: settings that do not suit the base, or no usable picture.
+        FileNotFoundError: no such base or dataset.
+    """
+    device = bases.choose_device(config.device)
+    dtype = bases.compute_dtype(config.mixed_precision, device)
+    base = bases.open(config.base)
+    step = max(config.bucket_step, base.step)
+    if step % base.step or config.resolution % step:
+        raise ValueError(
+            f"resolution {config.resolution} and bucket_step {config.bucket_step} do not suit {base.name}, "
+            f"whose picture sides are multiples of {base.step} pixels."
+        )
+    say(f"base      {base.name}: {base.family}, made for {base.resolution} px, predicts {base.prediction_type}")
+    pictures = scan(config)
+    say("pictures  " + pictures.describe().replace("\n", "\n          "))
+    sizes = buckets.sizes(config.resolution, step=step)
+    fits = [buckets.fit(p.width, p.height, sizes) for p in pictures.pictures]
+    repeats = [p.repeats for p in pictures.pictures]
+    used = sorted({fit.size for fit in fits})
+    counts = [f"{w}×{h}: {sum(fit.size == (w, h) for fit in fits)}" for w, h in used]
+    say(f"buckets   {', '.join(counts)}")
+    batches = buckets.steps_per_epoch([fit.size for fit in fits], repeats, config.batch_size)
+    say("length    " + length(len(fits), repeats, batches, config))
+    prediction = memory.predict(base, config, size=max(used, key=lambda s: s[0] * s[1])[::-1], dtype=dtype)
+    say("memory    " + prediction.describe().replace("\n", "\n          "))
+    say("          " + str(memory.verdict(prediction, memory.available(device))).replace("\n", "\n          "))
+
+    prompts = list(config.sample_prompts) or [p.caption for p in pictures.pictures[:4]]
+    began = time.monotonic()
+    with bar(progress) as show:
+        store = folder / "cache"
+        encoded = cache.encode_pictures(
+            base, pictures.pictures, fits, store, device=device, dtype=dtype, flip=config.flip, progress=show
+        )
+        wanted = ["", *prompts, *(p.caption for p in pictures.pictures)]
+        texts = cache.encode_texts(
+            base, wanted, store, device=device, dtype=dtype, clip_skip=config.clip_skip, progress=show
+        )
+    say(f"cache     {len(encoded)} pictures and {len(texts)} texts ready in {time.monotonic() - began:.1f} s")
+    return Prepared(base, pictures, encoded, texts, repeats, prompts)
+
+
+def length(pictures: int, repeats: Sequence[int], batches: int, config: Config) -> str:
+    """The arithmetic of the run's length, kohya's way, in one line."""
+    times = f"{repeats[0]} repeats" if len(set(repeats)) == 1 else "their repeats"
+    updates = -(-batches // config.gradient_accumulation_steps)
+    total = config.total_steps(batches)
+    accumulated = f" / accumulation {config.gradient_accumulation_steps}" * (config.gradient_accumulation_steps > 1)
+    return (
+        f"{pictures} pictures × {times} = {sum(repeats)}, / batch {config.batch_size}{accumulated} = {updates} steps"
+        f" an epoch; {total} steps = {total / updates:.3g} epochs"
+    )
+
+
+@contextmanager
+def bar(visible: bool) -> Iterator[cache.Progress]:
+    """A progress bar that says itself what it counts: show(what, done, of)."""
+    with tqdm(disable=not visible, leave=False) as line:
+
+        def show(what: str, done: int, of: int) -> None:
+            line.set_description(what, refresh=False)
+            line.total, line.n = of, done
+            line.refresh()
+
+        yield show
+
+
+# ── Resuming ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def settings(config: Config, prepared: Prepared) -> dict:
+    """What decides the result, as plain values that name no path of this machine."""
+    pictures = hashlib.sha256()
+    for picture in prepared.dataset.pictures:
+        pictures.update(json.dumps([picture.digest, picture.caption, picture.repeats]).encode())
+    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
+    return values | {"base": prepared.base.name, "dataset": pictures.hexdigest()[:16]}
+
+
+def _same(saved: dict, wanted: dict, folder: Path) -> None:
+    """Refuse to go on with other settings than a run was begun with."""
+    changed = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
+    if changed:
+        raise ValueError(
+            f"{folder.name} was begun with other settings: "
+            + "; ".join(f"{k} was {saved.get(k)!r}, is now {wanted.get(k)!r}" for k in changed)
+            + ". Put them back to go on, or name another folder for a new run."
+        )
+
+
+def claim(folder: Path) -> None:
+    """Make the run folder, or check that it is one.
+
+    Raises:
+        ValueError: the folder holds something else.
+        OSError: it cannot be made or written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file. Name a folder for the run.")
+    foreign = folder.is_dir() and {path.name for path in folder.iterdir()} - {"cache"}
+    if foreign and "config.json" not in foreign:
+        raise ValueError(f"{folder} holds other files and no run. Name a new or empty folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+# ── Listeners ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Log:
+    """A listener that writes log.jsonl, a line a step; losses are fetched from the device in tens."""
+
+    def __init__(self, file: Path, resumed_at: int, show: Callable[[Step, float], None]):
+        self.file, self.show, self.waiting, self.losses = file, show, [], []
+        self.began = time.monotonic()
+        kept = [line for line in plots.read_log(file) if line["step"] <= resumed_at] if file.exists() else []
+        with files.replacing(file) as partial:  # steps after the checkpoint are trained again
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def __call__(self, step: Step) -> None:
+        self.waiting.append((step, time.monotonic() - self.began))
+        if len(self.waiting) == 10 or step.number == step.total:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.waiting:
+            return
+        losses = torch.stack([step.loss for step, _ in self.waiting]).tolist()
+        with self.file.open("a") as log:
+            for (step, seconds), value in zip(self.waiting, losses, strict=True):
+                line = {"step": step.number, "loss": round(value, 6), "learning_rate": step.learning_rate}
+                log.write(json.dumps(line | {"epoch": step.epoch, "seconds": round(seconds, 3)}) + "\n")
+        self.losses += losses
+        self.show(self.waiting[-1][0], losses[-1])
+        self.waiting = []
+
+
+def sampler(
+    unet, prepared: Prepared, config: Config, folder: Path, say: Callable[[str], None]
+) -> Callable[[Step], None]:
+    """A listener that samples the run's prompts every so many steps. A failure is said and never ends training."""
+
+    def listener(step: Step) -> None:
+        if step.number % config.sample_every and step.number != step.total:
+            return
+        try:
+            with sample.borrowed(unet):
+                seeds = list(range(config.seed, config.seed + len(prepared.prompts)))
+                latents = sample.latents(
+                    unet, prepared.base, [prepared.texts[p] for p in prepared.prompts], prepared.texts[""], seeds,
+                    size=(config.resolution, config.resolution), steps=config.sample_steps,
+                    guidance=config.sample_guidance, batch=_at_once(config),
+                )  # fmt: skip
+                vae = bases.load_vae(prepared.base, unet.dtype, unet.device)
+                pictures = sample.decode(vae, latents)
+                del vae
+                cache.free(unet.device)
+            sample.save(pictures, folder / "samples" / f"step-{step.number:06d}", prepared.prompts, seeds)
+        except Exception as error:  # anything, a full disk or card too: the LoRA matters more than its preview
+            say(f"samples   none at step {step.number}: {type(error).__name__}: {error}")
+
+    return listener
+
+
+def _at_once(config: Config) -> int:
+    """Pictures sampled together: one, so that samples need no more memory than training; small ones go in eights."""
+    return 8 if config.resolution < 256 else 1
+
+
+# ── The run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def start(
+    config: Config, folder: str | Path, *, say: Callable[[str], None] = print, progress: bool = True,
+    stop: threading.Event | None = None, listeners: Sequence[Callable[[Step], None]] = (),
+) -> Result:  # fmt: skip
+    """Train a LoRA from pictures to finished file, or go on with a run that was cut.
+
+    Args:
+        folder: of the run; new, empty, or the folder of the same run.
+        say: gets each line of what is done.
+        progress: whether bars are drawn.
+        stop: set it from anywhere to end after the current step; Ctrl-C and a file named STOP do the same.
+        listeners: called with every Step, after the run's own.
+
+    Returns:
+        What was made. A stopped run has no finished file yet; start again to go on.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError, FloatingPointError: what is wrong and what to do.
+    """
+    folder, started, stop = Path(folder), time.time(), stop or threading.Event()
+    claim(folder)
+    (folder / "STOP").unlink(missing_ok=True)
+    prepared = prepare(config, folder, say=say, progress=progress)
+    decided = settings(config, prepared)
+    saved = checkpoint.newest(folder / "checkpoints", warn=lambda text: say(f"resume    {text}"))
+    if saved:
+        _same(saved.settings, decided, folder)
+    with files.replacing(folder / "config.json") as partial:
+        partial.write_text(config.to_json(), encoding="utf-8")
+
+    device = bases.choose_device(config.device)
+    dtype = bases.compute_dtype(config.mixed_precision, device)
+    unet = bases.load_unet(prepared.base, dtype, device)
+    adapter = adapters.inject(
+        unet, config.rank, config.alpha, config.targets, conv_rank=config.conv_rank, conv_alpha=config.conv_alpha,
+        seed=config.seed,
+    )  # fmt: skip
+    state = train.start(adapter, config, device, dtype)
+    if saved:
+        checkpoint.restore(state, saved)
+        say(f"resume    at step {state.step}, from {saved.path.name}")
+    per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
+    losses = _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners)
+    _draw_loss(folder, config)
+    if state.step < total:
+        say(f"stopped   at step {state.step} of {total}, saved. Start again to go on from there.")
+        return Result(folder, config, state.step, total, losses, None, None)
+
+    metadata = export.run_metadata(
+        config, prepared.base, prepared.dataset, steps=total, epochs=-(-total // per_epoch), started=started,
+        finished=time.time(), adapter=adapter, thumbnail=_thumbnail(folder / "samples" / f"step-{total:06d}"),
+    )  # fmt: skip
+    lora = export.save(adapter, prepared.base, folder / f"{config.name}.safetensors", metadata=metadata)
+    proof = export.prove(lora, adapter, prepared.base)
+    say(f"export    {lora.name}, {lora.stat().st_size / 1e6:.1f} MB, kohya's format (A1111, Forge, ComfyUI, Civitai)")
+    say(f"proof     read back: {proof.describe()}")
+    del unet, adapter, state
+    cache.free(device)
+    comparison = compare(prepared.base, lora, prepared.prompts, config, folder / "comparison.png", progress=progress)
+    say(f"look      {comparison.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
+    return Result(folder, config, total, total, losses, lora, comparison)
+
+
+def _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners) -> list[float]:
+    """The training itself, with the run's own listeners; saves where it is stopped."""
+    stop_file = folder / "STOP"
+
+    def watch(step: Step) -> None:
+        if stop_file.exists():
+            stop.set()
+
+    with tqdm(total=total, initial=state.step, desc="train", unit="step", disable=not progress) as line:
+
+        def show(step: Step, loss: float) -> None:
+            line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
+            line.update(step.number - line.n)
+
+        log = Log(folder / "log.jsonl", state.step, show)
+        loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config)
+        keep = checkpoint.every(config.save_every, folder / "checkpoints", state, decided)
+        try:
+            own = (log, keep, sampler(unet, prepared, config, folder, say), watch)
+            done = train.run(loop, *own, *listeners, stop=stop)
+        finally:
+            log.flush()
+        if done and done[-1].number < total:
+            checkpoint.save(folder / "checkpoints" / checkpoint.name(state.step), state, decided)
+    return log.losses
+
+
+def _thumbnail(samples: Path) -> Image.Image | None:
+    first = next(iter(sorted(samples.glob("*.png"))), None)
+    return Image.open(first) if first else None
+
+
+def _draw_loss(folder: Path, config: Config) -> None:
+    lines = plots.read_log(folder / "log.jsonl")
+    if lines:
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        plots.loss(steps, losses, path=folder / "loss.png", title=config.name)
+
+
+def compare(
+    base: bases.Base, lora: Path, prompts: Sequence[str], config: Config, path: Path, *,
+    strengths: Sequence[float] = STRENGTHS, progress: bool = True,
+) -> Path:  # fmt: skip
+    """A sheet of pictures made with the exported file: a row a prompt, a column a strength, the same noise in each."""
+    with bar(progress) as show:
+        rows = sample.generate(
+            base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
+            attach=lambda unet: export.inject(unet, base, lora), steps=config.sample_steps,
+            guidance=config.sample_guidance, clip_skip=config.clip_skip, device=config.device,
+            precision=config.mixed_precision, batch=_at_once(config),
+            on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)),
+        )  # fmt: skip
+    labels = ["base" if s == 0 else f"strength {s:g}" for s in strengths]
+    plots.grid(rows, row_labels=list(prompts), column_labels=labels, path=path)
+    return path
+
+
+def describe(folder: str | Path) -> dict:
+    """What a run folder is and how far it came, from its own files.
+
+    Raises:
+        FileNotFoundError, ValueError: no run there.
+    """
+    folder = Path(folder)
+    config = configs.load(folder / "config.json")
+    checkpoints = []
+    for path in sorted((folder / "checkpoints").glob("step-*.safetensors")):
+        try:
+            checkpoints.append({"step": checkpoint.read(path).step, "file": path.name, "intact": True})
+        except ValueError as error:
+            checkpoints.append({"file": path.name, "intact": False, "problem": str(error)})
+    log = plots.read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+    lora = folder / f"{config.name}.safetensors"
+    return {
+        "kind": "run", "name": config.name, "steps": log[-1]["step"] if log else 0,
+        "loss": plots.smooth([line["loss"] for line in log])[-1] if log else None,
+        "checkpoints": checkpoints, "finished": lora.name if lora.exists() else None,
+        "config": config.model_dump(mode="json"),
+    }  # fmt: skip

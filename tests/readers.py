@@ -1,0 +1,129 @@
+"""A second reader of LoRA files, so that the first does not judge itself.
+
+It follows the published rules for kohya's files and what A1111 and ComfyUI do with them, byte for byte from the file,
+and imports nothing of lorakit. The names are written out, not derived.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# SDXL: Stability's name of each block, as files have it → diffusers' name.
+SDXL = {
+    "input_blocks_1_0": "down_blocks.0.resnets.0", "input_blocks_2_0": "down_blocks.0.resnets.1",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_4_0": "down_blocks.1.resnets.0", "input_blocks_4_1": "down_blocks.1.attentions.0",
+    "input_blocks_5_0": "down_blocks.1.resnets.1", "input_blocks_5_1": "down_blocks.1.attentions.1",
+    "input_blocks_6_0_op": "down_blocks.1.downsamplers.0.conv",
+    "input_blocks_7_0": "down_blocks.2.resnets.0", "input_blocks_7_1": "down_blocks.2.attentions.0",
+    "input_blocks_8_0": "down_blocks.2.resnets.1", "input_blocks_8_1": "down_blocks.2.attentions.1",
+    "middle_block_0": "mid_block.resnets.0", "middle_block_1": "mid_block.attentions.0",
+    "middle_block_2": "mid_block.resnets.1",
+    "output_blocks_0_0": "up_blocks.0.resnets.0", "output_blocks_0_1": "up_blocks.0.attentions.0",
+    "output_blocks_1_0": "up_blocks.0.resnets.1", "output_blocks_1_1": "up_blocks.0.attentions.1",
+    "output_blocks_2_0": "up_blocks.0.resnets.2", "output_blocks_2_1": "up_blocks.0.attentions.2",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_3_0": "up_blocks.1.resnets.0", "output_blocks_3_1": "up_blocks.1.attentions.0",
+    "output_blocks_4_0": "up_blocks.1.resnets.1", "output_blocks_4_1": "up_blocks.1.attentions.1",
+    "output_blocks_5_0": "up_blocks.1.resnets.2", "output_blocks_5_1": "up_blocks.1.attentions.2",
+    "output_blocks_5_2_conv": "up_blocks.1.upsamplers.0.conv",
+    "output_blocks_6_0": "up_blocks.2.resnets.0", "output_blocks_7_0": "up_blocks.2.resnets.1",
+    "output_blocks_8_0": "up_blocks.2.resnets.2",
+}  # fmt: skip
+RESNET = {
+    "in_layers_2": "conv1", "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+
+
+def leaves(depth: int) -> list[str]:
+    """The adapted modules of one transformer, `depth` blocks deep."""
+    inner = ["attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2_to_q", "attn2_to_k", "attn2_to_v"]
+    inner += ["attn2_to_out_0", "ff_net_0_proj", "ff_net_2"]
+    return ["proj_in", "proj_out"] + [f"transformer_blocks_{k}_{leaf}" for k in range(depth) for leaf in inner]
+
+
+def attention_names(family: str) -> set[str]:
+    """The UNet's module names in a kohya file without convolutions."""
+    if family == "sdxl":
+        depths = {f"input_blocks_{n}_1": 2 for n in (4, 5)} | {f"input_blocks_{n}_1": 10 for n in (7, 8)}
+        depths |= {"middle_block_1": 10} | {f"output_blocks_{n}_1": 10 if n < 3 else 2 for n in range(6)}
+    else:
+        depths = {f"down_blocks_{i}_attentions_{j}": 1 for i in (0, 1, 2) for j in (0, 1)}
+        depths |= {"mid_block_attentions_0": 1} | {
+            f"up_blocks_{i}_attentions_{j}": 1 for i in (1, 2, 3) for j in (0, 1, 2)
+        }
+    return {f"lora_unet_{block}_{leaf}" for block, depth in depths.items() for leaf in leaves(depth)}
+
+
+def sdxl_convolution_names() -> set[str]:
+    """What the convolutions (LoCon) add for SDXL."""
+    resnets = [f"input_blocks_{n}_0" for n in (1, 2, 4, 5, 7, 8)] + ["middle_block_0", "middle_block_2"]
+    resnets += [f"output_blocks_{n}_0" for n in range(9)]
+    widening = ["input_blocks_4_0", "input_blocks_7_0", *(f"output_blocks_{n}_0" for n in range(9))]
+    samplers = ["input_blocks_3_0_op", "input_blocks_6_0_op", "output_blocks_2_2_conv", "output_blocks_5_2_conv"]
+    names = [f"{r}_{leaf}" for r in resnets for leaf in ("in_layers_2", "out_layers_3", "emb_layers_1")]
+    return {f"lora_unet_{name}" for name in [*names, *(f"{r}_skip_connection" for r in widening), *samplers]}
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes]:
+    """A safetensors file from its bytes: tensors, metadata, and the part that holds the tensors."""
+    raw = Path(path).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for key, entry in header.items():
+        begin, end = entry["data_offsets"]
+        data = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[entry["dtype"]])
+        tensors[key] = data.reshape(entry["shape"])
+    return tensors, metadata, body
+
+
+def updates(path: Path) -> dict[str, Tensor]:
+    """What the file adds, by its own module names: (alpha / rank) · up · down, in down's shape, float32."""
+    tensors = read(path)[0]
+    found = {}
+    for name in {key.split(".")[0] for key in tensors}:
+        down, up = tensors[f"{name}.lora_down.weight"].float(), tensors[f"{name}.lora_up.weight"].float()
+        rank = down.shape[0]
+        alpha = tensors[f"{name}.alpha"].item() if f"{name}.alpha" in tensors else rank
+        found[name] = (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:]) * (alpha / rank)
+    return found
+
+
+@torch.no_grad()
+def merge(path: Path, unet: torch.nn.Module, family: str, strength: float = 1.0) -> int:
+    """Add the file's updates to a bare UNet's weights (in place), as a program that knows nothing of layers does.
+
+    Returns:
+        How many weights were changed. A name that finds no weight is a KeyError, never passed over.
+    """
+    weights = {name.replace(".", "_"): module for name, module in unet.named_modules() if hasattr(module, "weight")}
+    changed = set()
+    for name, delta in updates(path).items():
+        assert name.startswith("lora_unet_"), name
+        place = name.removeprefix("lora_unet_")
+        if family == "sdxl":
+            block = max((b for b in SDXL if place == b or place.startswith(b + "_")), key=len)
+            leaf = place.removeprefix(block).removeprefix("_")
+            place = "_".join(part for part in (SDXL[block].replace(".", "_"), RESNET.get(leaf, leaf)) if part)
+        weight = weights[place].weight
+        assert delta.shape == weight.shape, (name, delta.shape, weight.shape)
+        weight += strength * delta.to(weight.dtype)
+        changed.add(place)
+    return len(changed)
+
+
+def hashes(path: Path) -> tuple[str, str]:
+    """sshs_model_hash and sshs_legacy_hash as the file should carry them."""
+    from safetensors.torch import save
+
+    tensors, metadata, body = read(path)
+    serial = save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    return hashlib.sha256(body).hexdigest(), hashlib.sha256(serial[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]

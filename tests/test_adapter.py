@@ -1,0 +1,177 @@
+import pytest
+import torch
+
+from lorakit import adapter as adapters
+from lorakit import base as bases
+
+CPU = torch.device("cpu")
+
+
+def answer(unet, family="sd15", seed=0):
+    random = torch.Generator().manual_seed(seed)
+    x, text = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 77, unet.config.cross_attention_dim)
+    text = torch.randn(text.shape, generator=random)
+    conditions = {"text_embeds": torch.ones(2, 16), "time_ids": torch.ones(2, 6)} if family == "sdxl" else None
+    with torch.no_grad():
+        return unet(x, torch.tensor([10, 700]), text, added_cond_kwargs=conditions).sample
+
+
+@pytest.fixture(params=["sd15", "sd2", "sdxl"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def unet(small_bases, family):
+    return bases.load_unet(bases.open(small_bases[family]), torch.float32, CPU)
+
+
+def shake(adapter):
+    random = torch.Generator().manual_seed(3)
+    for weight in adapter.parameters():
+        weight.data = 0.1 * torch.randn(weight.shape, generator=random)
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+conv"])
+def test_a_fresh_adapter_changes_nothing_and_ejecting_restores_exactly(unet, family, targets):
+    before, modules = answer(unet, family), {n: type(m) for n, m in unet.named_modules()}
+    adapter = adapters.inject(unet, 4, 2, targets, conv_rank=2)
+    assert torch.equal(answer(unet, family), before)
+    shake(adapter)
+    assert not torch.allclose(answer(unet, family), before)
+    adapters.eject(unet)
+    assert torch.equal(answer(unet, family), before)
+    assert {n: type(m) for n, m in unet.named_modules()} == modules
+    assert not hasattr(unet, "peft_config")
+
+
+def test_only_the_adapter_trains_and_in_float32(small_bases):
+    unet = bases.load_unet(bases.open(small_bases["sd15"]), torch.bfloat16, CPU)
+    adapter = adapters.inject(unet, 4, 2)
+    trainable = [p for p in unet.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in adapter.parameters()}
+    assert {p.dtype for p in trainable} == {torch.float32}
+    assert unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_strength_zero_is_the_base_and_strength_is_linear_in_the_update(unet, family):
+    before = answer(unet, family)
+    adapter = adapters.inject(unet, 4, 2)
+    shake(adapter)
+    full = answer(unet, family)
+    with adapters.strength(adapter, 0.0):
+        assert torch.equal(answer(unet, family), before)
+    with adapters.strength(adapter, 0.5):
+        half = answer(unet, family)
+    assert not torch.equal(half, full) and not torch.equal(half, before)
+    assert torch.equal(answer(unet, family), full)  # and it is as it was after the block
+
+
+def test_delta_is_what_a_layer_adds(unet):
+    adapter = adapters.inject(unet, 4, 3, "attention+conv", conv_rank=2, conv_alpha=1)
+    shake(adapter)
+    for name, layer in adapter.layers.items():
+        plain = layer.get_base_layer()
+        x = (
+            torch.randn(2, plain.in_channels, 5, 5)
+            if hasattr(plain, "kernel_size")
+            else torch.randn(2, plain.in_features)
+        )
+        with torch.no_grad():
+            added = layer(x) - plain(x)
+            weight = plain.weight.clone()
+            bias, plain.bias = plain.bias, None
+            plain.weight.copy_(adapters.delta(adapter, name))
+            expected = plain(x)
+            plain.weight.copy_(weight)
+            plain.bias = bias
+        assert torch.allclose(added, expected, atol=1e-5), name
+
+
+def test_ranks_and_alphas_by_module(unet):
+    adapter = adapters.inject(unet, 8, 4, "attention+conv", conv_rank=2, conv_alpha=1)
+    state = adapter.state()
+    for name, rank in adapter.ranks.items():
+        wide = state[f"{name}.down"].dim() == 4 and state[f"{name}.down"].shape[-1] == 3
+        assert (rank, adapter.alphas[name]) == ((2, 1.0) if wide else (8, 4.0))
+        assert state[f"{name}.down"].shape[0] == rank == state[f"{name}.up"].shape[1]
+        assert adapter.layers[name].scaling["default"] == adapter.alphas[name] / rank
+
+
+def test_the_start_depends_on_the_seed_alone(small_bases):
+    def start(seed):
+        torch.rand(7)
+        unet = bases.load_unet(bases.open(small_bases["sd15"]), torch.float32, CPU)
+        return adapters.inject(unet, 4, 2, seed=seed).state()
+
+    a, b, c = start(1), start(1), start(2)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+    before = torch.random.get_rng_state()
+    start(1)
+    torch.random.set_rng_state(before)  # start() draws 7 numbers itself; injecting drew none
+    torch.rand(7)
+    after = torch.random.get_rng_state()
+    torch.random.set_rng_state(before)
+    start(5)
+    assert torch.equal(torch.random.get_rng_state(), after)
+
+
+def test_a_second_adapter_is_refused(unet):
+    adapters.inject(unet, 4, 2)
+    with pytest.raises(RuntimeError, match="already holds an adapter"):
+        adapters.inject(unet, 4, 2)
+
+
+def test_weights_of_other_settings_are_refused_and_change_nothing(unet):
+    adapter = adapters.inject(unet, 4, 2)
+    shake(adapter)
+    before = {k: v.clone() for k, v in adapter.state().items()}
+    wrong = {k: v.new_zeros(8, *v.shape[1:]) if k.endswith(".down") else v for k, v in before.items()}
+    with pytest.raises(ValueError, match="do not fit this adapter"):
+        adapter.load(wrong)
+    with pytest.raises(ValueError, match="1 weights do not fit"):
+        adapter.load(dict(list(before.items())[1:]))
+    assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
+
+
+def test_unknown_targets_are_refused(unet):
+    with pytest.raises(ValueError, match="'attention' or 'attention\\+conv'"):
+        adapters.inject(unet, 4, 2, "everything")
+
+
+@pytest.mark.parametrize(
+    ("form", "attention", "everything"),
+    [
+        (dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8), 192, 278),
+        (
+            dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024, use_linear_projection=True),
+            192, 278
+        ),
+        (
+            dict(
+                block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+                transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            ), 722, 788
+        ),
+    ],
+    ids=["sd15", "sd2", "sdxl"],
+)  # fmt: skip
+def test_the_real_families_have_the_published_number_of_modules(form, attention, everything):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**form)
+    assert len(adapters.target_names(unet)) == attention
+    assert len(adapters.target_names(unet, "attention+conv")) == everything
+
+
+def test_a_renamed_class_is_noticed(unet):
+    block = next(m for n, m in unet.named_modules() if n.endswith("attn1"))
+    block.query = block.to_q
+    del block.to_q
+    with pytest.raises(RuntimeError, match="belong there"):
+        adapters.target_names(unet)

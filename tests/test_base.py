@@ -1,0 +1,141 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from lorakit import base as bases
+
+CPU = torch.device("cpu")
+
+
+def test_families_are_recognised_by_their_form(small_bases):
+    for family, folder in small_bases.items():
+        base = bases.open(folder)
+        assert base.family == family
+        assert (base.vae_factor, base.step, base.resolution, base.latent_channels) == (4, 8, 32, 4)
+    assert bases.open(small_bases["sd2"]).prediction_type == "v_prediction"
+    assert bases.open(small_bases["sdxl"]).text_encoders == ("text_encoder", "text_encoder_2")
+
+
+def test_the_embedded_base_opens_by_name_and_names_no_path():
+    base = bases.open("demo")
+    assert (base.name, base.family, base.resolution, base.step) == ("lorakit/demo", "sd15", 64, 16)
+
+
+def test_the_noise_schedule_is_the_bases_own(small_bases):
+    alphas = bases.open(small_bases["sd15"]).alphas_cumprod()
+    assert alphas.shape == (1000,)
+    assert float(alphas[0]) == pytest.approx(1 - 0.00085)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("model.ckpt", "is a pickle.*safetensors"), ("model.safetensors", "single file.*diffusers folder")],
+)
+def test_files_are_refused_with_the_way_out(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=message):
+        bases.open(tmp_path / name)
+
+
+def test_what_is_no_base_is_explained(tmp_path, small_bases):
+    with pytest.raises(FileNotFoundError, match="no base 'nowhere'"):
+        bases.open("nowhere")
+    with pytest.raises(ValueError, match="not a Stable Diffusion base: it has no unet, vae"):
+        bases.open(tmp_path)
+    twin = shutil.copytree(small_bases["sd15"], tmp_path / "inpainting")
+    config = json.loads((twin / "unet" / "config.json").read_text())
+    (twin / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    with pytest.raises(ValueError, match="takes 9 channels.*inpainting"):
+        bases.open(twin)
+    (twin / "unet" / "config.json").write_text("{ cut")
+    with pytest.raises(ValueError, match="unet/config.json of the base is damaged"):
+        bases.open(twin)
+
+
+def test_an_unreachable_hub_id_says_so(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="'owner/model'.*no route to host.*HF_TOKEN"):
+        bases.open("owner/model")
+
+
+def test_pickled_weights_are_never_loaded(tmp_path, small_bases):
+    twin = shutil.copytree(small_bases["sd15"], tmp_path / "pickled")
+    (twin / "unet" / "diffusion_pytorch_model.safetensors").rename(twin / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"only the pickle diffusion_pytorch_model\.bin"):
+        bases.load_unet(bases.open(twin), torch.float32, CPU)
+
+
+def test_a_fingerprint_follows_the_weights(tmp_path, small_bases):
+    base = bases.open(small_bases["sd15"])
+    twin = bases.open(shutil.copytree(small_bases["sd15"], tmp_path / "twin"))
+    assert bases.fingerprint(base, "vae") == bases.fingerprint(twin, "vae")
+    file = next((twin.folder / "vae").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert bases.fingerprint(base, "vae") != bases.fingerprint(twin, "vae")
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
+def test_prompts_are_encoded_as_diffusers_encodes_them(small_bases, family):
+    import diffusers
+
+    base = bases.open(small_bases[family])
+    prompts = ["a red apple", "noto style, rocket, blue background, small, left"]
+    parts = [bases.load_text_encoder(base, torch.float32, CPU, which) for which in base.text_encoders]
+    encoded = [bases.encode_prompts(encoder, tokenizer, prompts, family) for encoder, tokenizer in parts]
+    ours = torch.cat([embeddings for embeddings, _ in encoded], dim=-1)
+    shared = {"unet": bases.load_unet(base, torch.float32, CPU), "vae": bases.load_vae(base, torch.float32, CPU)}
+    shared["scheduler"] = diffusers.DDIMScheduler.from_config(base.configs["scheduler"])
+    if family == "sdxl":
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            text_encoder=parts[0][0],
+            tokenizer=parts[0][1],
+            text_encoder_2=parts[1][0],
+            tokenizer_2=parts[1][1],
+            **shared,
+        )
+        theirs, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        assert torch.allclose(encoded[1][1], pooled, atol=1e-6)
+        assert ours.shape == (2, 77, 32)
+    else:
+        pipeline = diffusers.StableDiffusionPipeline(
+            text_encoder=parts[0][0], tokenizer=parts[0][1], safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False, **shared,
+        )  # fmt: skip
+        theirs, _ = pipeline.encode_prompt(prompts, CPU, 1, False)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_clip_skip_is_an_encoder_without_its_last_layers(small_bases):
+    base = bases.open(small_bases["sd15"])
+    encoder, tokenizer = bases.load_text_encoder(base, torch.float32, CPU)
+    skipped, _ = bases.encode_prompts(encoder, tokenizer, ["a cat"], "sd15", clip_skip=2)
+    inner = getattr(encoder, "text_model", encoder)
+    inner.encoder.layers = inner.encoder.layers[:-1]
+    shorter, _ = bases.encode_prompts(encoder, tokenizer, ["a cat"], "sd15")
+    assert torch.allclose(skipped, shorter, atol=1e-6)
+
+
+def test_devices_and_dtypes(monkeypatch):
+    assert bases.choose_device("cpu") == CPU
+    assert bases.compute_dtype("auto", CPU) == torch.float32
+    assert bases.compute_dtype("bf16", CPU) == torch.bfloat16
+    with pytest.raises(ValueError, match="does not train on a CPU"):
+        bases.compute_dtype("fp16", CPU)
+    # A T4 (7.5) claims bf16, which it only emulates
+    card = torch.device("cuda")
+    for capability, dtype in [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        assert bases.compute_dtype("auto", card) == dtype
+
+
+def test_a_device_that_is_not_there_is_refused():
+    missing = next(d for d in ("mps", "cuda") if d != bases.choose_device().type)
+    with pytest.raises(ValueError, match=f"device '{missing}' cannot be used"):
+        bases.choose_device(missing)

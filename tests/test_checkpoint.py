@@ -1,0 +1,112 @@
+import json
+
+import pytest
+import torch
+
+from lorakit import adapter as adapters
+from lorakit import base as bases
+from lorakit import checkpoint, files, run, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def ready(settings, tmp_path):
+    return run.prepare(settings, tmp_path / "prepared", say=lambda _: None, progress=False)
+
+
+def begin(settings, ready):
+    unet = bases.load_unet(ready.base, torch.float32, CPU)
+    adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
+    state = train.start(adapter, settings, CPU, torch.float32)
+    return state, train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("cut", [1, 4])
+def test_a_resumed_run_ends_bit_identical(settings, ready, tmp_path, optimizer, cut):
+    settings = settings.with_(optimizer=optimizer, steps=7, caption_dropout=0.3, schedule="cosine")
+    whole, loop = begin(settings, ready)
+    whole_steps = train.run(loop)
+    first, loop = begin(settings, ready)
+    for step in loop:
+        if step.number == cut:
+            break
+    path = checkpoint.save(tmp_path / checkpoint.name(cut), first, {"rank": 4})
+    second, loop = begin(settings.with_(seed=settings.seed), ready)
+    checkpoint.restore(second, checkpoint.read(path))
+    rest = train.run(loop)
+    assert [s.number for s in rest] == list(range(cut + 1, 8))
+    assert [float(s.loss) for s in rest] == [float(s.loss) for s in whole_steps[cut:]]
+    for a, b in zip(whole.adapter.parameters(), second.adapter.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_any_flipped_or_missing_byte_is_noticed(settings, ready, tmp_path):
+    state, loop = begin(settings, ready)
+    next(loop)
+    path = checkpoint.save(tmp_path / "step-000001.safetensors", state, {"rank": 4})
+    good = path.read_bytes()
+    random = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        at = int(torch.randint(len(good), (1,), generator=random))
+        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        with pytest.raises(ValueError, match="step-000001.safetensors"):
+            checkpoint.read(path)
+        path.write_bytes(good[:at])
+        with pytest.raises(ValueError, match="step-000001.safetensors"):
+            checkpoint.read(path)
+    path.write_bytes(good)
+    assert checkpoint.read(path).step == 1
+
+
+def test_the_newest_sound_one_is_taken_and_the_others_are_told(settings, ready, tmp_path):
+    state, loop = begin(settings, ready)
+    for _ in range(3):
+        step = next(loop)
+        checkpoint.save(tmp_path / checkpoint.name(step.number), state, {})
+    damaged = tmp_path / checkpoint.name(3)
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    told = []
+    assert checkpoint.newest(tmp_path, told.append).step == 2
+    assert len(told) == 1 and "step-000003" in told[0]
+    assert checkpoint.newest(tmp_path / "none") is None
+
+
+def test_a_full_disk_leaves_nothing_half_written(settings, ready, tmp_path, monkeypatch):
+    state, _ = begin(settings, ready)
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="(?i)no (space|room)|full"):
+        checkpoint.save(tmp_path / "out" / "step-000001.safetensors", state, {})
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_settings_and_step_are_readable_by_anyone(settings, ready, tmp_path):
+    from safetensors import safe_open
+
+    state, loop = begin(settings, ready)
+    next(loop)
+    path = checkpoint.save(tmp_path / "a.safetensors", state, {"rank": 4})
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["lorakit"])
+    assert (facts["step"], facts["settings"]) == (1, {"rank": 4})
+
+
+def test_other_files_are_no_checkpoints(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no checkpoint of lorakit's"):
+        checkpoint.read(tmp_path / "other.safetensors")
+    assert files.replacing  # the writer that never leaves half a file
+
+
+def test_every_saves_in_its_rhythm_and_at_the_end(settings, ready, tmp_path):
+    state, loop = begin(settings.with_(steps=5), ready)
+    train.run(loop, checkpoint.every(2, tmp_path, state, {}))
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [checkpoint.name(n) for n in (2, 4, 5)]

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from lorakit import config as configs
+from lorakit.config import Config, preset
+
+
+def test_every_preset_agrees_with_the_guide():
+    # kind: (rank, alpha, steps) as the guide's tables give their ranges
+    ranges = {
+        "character": ((32, 64), (16, 32), (3000, 5000)),
+        "style": ((16, 32), (8, 32), (2000, 4000)),
+        "object": ((16, 32), (8, 16), (2500, 4000)),
+        "clothing": ((16, 64), (8, 32), (3000, 5000)),
+    }
+    for (kind, family), settings in configs.PRESETS.items():
+        rank, alpha, steps = ranges[kind]
+        if family == "sdxl":
+            rank, alpha = (128, 256), (64, 128)
+        assert rank[0] <= settings.rank <= rank[1], (kind, family)
+        assert alpha[0] <= settings.alpha <= alpha[1], (kind, family)
+        assert settings.alpha in (settings.rank / 2, settings.rank)
+        assert steps[0] <= settings.steps <= steps[1]
+        assert (settings.learning_rate, settings.batch_size, settings.save_every) == (1e-4, 1, 500)
+    assert preset("style", "sdxl").resolution == 1024
+    assert preset("style").resolution == 512
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'landscape'.*character, clothing, object, style.*sd15, sd2, sdxl"):
+        preset("landscape")
+
+
+def test_a_config_survives_json(tmp_path):
+    settings = preset("style").with_(sample_prompts=["a", "b"], epochs=3)
+    (tmp_path / "c.json").write_text(settings.to_json())
+    assert configs.load(tmp_path / "c.json") == settings
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError):
+        preset("style").rank = 4
+
+
+def test_all_problems_are_told_together_with_the_nearest_name(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"steps": 5, "learning_rat": 1, "rank": 0}))
+    with pytest.raises(ValueError) as caught:
+        configs.load(tmp_path / "c.json")
+    message = str(caught.value)
+    assert "'learning_rat', did you mean 'learning_rate'?" in message
+    assert "rank = 0" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": None}, "set one of them"),
+        ({"steps": 3, "epochs": 2}, "set one of them"),
+        ({"resolution": 500}, "use 448 or 512"),
+        ({"warmup_steps": 10}, "constant_with_warmup"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        preset("style").with_(**changes)
+
+
+def test_length_is_counted_kohyas_way():
+    # 30 pictures × 5 repeats × 10 epochs / batch 1 = 1500 steps
+    assert preset("style").with_(epochs=10).total_steps(batches_per_epoch=150) == 1500
+    assert (
+        preset("style").with_(epochs=2, gradient_accumulation_steps=4).total_steps(10) == 6
+    )  # 3 an epoch, the last short
+    assert preset("style").with_(steps=77).total_steps(150) == 77
+
+
+def test_a_missing_or_broken_file_is_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config file"):
+        configs.load(tmp_path / "none.json")
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        configs.load(tmp_path / "c.json")
+    (tmp_path / "c.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        configs.load(tmp_path / "c.json")
+
+
+def test_a_dataset_beside_the_config_file_is_found(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "c.json").write_text(json.dumps({"steps": 5, "dataset": "pictures"}))
+    monkeypatch.chdir("/")
+    assert configs.load(tmp_path / "c.json").dataset == str(tmp_path / "pictures")
+
+
+def test_one_prompt_may_be_given_bare():
+    assert Config(steps=1, sample_prompts="a cat").sample_prompts == ("a cat",)

@@ -1,0 +1,65 @@
+"""The demo data and the demo's run: the real way on the embedded base."""
+
+from pathlib import Path
+
+import torch
+
+from lorakit import adapter as adapters
+from lorakit import base as bases
+from lorakit import config as configs
+from lorakit import demo, run, train
+
+CPU = torch.device("cpu")
+
+
+def test_the_base_is_small_and_an_ordinary_folder():
+    from diffusers import StableDiffusionPipeline
+
+    size = sum(file.stat().st_size for file in demo.BASE.rglob("*.safetensors"))
+    assert size <= 30e6
+    pipeline = StableDiffusionPipeline.from_pretrained(demo.BASE, safety_checker=None, local_files_only=True)
+    names = [type(part).__name__ for part in (pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet)]
+    assert names == ["CLIPTokenizer", "CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel"]
+
+
+def test_thirty_pictures_with_captions_and_licences():
+    pictures = run.scan(demo.config())
+    assert len(pictures) == 30 and not pictures.problems
+    assert all(p.caption.startswith(f"{demo.TRIGGER} style, ") for p in pictures.pictures)
+    shown = {prompt.split(", ")[1] for prompt in demo.PROMPTS}
+    trained = {p.caption.split(", ")[1] for p in pictures.pictures}
+    assert not shown & trained  # the comparison asks for subjects it was not trained on
+    licences = (demo.HERE / "LICENSES.md").read_text()
+    for name in ("Noto", "Fluent", "Firefox OS", "MIT", "Apache"):
+        assert name in licences
+
+
+def test_the_demo_keeps_the_style_presets_rank_and_alpha():
+    style = configs.preset("style")
+    settings = demo.config()
+    assert (settings.rank, settings.alpha, settings.kind) == (style.rank, style.alpha, style.kind) == (32, 16, "style")
+
+
+def test_the_loss_falls_on_the_demo(tmp_path):
+    """In a short run, on the same noise and timesteps for the bare base and for what was learned."""
+    settings = demo.config(steps=60)
+    ready = run.prepare(settings, tmp_path, say=lambda _: None, progress=False)
+    unet = bases.load_unet(ready.base, torch.float32, CPU)
+    adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
+    state = train.start(adapter, settings, CPU, torch.float32)
+    train.run(train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings))
+    alphas, probe = ready.base.alphas_cumprod(), settings.with_(seed=1)
+    items = [train.batch(ready.pictures, ready.texts, range(30), step, 0, probe) for step in range(4)]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(sum(train.batch_loss(unet, ready.base, alphas, item, probe) for item in items) / len(items))
+
+    learned = loss()
+    with adapters.strength(adapter, 0.0):
+        bare = loss()
+    assert learned < 0.9 * bare
+
+
+def test_the_script_that_made_it_is_in_the_package():
+    assert (Path(demo.__file__).parent / "pretrain.py").is_file()

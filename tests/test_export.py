@@ -1,0 +1,601 @@
+"""A LoRA file says what the adapter in memory does, under the names that other programs look for."""
+
+import copy
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+import readers
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lorakit import adapter as adapters
+from lorakit import config as configs
+from lorakit import export, files
+from lorakit.base import Base
+from lorakit.dataset import Dataset, Picture
+
+TEXT = 12  # width of the twins' text embeddings
+
+
+def narrow_unet(family: str):
+    """The family's UNet with its real blocks and depth, a few channels wide, each level of another width."""
+    from diffusers import UNet2DConditionModel
+
+    common = {"sample_size": 8, "norm_num_groups": 4, "cross_attention_dim": TEXT, "attention_head_dim": 2}
+    torch.manual_seed(0)
+    if family == "sdxl":
+        return UNet2DConditionModel(
+            block_out_channels=(4, 8, 12), up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            use_linear_projection=True, transformer_layers_per_block=(1, 2, 10),
+            addition_embed_type="text_time", addition_time_embed_dim=2, projection_class_embeddings_input_dim=20,
+            **common,
+        )  # fmt: skip
+    return UNet2DConditionModel(block_out_channels=(4, 8, 12, 16), use_linear_projection=family == "sd2", **common)
+
+
+def a_base(family: str, unet, prediction_type: str = "epsilon") -> Base:
+    configs = {"unet": dict(unet.config), "scheduler": {"prediction_type": prediction_type}}
+    configs["vae"] = {"block_out_channels": [8] * 4, "latent_channels": 4}
+    return Base(Path("/nowhere/private"), f"somebody/{family}-twin", family, configs)
+
+
+class Twin:
+    """A UNet with an adapter of random weights, and the same UNet bare."""
+
+    def __init__(self, family: str, targets: str = "attention"):
+        self.family, self.bare = family, narrow_unet(family).eval()
+        self.unet = copy.deepcopy(self.bare)
+        self.base = a_base(family, self.bare)
+        self.adapter = adapters.inject(self.unet, 4, 3.0, targets, conv_rank=2, conv_alpha=0.3)
+        generator = torch.Generator().manual_seed(1)
+        for weight in self.adapter.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd2", "sdxl"])
+def twin(request):
+    return Twin(request.param)
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return Twin("sd15")
+
+
+@pytest.fixture(scope="module")
+def sdxl_with_convolutions():
+    return Twin("sdxl", "attention+conv")
+
+
+@torch.no_grad()
+def answer(unet, family: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    noisy, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, TEXT, generator=generator)
+    extra = {"text_embeds": torch.randn(2, 8, generator=generator), "time_ids": torch.ones(2, 6)}
+    return unet(
+        noisy, torch.tensor([10, 700]), text, added_cond_kwargs=extra if family == "sdxl" else None
+    ).sample  # fmt: skip
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ── Names and weights ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_known_names():
+    """Seen in published files."""
+    q, ff = "transformer_blocks.0.attn1.to_q", "transformer_blocks.9.ff.net.2"
+    for module, family, name in [
+        (f"down_blocks.0.attentions.0.{q}", "sd15", "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"),
+        (f"mid_block.attentions.0.{q}", "sd2", "mid_block_attentions_0_transformer_blocks_0_attn1_to_q"),
+        (f"down_blocks.1.attentions.0.{q}", "sdxl", "input_blocks_4_1_transformer_blocks_0_attn1_to_q"),
+        ("mid_block.attentions.0.proj_in", "sdxl", "middle_block_1_proj_in"),
+        (f"up_blocks.0.attentions.2.{ff}", "sdxl", "output_blocks_2_1_transformer_blocks_9_ff_net_2"),
+        ("up_blocks.1.attentions.2.proj_out", "sdxl", "output_blocks_5_1_proj_out"),
+        ("down_blocks.0.downsamplers.0.conv", "sdxl", "input_blocks_3_0_op"),
+        ("up_blocks.1.upsamplers.0.conv", "sdxl", "output_blocks_5_2_conv"),
+        ("mid_block.resnets.1.time_emb_proj", "sdxl", "middle_block_2_emb_layers_1"),
+    ]:  # fmt: skip
+        assert export.kohya_name(module, family) == f"lora_unet_{name}"
+    with pytest.raises(ValueError, match="no module of a Stable Diffusion UNet"):
+        export.kohya_name("down_blocks.0.attentions.0.to_q", "sd15")
+
+
+def test_the_file_has_the_canonical_names_and_shapes(twin, tmp_path):
+    tensors = load_file(export.save(twin.adapter, twin.base, tmp_path / "a.safetensors"))
+    names = readers.attention_names(twin.family)
+    assert len(names) == {"sd15": 192, "sd2": 192, "sdxl": 722}[twin.family]
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert tensors.keys() == {f"{name}.{part}" for name in names for part in parts}
+    assert all(tensors[f"{name}.alpha"].shape == () and tensors[f"{name}.alpha"] == 3 for name in names)
+    convolutions = {key for key, tensor in tensors.items() if tensor.ndim == 4}
+    if twin.family == "sd15":  # its projections are 1×1 convolutions
+        assert {key.split(".")[0][-8:].strip("_") for key in convolutions} == {"proj_in", "proj_out"}
+        assert len(convolutions) == 2 * 32
+    else:
+        assert not convolutions
+    assert all(tensor.dtype == torch.float16 for key, tensor in tensors.items() if not key.endswith("alpha"))
+
+
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, 1e-5), (torch.float16, 1e-3)])
+def test_an_independent_reader_gets_the_same_pictures(twin, tmp_path, dtype, precision):
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=dtype)
+    merged = copy.deepcopy(twin.bare)
+    assert readers.merge(path, merged, twin.family) == len(twin.adapter.layers)
+    wanted = answer(twin.unet, twin.family)
+    assert distance(answer(merged, twin.family), wanted) < precision
+    assert distance(answer(twin.bare, twin.family), wanted) > 0.1  # or the test says nothing
+
+
+def test_convolutions_too(sdxl_with_convolutions, tmp_path):
+    twin = sdxl_with_convolutions
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    names = readers.attention_names("sdxl") | readers.sdxl_convolution_names()
+    assert len(names) == 788 and readers.updates(path).keys() == names
+    tensors, metadata, _ = readers.read(path)
+    down = tensors["lora_unet_input_blocks_3_0_op.lora_down.weight"]
+    assert down.shape == (2, 4, 3, 3) and tensors["lora_unet_input_blocks_3_0_op.lora_up.weight"].shape == (4, 2, 1, 1)
+    assert tensors["lora_unet_input_blocks_3_0_op.alpha"].item() == torch.tensor(0.3).item()  # no dtype rounds it
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_network_alpha"] == "3"
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "0.3"}
+    merged = copy.deepcopy(twin.bare)
+    assert readers.merge(path, merged, "sdxl") == 788
+    assert distance(answer(merged, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
+    assert export.describe(path)["kind"] == "LoCon" and export.describe(path)["rank"] == [2, 4]
+    loaded = export.inject(unet := copy.deepcopy(twin.bare), twin.base, path)
+    assert loaded.targets == "attention+conv" and distance(answer(unet, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
+
+
+def test_read_back_into_a_bare_unet(twin, tmp_path):
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    unet = copy.deepcopy(twin.bare)
+    again = export.inject(unet, twin.base, path)
+    assert list(again.layers) == list(twin.adapter.layers)
+    assert again.ranks == twin.adapter.ranks and again.alphas == twin.adapter.alphas
+    assert all(torch.equal(again.state()[key], weight) for key, weight in twin.adapter.state().items())
+    adapters.eject(unet)
+    bare = twin.bare.state_dict()
+    assert all(torch.equal(weight, bare.pop(key)) for key, weight in unet.state_dict().items()) and not bare
+
+
+def test_diffusers_reads_it_with_its_true_alpha(sd15, tmp_path):
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    path = export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=TEXT, num_hidden_layers=1, num_attention_heads=2))
+    pipeline = StableDiffusionPipeline(
+        AutoencoderKL(block_out_channels=(4,), norm_num_groups=4), text, None, copy.deepcopy(sd15.bare),
+        DDIMScheduler(clip_sample=False, steps_offset=1), None, None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.load_lora_weights(path)
+    assert distance(answer(pipeline.unet, "sd15"), answer(sd15.unet, "sd15")) < 1e-5
+    pipeline.unload_lora_weights()
+    assert distance(answer(pipeline.unet, "sd15"), answer(sd15.bare, "sd15")) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_diffusers_reads_the_other_families(family, tmp_path):
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    twin = Twin(family)
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    state, alphas = pipeline.lora_state_dict(path, unet_config=twin.bare.config)[:2]
+    pipeline.load_lora_into_unet(state, alphas, twin.bare)
+    assert distance(answer(twin.bare, family), answer(twin.unet, family)) < 1e-5
+
+
+# ── Proof ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+def test_a_good_file_is_proven(twin, tmp_path, dtype, most):
+    proof = export.prove(
+        export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=dtype), twin.adapter, twin.base
+    )
+    assert proof.modules == len(twin.adapter.layers) and proof.error < most and proof.worst in twin.adapter.layers
+    assert f"all {proof.modules} modules" in proof.describe()
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-4, 1e2])
+def test_rounding_alone_never_fails_the_proof(sd15, tmp_path, size):
+    """Weights of a run that has just begun are among float16's smallest numbers, where rounding is coarse."""
+    before = {key: weight.clone() for key, weight in sd15.adapter.state().items()}
+    try:
+        for key, weight in sd15.adapter.state().items():
+            weight.data *= size if key.endswith(".up") else 1
+        for dtype in (torch.float16, torch.bfloat16):
+            export.prove(
+                export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors", dtype=dtype), sd15.adapter, sd15.base
+            )
+    finally:
+        sd15.adapter.load(before)
+
+
+def test_a_fresh_adapter_is_proven_as_well(tmp_path):
+    unet = narrow_unet("sd15")
+    adapter, base = adapters.inject(unet, 2, 2), a_base("sd15", unet)
+    assert export.prove(export.save(adapter, base, tmp_path / "a.safetensors"), adapter, base).error == 0
+
+
+@pytest.mark.parametrize("fault", ["alpha", "swapped", "one weight", "missing", "superfluous"])
+def test_a_wrong_file_is_caught(sd15, tmp_path, fault):
+    path = export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors")
+    tensors, metadata, _ = readers.read(path)
+    first, second = (f"lora_unet_down_blocks_0_attentions_{j}_transformer_blocks_0_attn1_to_q" for j in (0, 1))
+    if fault == "alpha":
+        tensors[f"{first}.alpha"] *= 1.1
+    elif fault == "swapped":
+        for part in ("lora_down.weight", "lora_up.weight"):
+            a, b = f"{first}.{part}", f"{second}.{part}"
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+    elif fault == "one weight":
+        tensors[f"{first}.lora_up.weight"][0, 0] += 0.05
+    elif fault == "missing":
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(first)}
+    else:
+        for part in ("lora_down.weight", "lora_up.weight", "alpha"):
+            tensors[f"lora_unet_conv_in.{part}"] = tensors[f"lora_unet_mid_block_attentions_0_proj_in.{part}"].clone()
+    save_file(tensors, path, metadata)
+    with pytest.raises(
+        RuntimeError, match="does not hold this adapter" if "ing" in fault or "super" in fault else "differs"
+    ):
+        export.prove(path, sd15.adapter, sd15.base)
+
+
+# ── What the file says of itself ────────────────────────────────────────────────────────────────────────────────────
+
+
+def a_dataset(root: Path = Path("/home/anna/pictures")) -> Dataset:
+    def picture(n: int, group: str, repeats: int, caption: str, size: tuple[int, int]) -> Picture:
+        return Picture(root / group / f"{n}.png", caption, ".txt", repeats, *size, f"{n:064x}", group)
+
+    pictures = [picture(n, "5_cat", 5, "sks cat, Red Hat, \\m/", (600, 600)) for n in range(3)]
+    pictures += [picture(9, "old/5_cat", 5, "sks cat", (900, 600))]
+    pictures += [picture(10, "", 1, "a cat in /home/anna/pictures, ünder, o/, he/him", (512, 512))]
+    return Dataset(root, tuple(pictures), ())
+
+
+def a_run(twin, **changes) -> dict[str, str]:
+    settings = configs.Config(
+        name="my cat_v1", trigger="sks cat", rank=4, alpha=3, epochs=10, batch_size=2, min_snr_gamma=None
+    )  # fmt: skip
+    return export.run_metadata(
+        settings.with_(**changes), twin.base, a_dataset(), steps=120, epochs=10, started=1700000000.5,
+        finished=1700000600.0, adapter=twin.adapter, thumbnail=Image.new("RGBA", (1024, 512), "red"),
+    )  # fmt: skip
+
+
+def test_metadata_of_a_run(sd15, tmp_path):
+    metadata = a_run(sd15)
+    assert all(isinstance(key, str) and isinstance(value, str) for key, value in metadata.items())
+    expected = {
+        "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_output_name": "my cat_v1",
+        "ss_sd_model_name": "somebody/sd15-twin", "ss_clip_skip": "1", "ss_network_module": "networks.lora",
+        "ss_network_dim": "4", "ss_network_alpha": "3", "ss_learning_rate": "0.0001", "ss_unet_lr": "0.0001",
+        "ss_optimizer": "torch.optim.adamw.AdamW(weight_decay=0.01)", "ss_lr_scheduler": "constant",
+        "ss_steps": "120", "ss_epoch": "10", "ss_num_epochs": "10", "ss_max_train_steps": "120", "ss_seed": "42",
+        # 15 + 1 square in one bucket, 5 wide in the other: 8 + 3 batches of 2
+        "ss_num_train_images": "21", "ss_num_batches_per_epoch": "11", "ss_batch_size_per_device": "2",
+        "ss_resolution": "(512, 512)", "ss_mixed_precision": "no", "ss_min_snr_gamma": "None",
+        "ss_noise_offset": "None", "ss_caption_dropout_rate": "0.0", "ss_training_started_at": "1700000000.5",
+        "ss_training_finished_at": "1700000600.0", "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.implementation": "diffusers",
+        "modelspec.title": "my cat_v1", "modelspec.trigger_phrase": "sks cat", "modelspec.resolution": "512x512",
+        "modelspec.prediction_type": "epsilon", "modelspec.date": "2023-11-14T22:23:20+00:00",
+    }  # fmt: skip
+    expected["ss_max_train_steps"] = "110"
+    assert {key: metadata.get(key) for key in expected} == expected
+    assert json.loads(metadata["ss_dataset_dirs"]) == {
+        "5_cat": {"n_repeats": 5, "img_count": 3}, "5_cat (2)": {"n_repeats": 5, "img_count": 1},
+        "1_my cat_v1": {"n_repeats": 1, "img_count": 1},
+    }  # fmt: skip
+    assert json.loads(metadata["ss_tag_frequency"]) == {
+        "5_cat": {"sks cat": 3, "red hat": 3, "\\m/": 3}, "5_cat (2)": {"sks cat": 1},
+        "1_my cat_v1": {"ünder": 1, "o/": 1, "he/him": 1},
+    }  # fmt: skip
+    info = json.loads(metadata["ss_bucket_info"])
+    assert sorted((b["resolution"], b["count"]) for b in info["buckets"].values()) == [
+        ([512, 512], 16),
+        ([640, 384], 5),
+    ]
+    assert info["mean_img_ar_error"] == pytest.approx(abs(640 / 384 - 1.5) / 5)
+    assert metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,/9j/")
+    written = readers.read(export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors", metadata=metadata))[1]
+    assert metadata.items() <= written.items()
+    assert not re.search(r"anna|nowhere|private", json.dumps(written))
+    told = export.describe(tmp_path / "a.safetensors")
+    assert told == {
+        "file": "a.safetensors", "kind": "LoRA", "family": "sd15", "modules": 192, "text_encoder": 0, "rank": [4],
+        "alpha": [3.0], "dtype": ["float16"], "bytes": (tmp_path / "a.safetensors").stat().st_size,
+        "base": "somebody/sd15-twin", "trigger": "sks cat", "steps": "120", "hash": "verified",
+    }  # fmt: skip
+
+
+def test_the_thumbnail_is_small():
+    import base64
+    import io
+
+    url = export._data_url(Image.effect_noise((2000, 1000), 90))
+    assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size == (256, 128)
+
+
+@pytest.mark.parametrize(
+    "family, prediction_type, version, v2, architecture",
+    [
+        ("sd15", "v_prediction", "sd_v1_v", "False", "stable-diffusion-v1/lora"),
+        ("sd2", "epsilon", "sd_v2", "True", "stable-diffusion-v2-512/lora"),
+        ("sd2", "v_prediction", "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
+        ("sdxl", "epsilon", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_the_family_is_said_without_a_run_too(sd15, tmp_path, family, prediction_type, version, v2, architecture):
+    base = a_base(family, sd15.bare, prediction_type)
+    metadata = readers.read(export.save(sd15.adapter, base, tmp_path / "a.safetensors"))[1]
+    assert metadata["ss_base_model_version"] == version and metadata["ss_v2"] == v2
+    assert metadata["modelspec.architecture"] == architecture
+    assert metadata["modelspec.prediction_type"] == ("v" if prediction_type == "v_prediction" else "epsilon")
+    assert export.load(tmp_path / "a.safetensors").family == family
+
+
+@pytest.mark.parametrize("rank", [4, 256])  # below and above the 1 MiB where the older hash begins
+def test_hashes(rank, tmp_path):
+    unet = narrow_unet("sd15")
+    adapter = adapters.inject(unet, rank, 1)
+    path = export.save(adapter, a_base("sd15", unet), tmp_path / "a.safetensors", metadata={"ss_x": 'ü\n"\\', "y": "z"})
+    metadata = readers.read(path)[1]
+    assert (metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]) == readers.hashes(path)
+    assert (metadata["sshs_legacy_hash"] == "e3b0c442") == (rank == 4)  # sha256 of nothing
+    assert path.stat().st_size > 2**20 or rank == 4
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert export.describe(path)["hash"].startswith("does not match")
+
+
+def test_the_same_adapter_gives_the_same_bytes(sd15, tmp_path):
+    a, b = (export.save(sd15.adapter, sd15.base, tmp_path / n / "a.safetensors", metadata=a_run(sd15)) for n in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/data", "/content/drive/MyDrive/cats", "made from ~/cats", "C:\\Users\\Anna", json.dumps({"C:\\cats": 1}),
+        "D:/cats/1", "see /mnt/cats/1.png", '{"/home/x/5_cat": {}}', "\\\\server\\cats", "file:///x", "hf_" + "a" * 34,
+        f"runs/{Path.home().name}/x", str(Path.home()),
+    ],
+)  # fmt: skip
+def test_nothing_private_goes_into_a_file(sd15, tmp_path, value):
+    with pytest.raises(ValueError, match="metadata ss_training_comment holds a path or token of this machine"):
+        export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors", metadata={"ss_training_comment": value})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["https://example.org/a/b", "owner/name", "and/or, w/ hat, o/, 1/2", json.dumps({"\\m/": 1}), "(512, 512)", ":/"],
+)
+def test_ordinary_text_is_not_taken_for_private(sd15, tmp_path, value):
+    path = export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors", metadata={"ss_training_comment": value})
+    assert readers.read(path)[1]["ss_training_comment"] == value
+
+
+def test_metadata_must_be_strings(sd15, tmp_path):
+    with pytest.raises(TypeError, match="ss_steps is 5; readers expect strings alone: give '5'"):
+        export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors", metadata={"ss_steps": 5})
+
+
+# ── What is not written ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_full_disk_leaves_nothing(sd15, tmp_path, monkeypatch):
+    whole = export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors").stat().st_size
+    (tmp_path / "a.safetensors").unlink()
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=f"no room for a.safetensors .*{whole:,} bytes are needed"):
+        export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value, dtype", [(math.nan, torch.float32), (70000.0, torch.float16)])
+def test_spoilt_weights_are_not_written(tmp_path, value, dtype):
+    twin = Twin("sd15")
+    twin.adapter.parameters()[7].data.view(-1)[0] = value
+    with pytest.raises(
+        FloatingPointError, match="1 weights are NaN or infinite.*use an earlier checkpoint, or float32"
+    ):
+        export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=dtype)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name, layout", [("a.safetensors", "lycoris"), ("a.pt", "kohya")])
+def test_unknown_layouts_are_refused(sd15, tmp_path, name, layout):
+    with pytest.raises(ValueError, match="LoRAs are written in layout 'kohya' as .safetensors"):
+        export.save(sd15.adapter, sd15.base, tmp_path / name, layout=layout)
+
+
+# ── Files that others made ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sdxl_in_diffusers_naming_without_alpha_and_with_text_encoders(sdxl_with_convolutions, tmp_path):
+    twin, path = sdxl_with_convolutions, tmp_path / "a.safetensors"
+    tensors = {}
+    for key, weight in twin.adapter.state().items():
+        module, part = key.rsplit(".", 1)
+        scale = twin.adapter.alphas[module] / twin.adapter.ranks[module] if part == "up" else 1
+        tensors[f"lora_unet_{module.replace('.', '_')}.lora_{part}.weight"] = (weight.detach() * scale).contiguous()
+    aside = "lora_te2_text_model_encoder_layers_31_mlp_fc1"
+    tensors |= {f"{aside}.lora_down.weight": torch.ones(2, 3), f"{aside}.lora_up.weight": torch.ones(3, 2)}
+    save_file(tensors, path)
+    lora = export.load(path)
+    assert lora.family == "sdxl" and len(lora.modules) == 788 and len(lora.text_encoder) == 2
+    assert all(alpha == down.shape[0] for down, _, alpha in lora.modules.values())
+    export.inject(unet := copy.deepcopy(twin.bare), twin.base, lora)
+    assert distance(answer(unet, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
+    assert export.describe(path)["text_encoder"] == 1 and export.describe(path)["hash"] == "none"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_diffusers_saves(sd15, tmp_path, rslora):
+    from diffusers import StableDiffusionPipeline
+    from peft import get_peft_model_state_dict
+
+    settings = sd15.unet.peft_config["default"].to_dict() | {"use_rslora": rslora}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(sd15.unet, adapter_name="default"), unet_lora_adapter_metadata=settings
+    )
+    lora = export.load(tmp_path / "pytorch_lora_weights.safetensors")
+    assert lora.modules.keys() == sd15.adapter.layers.keys()
+    assert {alpha for _, _, alpha in lora.modules.values()} == {3.0 * (2 if rslora else 1)}  # √rank is 2
+    down, up, _ = lora.modules["mid_block.attentions.0.proj_in"]
+    assert torch.equal(down, sd15.adapter.state()["mid_block.attentions.0.proj_in.down"])
+    assert torch.equal(up, sd15.adapter.state()["mid_block.attentions.0.proj_in.up"])
+
+
+@pytest.mark.parametrize(
+    "down, up",
+    [
+        ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
+        ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
+        ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+        ("unet.{processor}_lora.down.weight", "unet.{processor}_lora.up.weight"),
+    ],
+)
+def test_dotted_keys(tmp_path, down, up):
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    processor = "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out"
+    tensors = {down: torch.ones(2, 16), up: torch.ones(16, 2)}
+    save_file({k.format(module, processor=processor): t for k, t in tensors.items()}, tmp_path / "a.safetensors")
+    lora = export.load(tmp_path / "a.safetensors")
+    assert list(lora.modules) == [module] and lora.modules[module][2] == 2 and lora.family is None
+
+
+def test_projections_of_either_shape_fit(tmp_path):
+    """sd-scripts makes convolutions of SD 2's linear projections when it trains on a single checkpoint file."""
+    twin = Twin("sd2")
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    tensors, metadata, _ = readers.read(path)
+    for key, tensor in tensors.items():
+        if "_proj_" in key and "attentions" in key and tensor.ndim == 2 and "ff" not in key:
+            tensors[key] = tensor[..., None, None]
+    save_file(tensors, path, metadata)
+    export.inject(twin.bare, twin.base, path)
+    assert distance(answer(twin.bare, "sd2"), answer(twin.unet, "sd2")) < 1e-5
+    assert export.prove(path, twin.adapter, twin.base).error < 1e-6
+
+
+# ── Files that do not fit, or are none ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_lora_of_another_family(sd15, sdxl_with_convolutions, tmp_path):
+    path = export.save(sdxl_with_convolutions.adapter, sdxl_with_convolutions.base, tmp_path / "xl.safetensors")
+    with pytest.raises(ValueError, match="xl.safetensors is an SDXL LoRA, the base somebody/sd15-twin is SD 1.5"):
+        export.inject(sd15.bare, sd15.base, path)
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    for width, family in ((768, "sd15"), (1024, "sd2"), (2048, "sdxl")):
+        tensors = {f"{module}.lora_down.weight": torch.ones(1, width), f"{module}.lora_up.weight": torch.ones(16, 1)}
+        save_file(tensors, tmp_path / "a.safetensors")
+        assert export.load(tmp_path / "a.safetensors").family == family
+
+
+def test_a_lora_for_a_wider_base(sd15, tmp_path):
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"unet.{module}.lora_A.weight": torch.ones(1, 99), f"unet.{module}.lora_B.weight": torch.ones(16, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"in 1 of 1 modules: {module} is 16×99 in the file, 16×16 here"):
+        export.inject(sd15.bare, sd15.base, tmp_path / "a.safetensors")
+    assert not hasattr(sd15.bare, "peft_config")
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"lora_unet_double_blocks_0_img_attn_proj": ("lora_down.weight", "lora_up.weight")}, "another kind of model"),
+        ({"lora_unet_mid_block_attentions_0_proj_in": ("lora_down.weight", "alpha")}, "holds alpha, down alone"),
+        (
+            {"lora_unet_mid_block_attentions_0_proj_in": ("lora_down.weight", "lora_up.weight", "dora_scale")},
+            "a DoRA file",
+        ),
+        ({"lora_unet_mid_block_attentions_0_proj_in": ("hada_w1_a", "hada_w1_b")}, "a LoHa file"),
+        (
+            {"model.diffusion_model.input_blocks.0.0": ("weight", "bias")},
+            "no LoRA: 2 of its weights are something else",
+        ),
+        ({}, "no LoRA: it is empty"),
+    ],
+)
+def test_files_that_are_no_lora(tmp_path, keys, message):
+    tensors = {f"{name}.{part}": torch.ones(2, 2) for name, parts in keys.items() for part in parts}
+    save_file(tensors, tmp_path / "a.safetensors")
+    for read in (export.load, export.describe):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "a.safetensors")
+
+
+def test_text_encoder_alone(sd15, tmp_path):
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 3), f"{name}.lora_up.weight": torch.ones(3, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="adapts the text encoder alone"):
+        export.inject(sd15.bare, sd15.base, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(2,), (), (0, 4), (4, 4, 1)])
+def test_matrices_that_do_not_belong_together(tmp_path, shape):
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(shape), f"{name}.lora_up.weight": torch.ones(4, 3)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(ValueError, match="do not match"):
+        export.describe(tmp_path / "a.safetensors")
+
+
+def test_damaged_files(sd15, tmp_path):
+    whole = export.save(sd15.adapter, sd15.base, tmp_path / "whole.safetensors").read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    overlapping = whole[:8] + re.sub(rb'"data_offsets":\[\d+,', b'"data_offsets":[0,', whole[8 : 8 + header])
+    overlapping = len(overlapping[8:]).to_bytes(8, "little") + overlapping[8:] + whole[8 + header :]
+    damaged = {
+        "was cut off or damaged": [
+            b"", whole[:5], whole[:100], whole[: 8 + header], whole[:-1], whole + b"x", overlapping,
+            (2**60).to_bytes(8, "little") + whole[8:], (99_999_999).to_bytes(8, "little") + whole[8:],
+            whole[:8] + b"[" * header, (4).to_bytes(8, "little") + b"[[]]", (8).to_bytes(8, "little") + b'{"a": 1}',
+        ],
+        "looks like a web page": [b"<!DOCTYPE html><html><body>Log in"],
+        "looks like a zip or a PyTorch pickle": [b"PK\x03\x04 and so on, many bytes"],
+        "looks like a pickle": [b"\x80\x02}q\x00X\x05\x00\x00\x00lorakit"],
+        "looks like a Git LFS pointer": [b"version https://git-lfs.github.com/spec/v1\noid sha256:0"],
+        "looks like a row of zeros": [bytes(10_000)],
+    }  # fmt: skip
+    for message, contents in damaged.items():
+        for content in contents:
+            (tmp_path / "a.safetensors").write_bytes(content)
+            for read in (export.load, export.describe):
+                with pytest.raises(ValueError, match=rf"a.safetensors \({len(content):,} bytes\) .*{message}"):
+                    read(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        export.load(tmp_path / "none.safetensors")
+
+
+def test_nan_is_not_loaded(sd15, tmp_path):
+    path = export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors")
+    tensors, metadata, _ = readers.read(path)
+    tensors["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"][0] = math.nan
+    save_file(tensors, path, metadata)
+    with pytest.raises(FloatingPointError, match="mid_block.attentions.0.proj_in.*Its training diverged"):
+        export.load(path)

@@ -1,0 +1,86 @@
+"""The commands, called as a person calls them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def lorakit(*arguments, cwd=None, expect=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "lorakit", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+@pytest.fixture
+def config_file(settings, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(settings.to_json())
+    return path
+
+
+def test_train_info_and_sample(config_file, settings, tmp_path):
+    trained = lorakit("train", config_file, "--out", tmp_path / "run")
+    assert "done" in trained.stdout and "proof" in trained.stdout
+    facts = json.loads(lorakit("info", tmp_path / "run", "--json").stdout)
+    assert (facts["kind"], facts["steps"]) == ("run", 6)
+    lora = tmp_path / "run" / "thing.safetensors"
+    assert json.loads(lorakit("info", lora, "--json").stdout)["family"] == "sd15"
+    assert "sks thing" in lorakit("info", lora).stdout
+    out = tmp_path / "pictures-out"
+    lorakit(
+        "sample", "sks thing", "a house", "--base", settings.base, "--lora", lora,
+        "--strength", 0, "--strength", 1, "--steps", 2, "--out", out,
+    )  # fmt: skip
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.png")) == [
+        "sheet.png", "strength-0/00-seed-0.png", "strength-0/01-seed-1.png",
+        "strength-1/00-seed-0.png", "strength-1/01-seed-1.png",
+    ]  # fmt: skip
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(settings, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(settings.with_(steps=2000).to_json())
+    command = [sys.executable, "-m", "lorakit", "train", str(path), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 10):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped" in output and "Traceback" not in errors
+    done = json.loads(lorakit("info", tmp_path / "run", "--json").stdout)
+    assert done["steps"] == done["checkpoints"][-1]["step"] > 0
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.json"], "no config file none.json"),
+        (["info", "nothing"], "There is no nothing"),
+        (["preset", "landscape"], "no preset for 'landscape'"),
+        (["sample", "a cat", "--base", "nowhere"], "no base 'nowhere'"),
+        (["sample", "a cat", "--scheduler", "dpm"], "no scheduler 'dpm'"),
+    ],
+)
+def test_mistakes_get_a_message_and_no_traceback(tmp_path, arguments, message):
+    errors = lorakit(*arguments, cwd=tmp_path, expect=1).stderr
+    assert message in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_is_a_config_to_start_from(tmp_path):
+    (tmp_path / "style.json").write_text(lorakit("preset", "style", "sdxl", "--trigger", "sks style").stdout)
+    settings = json.loads((tmp_path / "style.json").read_text())
+    assert (settings["rank"], settings["resolution"], settings["trigger"]) == (128, 1024, "sks style")

@@ -1,0 +1,397 @@
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from lorakit import plots
+
+SVG = "{http://www.w3.org/2000/svg}"
+SCRIPTS = [
+    "猫が好き",
+    "кот",
+    "قطة",
+    "חתול",
+    "🐈‍⬛",
+    "e\u0301",
+    "a\nb\tc",
+    "\x00\x07",
+    "\ud800",
+    "",
+    " ",
+    "$x_1",
+    "x" * 300,
+]
+
+
+def noisy(n: int) -> tuple[list[int], list[float]]:
+    random = np.random.default_rng(0)
+    steps = np.arange(1, n + 1)
+    return steps.tolist(), ((0.06 + 0.1 * np.exp(-steps / n * 5)) * random.lognormal(0, 0.6, n)).tolist()
+
+
+def lines(svg: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The raw and the smoothed polylines of a loss plot, each (points, 2)."""
+    raw, smoothed = ElementTree.fromstring(svg).findall(f"{SVG}g/{SVG}g")
+    return tuple(
+        [
+            np.array([p.split(",") for p in line.get("points").split()], float)
+            for line in group.findall(f"{SVG}polyline")
+        ]
+        for group in (raw, smoothed)
+    )
+
+
+# ── log ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_log_is_read_whole_but_for_a_torn_last_line(tmp_path):
+    file = tmp_path / "log.jsonl"
+    written = [{"step": n, "loss": 0.1 / n, "learning_rate": 1e-4} for n in range(1, 6)]
+    text = "".join(json.dumps(line) + "\n" for line in written)
+    file.write_text(text)
+    assert plots.read_log(file) == written
+    for cut in range(2, len(text.splitlines()[-1]) + 1):
+        file.write_text(text[:-cut])
+        assert plots.read_log(file) == written[:-1], text[:-cut]
+    file.write_bytes(text.encode() + '{"note": "猫'.encode()[:-1])
+    assert plots.read_log(str(file)) == written
+    file.write_text("")
+    assert plots.read_log(file) == []
+
+
+def test_a_diverged_loss_is_read_back(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": math.nan}) + "\n")
+    assert math.isnan(plots.read_log(tmp_path / "log.jsonl")[0]["loss"])
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no log .*missing"):
+        plots.read_log(tmp_path / "missing")
+    (tmp_path / "config.json").write_text('{\n "steps": 3\n}\n')
+    with pytest.raises(ValueError, match=r"Line 1 of .*config\.json"):
+        plots.read_log(tmp_path / "config.json")
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n[2]\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"Line 2 .*'\[2\]'"):
+        plots.read_log(tmp_path / "log.jsonl")
+
+
+# ── smoothing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_constant_stays_itself_from_the_first_entry():
+    assert plots.smooth([0.37] * 100, half_life=7) == [0.37] * 100
+
+
+def test_a_line_is_followed_at_the_averages_own_lag():
+    keep = 0.5 ** (1 / 5)
+    smoothed = plots.smooth(range(500), half_life=5)
+    assert smoothed[0] == 0
+    assert smoothed[-1] == pytest.approx(499 - keep / (1 - keep), abs=1e-6)
+
+
+def test_a_loss_weighs_half_after_the_half_life():
+    plain = np.array(plots.smooth([0.0] * 1000, half_life=10))
+    struck = np.array(plots.smooth([0.0] * 900 + [1.0] + [0.0] * 99, half_life=10))
+    assert (struck - plain)[910] == pytest.approx((struck - plain)[900] / 2, rel=1e-6)
+
+
+def test_noise_gets_less():
+    steps, losses = noisy(1000)
+    assert np.std(plots.smooth(losses)[300:]) < np.std(losses[300:]) / 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+def test_what_is_no_number_does_not_count(bad):
+    smoothed = plots.smooth([1.0, bad, 2.0, bad], half_life=3)
+    assert [math.isnan(x) for x in smoothed] == [False, True, False, True]
+    assert [smoothed[0], smoothed[2]] == plots.smooth([1.0, 2.0], half_life=3)
+
+
+def test_smoothing_nothing_and_with_nonsense():
+    assert plots.smooth([]) == []
+    for half_life in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="half_life is"):
+            plots.smooth([1.0], half_life=half_life)
+
+
+# ── live plot ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("n", [1, 2, 30, 1000, 10_000])
+@pytest.mark.parametrize("total", [None, 20_000])
+@pytest.mark.parametrize("size", [(640, 240), (320, 160), (1600, 400)])
+def test_every_point_lies_inside_the_picture_and_the_picture_is_small(n, total, size):
+    svg = plots.loss_svg(*noisy(n), width=size[0], height=size[1], total=total)
+    assert len(svg.encode()) <= 64 * 1024
+    raw, smoothed = lines(svg)
+    assert raw and smoothed
+    for points in raw + smoothed:
+        assert len(points) >= 2  # one point alone would not be drawn
+        assert (points >= 0).all() and (points <= size).all()
+        assert (np.diff(points[:, 0]) >= 0).all()
+
+
+def test_the_curve_is_where_the_axes_say():
+    svg = plots.loss_svg([0, 50, 100], [2.0, 6.0, 4.0], half_life=1e-9)
+    texts = [t for t in ElementTree.fromstring(svg).iter(f"{SVG}text") if re.fullmatch(r"[\d.]+", t.text or "")]
+    across = {float(t.text): float(t.get("x")) for t in texts if t.get("text-anchor") == "middle"}
+    up = {float(t.text): float(t.get("y")) - 4 for t in texts if t.get("text-anchor") == "end"}
+    _, (curve,) = lines(svg)
+    wanted = [[across[0], up[2]], [(across[0] + across[100]) / 2, up[6]], [across[100], up[4]]]
+    assert curve == pytest.approx(np.array(wanted), abs=0.1)
+
+
+def test_total_leaves_room_for_what_is_to_come():
+    steps, losses = noisy(100)
+    whole, part = (lines(plots.loss_svg(steps, losses, total=total))[1][0] for total in (100, 400))
+    assert np.ptp(part[:, 0]) == pytest.approx(np.ptp(whole[:, 0]) * 99 / 399, rel=0.01)
+
+
+def test_a_long_run_keeps_its_highest_and_lowest_loss():
+    losses = [0.5] * 10_000
+    losses[2000:2200:20], losses[7000:7200:20] = [0.9] * 10, [0.1] * 10
+    (raw,), _ = lines(plots.loss_svg(range(10_000), losses))
+    highest, lowest = raw[raw[:, 1].argmin()], raw[raw[:, 1].argmax()]  # y grows downwards
+    assert highest[0] < lowest[0] and lowest[1] - highest[1] > 100
+
+
+def test_steps_without_a_loss_leave_a_gap():
+    losses = [1.0] * 20
+    losses[5], losses[7], losses[10:13] = math.nan, math.inf, [None] * 3
+    raw, smoothed = lines(plots.loss_svg(range(20), losses))
+    assert len(raw) == len(smoothed) == 4
+    assert [len(points) for points in raw] == [5, 2, 2, 7]  # the lone step 6 is a dot: its point twice
+    assert "nan" not in "".join(str(points) for points in raw + smoothed)
+    raw, smoothed = lines(plots.loss_svg(range(10_000), [0.5] * 4000 + [math.nan] * 2000 + [0.5] * 4000))
+    assert len(raw) == len(smoothed) == 2
+    # One lost step in a long run is no gap of a whole column.
+    raw, smoothed = lines(plots.loss_svg(range(10_000), [0.5] * 4000 + [math.nan] + [0.5] * 5999))
+    assert len(raw) == len(smoothed) == 1
+
+
+@pytest.mark.parametrize(
+    "losses", [[], [math.nan], [math.nan] * 50, [0.0] * 9, [1e-12] * 9, [1e12, 1e-12], [-3.0, 4e5]]
+)
+def test_odd_runs_still_draw(losses):
+    raw, _ = lines(plots.loss_svg(range(len(losses)), losses, total=100))
+    assert bool(raw) == any(math.isfinite(loss) for loss in losses)
+    plots.loss(range(len(losses)), losses)._repr_png_()
+
+
+@pytest.mark.parametrize("title", ["</text><script>alert(1)</script>", "a & \"b\" 'c'", *SCRIPTS])
+def test_a_title_stays_text(title):
+    svg = plots.loss_svg([1, 2], [1.0, 2.0], width=2400, title=title)
+    svg.encode()
+    root = ElementTree.fromstring(svg)
+    assert {element.tag for element in root.iter()} <= {SVG + tag for tag in ("svg", "g", "text", "path", "polyline")}
+    shown = root.find(f"{SVG}text").text or ""
+    assert shown.rstrip("…")[:50] == re.sub("[\x00-\x08\ud800]", "�", " ".join(title.split()))[:50]
+
+
+def test_the_live_plot_takes_the_pages_colour():
+    svg = plots.loss_svg(*noisy(50))
+    assert set(re.findall(r'(?:fill|stroke)="([^"]+)"', svg)) == {"currentColor", "none", plots.ACCENT}
+
+
+# ── figure ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_figure_is_saved_and_shows_itself(tmp_path):
+    steps, losses = noisy(300)
+    path = tmp_path / "run" / "loss.png"
+    figure = plots.loss(steps, losses, path=path, learning_rates=[1e-4] * 300, title="my_character_v1")
+    assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.width >= 800
+        assert not {k: v for k, v in picture.info.items() if k != "dpi"}  # above all, no path
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    above, below = figure.axes
+    assert (above.get_ylabel(), below.get_ylabel(), below.get_xlabel()) == ("loss", "learning rate", "step")
+    raw, smoothed = above.lines
+    assert raw.get_ydata().tolist() == losses and smoothed.get_ydata().tolist() == plots.smooth(losses)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_figure_leaves_nothing_behind():
+    code = """
+import sys
+from lorakit import plots
+assert "matplotlib" not in sys.modules and "torch" not in sys.modules
+import matplotlib
+matplotlib.rcParams["axes.facecolor"] = "black"
+settings = [key for key in matplotlib.rcParams if key != "backend"]  # asking for that one chooses it
+before = [matplotlib.rcParams[key] for key in settings]
+figure = plots.loss([1, 2, 3], [3.0, 2.0, 1.0])
+assert figure.axes[0].get_facecolor() == (1, 1, 1, 1)
+figure._repr_png_()
+assert [matplotlib.rcParams[key] for key in settings] == before
+assert "matplotlib.pyplot" not in sys.modules
+import matplotlib.pyplot
+assert not matplotlib.pyplot.get_fignums()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("title", SCRIPTS)
+def test_a_figure_takes_any_title(title):
+    assert plots.loss([1, 2], [1.0, 2.0], title=title)._repr_png_()
+
+
+def test_a_figure_with_missing_losses_has_a_gap():
+    losses = [1.0, math.nan, None, 1.5]
+    for line in plots.loss([1, 2, 3, 4], losses).axes[0].lines:
+        assert np.isnan(line.get_ydata()).tolist() == [False, True, True, False]
+
+
+def test_unequal_lengths_are_refused():
+    for draw in (plots.loss, plots.loss_svg):
+        with pytest.raises(ValueError, match="2 steps and 1 losses"):
+            draw([1, 2], [0.5])
+    with pytest.raises(ValueError, match="2 steps and 3 learning rates"):
+        plots.loss([1, 2], [0.5, 0.4], learning_rates=[1e-4] * 3)
+
+
+# ── sheet ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+COLOURS = [["red", "lime", "blue"], ["yellow", "cyan", "magenta"]]
+
+
+def coloured(size: tuple[int, int]) -> list[list[Image.Image]]:
+    return [[Image.new("RGB", size, colour) for colour in row] for row in COLOURS]
+
+
+def boxes(sheet: Image.Image, colours=COLOURS) -> np.ndarray:
+    """Where each colour is, (rows, columns, 4) as left, top, right, bottom; a colour must fill its box."""
+    pixels = np.asarray(sheet)
+    found = []
+    for colour in sum(colours, []):
+        y, x = np.nonzero((pixels == Image.new("RGB", (1, 1), colour).getpixel((0, 0))).all(-1))
+        box = (x.min(), y.min(), x.max() + 1, y.max() + 1)
+        assert len(x) == (box[2] - box[0]) * (box[3] - box[1]), colour
+        found.append(box)
+    return np.array(found).reshape(len(colours), -1, 4)
+
+
+def assert_clear_edges(sheet: Image.Image) -> None:
+    pixels = np.asarray(sheet)
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge == 255).all()
+
+
+@pytest.mark.parametrize(
+    "size, cell",
+    [((64, 64), (128, 128)), ((64, 48), (192, 144)), ((128, 128), (128, 128)), ((300, 200), (300, 200))],
+)
+def test_cells_are_enlarged_by_a_whole_factor_and_stand_in_rows_and_columns(size, cell):
+    sheet = plots.grid(coloured(size), row_labels=["cat", "dog"], column_labels=["0", "0.5", "1.0"], title="strengths")
+    found = boxes(sheet)
+    assert (found[..., 2] - found[..., 0] == cell[0]).all() and (found[..., 3] - found[..., 1] == cell[1]).all()
+    for column in range(3):
+        assert len(set(found[:, column, 0])) == 1
+    for row in range(2):
+        assert len(set(found[row, :, 1])) == 1
+    assert (found[:, :-1, 2] < found[:, 1:, 0]).all() and (found[:-1, :, 3] < found[1:, :, 1]).all()
+    assert_clear_edges(sheet)
+
+
+def test_small_pictures_keep_their_pixels():
+    random = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    sheet = plots.grid([[Image.fromarray(random)]], row_labels=[""], column_labels=[""])
+    pixels = np.asarray(sheet)
+    inside = pixels[(pixels != 255).any((1, 2))][:, (pixels != 255).any((0, 2))]
+    assert (inside == random.repeat(2, 0).repeat(2, 1)).all()
+
+
+@pytest.mark.parametrize("size, columns", [((1024, 1024), 5), ((64, 64), 40), ((512, 768), 60), ((2400, 100), 1)])
+def test_a_sheet_is_never_too_wide(size, columns):
+    rows = [[Image.new("RGB", size, "red")] * columns]
+    sheet = plots.grid(rows, row_labels=["a photo of sks person"], column_labels=[f"step {n}" for n in range(columns)])
+    assert 2000 < sheet.width <= plots.WIDEST
+
+
+@pytest.mark.parametrize("scale", [0.5, 1, 1.5, 3])
+def test_a_scale_is_obeyed(scale):
+    found = boxes(plots.grid(coloured((64, 64)), row_labels="ab", column_labels="xyz", scale=scale))
+    assert (found[..., 2] - found[..., 0] == 64 * scale).all()
+
+
+def test_missing_transparent_and_unequal_pictures():
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    small = Image.new("L", (32, 64), 100)
+    rows = [[Image.new("P", (64, 64)), None, clear, small]]
+    sheet = plots.grid(rows, row_labels=[""], column_labels=["", "", "", ""])
+    found = boxes(sheet, [["black", "#eeeeee", (100, 100, 100)]])[0]
+    assert (found[:, 2] - found[:, 0]).tolist() == [128, 128, 64]
+    pitch = found[1, 0] - found[0, 0]
+    assert found[2, 0] == found[0, 0] + 3 * pitch + 32  # centred in the fourth cell, the third being clear
+    only = plots.grid([[None]], row_labels=["later"], column_labels=["1.0"])
+    assert only.getpixel((only.width - 20, only.height - 20)) == (238, 238, 238)
+
+
+LONG = "a photo of sks person, smiling, in a snowy forest, soft evening light, 85mm, film grain, looking away, " * 4
+
+
+@pytest.mark.parametrize("label", [LONG, *SCRIPTS])
+def test_labels_of_any_script_and_length_fit(label):
+    sheet = plots.grid(coloured((64, 64)), row_labels=[label, "b"], column_labels=[label, "y", "z"], title=label)
+    assert_clear_edges(sheet)
+    boxes(sheet)  # none of the pictures is written over
+
+
+@pytest.mark.parametrize("width", [1, 30, 128, 400])
+@pytest.mark.parametrize("text", [LONG, "x" * 300, "checkpoint step-000500", "猫が好き" * 20, ""])
+def test_wrapped_lines_fit_and_lose_nothing(width, text):
+    text, font = plots._plain(text), plots._font(16)
+    wrapped = plots._wrapped(text, font, width)
+    assert "".join(wrapped).replace(" ", "") == text.replace(" ", "")
+    assert all(font.getlength(line) <= width or len(line) == 1 for line in wrapped)
+
+
+def test_a_word_shrinks_before_it_breaks():
+    (shrunk,) = plots._labels(["step-00000500"], 100, 16, 0)
+    (broken,) = plots._labels(["step-00000500"], 50, 16, 0)
+    assert shrunk.height < 2 * 10 < broken.height
+
+
+@pytest.mark.parametrize("bitmap", [False, True])
+def test_labels_without_the_usual_font(bitmap, monkeypatch):
+    truetype = ImageFont.truetype
+
+    def refuse(font, *args, **options):
+        if bitmap or isinstance(font, str):
+            raise OSError("cannot open resource")
+        return truetype(font, *args, **options)
+
+    plots._font.cache_clear()
+    monkeypatch.setattr(ImageFont, "truetype", refuse)
+    if bitmap:  # Pillow before 10.1
+        load = getattr(ImageFont, "load_default_imagefont", ImageFont.load_default)
+        monkeypatch.setattr(ImageFont, "load_default", lambda: load())
+    try:
+        for label in SCRIPTS:
+            assert_clear_edges(plots.grid([[Image.new("L", (64, 64))]], row_labels=[label], column_labels=[label]))
+    finally:
+        plots._font.cache_clear()
+
+
+def test_a_sheet_is_saved(tmp_path):
+    path = tmp_path / "samples" / "sheet.png"
+    sheet = plots.grid(coloured((64, 64)), row_labels="ab", column_labels="xyz", path=path)
+    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
+    with Image.open(path) as saved:
+        assert saved.format == "PNG" and not saved.info and saved.tobytes() == sheet.tobytes()
+
+
+@pytest.mark.parametrize("rows, columns", [("a", "xyz"), ("ab", "xy"), ("abc", "xyz"), ("", ""), ("ab", "")])
+def test_labels_must_match_the_pictures(rows, columns):
+    with pytest.raises(ValueError, match=r"The rows have \[3, 3\] pictures"):
+        plots.grid(coloured((64, 64)), row_labels=rows, column_labels=columns)
+    with pytest.raises(ValueError, match=r"The rows have \[\] pictures"):
+        plots.grid([], row_labels=[], column_labels=columns)

@@ -1,0 +1,196 @@
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from lorakit import adapter as adapters
+from lorakit import base as bases
+from lorakit import loss, run, train
+
+CPU = torch.device("cpu")
+
+
+def prepared(settings, tmp_path):
+    return run.prepare(settings, tmp_path / "prepared", say=lambda _: None, progress=False)
+
+
+def begin(settings, ready):
+    unet = bases.load_unet(ready.base, torch.float32, CPU)
+    adapter = adapters.inject(unet, settings.rank, settings.alpha, settings.targets, seed=settings.seed)
+    state = train.start(adapter, settings, CPU, torch.float32)
+    loop = train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
+    return unet, state, loop
+
+
+@pytest.fixture(params=["sd15", "sd2", "sdxl"])
+def family(request):
+    return request.param
+
+
+def test_only_the_adapter_moves_and_the_loss_falls(settings, small_bases, tmp_path, family):
+    settings = settings.with_(base=str(small_bases[family]), steps=60, learning_rate=1e-2, batch_size=6)
+    ready = prepared(settings, tmp_path)
+    unet, state, loop = begin(settings, ready)
+    frozen = {n: p.clone() for n, p in unet.named_parameters() if not p.requires_grad}
+    done = train.run(loop)
+    assert [step.number for step in done] == list(range(1, 61))
+    assert all(torch.equal(frozen[n], p) for n, p in unet.named_parameters() if n in frozen)
+    assert all(weight.abs().sum() > 0 for weight in state.adapter.parameters())
+    # the same noise and timesteps for the bare base and for what was learned
+    probe = settings.with_(seed=99)
+    item = train.batch(ready.pictures, ready.texts, [0, 1, 2, 3], 0, 0, probe)
+    alphas = ready.base.alphas_cumprod()
+    with torch.no_grad():
+        after = train.batch_loss(unet, ready.base, alphas, item, probe)
+        with adapters.strength(state.adapter, 0):
+            before = train.batch_loss(unet, ready.base, alphas, item, probe)
+    assert after < 0.97 * before
+
+
+def test_the_loss_is_the_one_of_diffusers_training_script(settings, tmp_path):
+    """Computed the way examples/text_to_image/train_text_to_image_lora.py does, from diffusers' own scheduler."""
+    from diffusers import DDPMScheduler
+
+    settings = settings.with_(min_snr_gamma=None)
+    ready = prepared(settings, tmp_path)
+    unet = bases.load_unet(ready.base, torch.float32, CPU)
+    item = train.batch(ready.pictures, ready.texts, [0, 1], 4, 0, settings)
+    scheduler = DDPMScheduler.from_config(ready.base.configs["scheduler"])
+    with torch.no_grad():
+        noisy = scheduler.add_noise(item.latents, item.noise, item.timesteps)
+        predicted = unet(noisy, item.timesteps, item.embeddings).sample
+        theirs = torch.nn.functional.mse_loss(predicted, item.noise)
+        ours = train.batch_loss(unet, ready.base, ready.base.alphas_cumprod(), item, settings)
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+
+
+def test_accumulating_equals_the_large_batch(settings, small_bases, tmp_path):
+    settings = settings.with_(dataset=str(tmp_path / "pictures"), repeats=1, min_snr_gamma=None, max_grad_norm=0)
+    ready = prepared(settings, tmp_path)
+    unet, state, _ = begin(settings, ready)
+    gradients = []
+    for groups in ([[0, 1, 2, 3]], [[0, 1], [2, 3]]):
+        offset = 0
+        for indices in groups:
+            item = train.batch(ready.pictures, ready.texts, indices, 0, offset, settings)
+            value = train.batch_loss(unet, ready.base, ready.base.alphas_cumprod(), item, settings) / len(groups)
+            value.backward()
+            offset += len(indices)
+        gradients.append([w.grad.clone() for w in state.adapter.parameters() if w.grad is not None])
+        state.optimizer.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_an_epoch_shows_every_picture_its_repeats_and_never_mixes_sizes(settings, tmp_path):
+    settings = settings.with_(epochs=2, batch_size=4)
+    ready = prepared(settings, tmp_path)
+    per_epoch, total = train.plan(ready.pictures, ready.repeats, settings)
+    assert (per_epoch, total) == (3, 6)  # 8 square ones in two batches, 4 wide ones in one
+    _, _, loop = begin(settings, ready)
+    done = train.run(loop)
+    for epoch in (1, 2):
+        seen = sorted(i for step in done if step.epoch == epoch for i in step.examples)
+        assert seen == sorted([0, 1, 2, 3, 4, 5] * 2)
+    for step in done:
+        assert len({ready.pictures[i].latents.shape for i in step.examples}) == 1
+
+
+def test_dropped_captions_are_drawn_from_step_and_place(settings, tmp_path):
+    settings = settings.with_(caption_dropout=0.5, flip=True)
+    ready = prepared(settings, tmp_path)
+    empty = ready.texts[""].embeddings
+    dropped = [
+        torch.equal(train.batch(ready.pictures, ready.texts, [0], step, 0, settings).embeddings[0], empty)
+        for step in range(200)
+    ]
+    assert 70 < sum(dropped) < 130
+    mirrored = [
+        torch.equal(
+            train.batch(ready.pictures, ready.texts, [0], step, 0, settings).latents[0], ready.pictures[0].mirrored
+        )
+        for step in range(200)
+    ]
+    assert 70 < sum(mirrored) < 130
+    a, b = (train.batch(ready.pictures, ready.texts, [0, 1], 3, 0, settings) for _ in range(2))
+    assert torch.equal(a.noise, b.noise) and torch.equal(a.embeddings, b.embeddings)
+
+
+def test_sampling_in_the_middle_changes_nothing(settings, tmp_path):
+    """Validation and samples must not disturb the run's randomness."""
+    ready = prepared(settings, tmp_path)
+    _, state, loop = begin(settings, ready)
+    train.run(loop)
+    _, other, loop = begin(settings, ready)
+    train.run(loop, lambda step: torch.rand(step.number))
+    for a, b in zip(state.adapter.parameters(), other.adapter.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    states = []
+    for on in (False, True):
+        _, state, loop = begin(settings.with_(gradient_checkpointing=on, steps=3), ready)
+        train.run(loop)
+        states.append(state)
+    for a, b in zip(*(s.adapter.parameters() for s in states), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_bf16_trains(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    unet = bases.load_unet(ready.base, torch.bfloat16, CPU)
+    adapter = adapters.inject(unet, 4, 2)
+    state = train.start(adapter, settings, CPU, torch.bfloat16)
+    done = train.run(train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings))
+    assert all(torch.isfinite(step.loss) for step in done)
+    assert all(w.dtype == torch.float32 and torch.isfinite(w).all() for w in adapter.parameters())
+
+
+def test_an_interrupt_ends_after_the_step(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    _, state, loop = begin(settings, ready)
+
+    def ctrl_c(step):
+        if step.number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    done = train.run(loop, ctrl_c)
+    assert [step.number for step in done] == [1, 2]
+    assert state.step == 2
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_interrupt_raises(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    _, _, loop = begin(settings, ready)
+
+    def twice(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train.run(loop, twice)
+
+
+def test_stop_works_from_another_thread(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    _, state, loop = begin(settings, ready)
+    stop = threading.Event()
+    worker = threading.Thread(target=lambda: train.run(loop, lambda _: stop.set(), stop=stop))
+    worker.start()
+    worker.join(60)
+    assert state.step == 1
+
+
+def test_noise_is_another_in_each_step_and_the_schedule_is_followed(settings, tmp_path):
+    settings = settings.with_(schedule="linear", steps=4)
+    ready = prepared(settings, tmp_path)
+    _, _, loop = begin(settings, ready)
+    rates = [step.learning_rate for step in train.run(loop)]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    first, second = (loss.draw(settings.seed, step, [0], (4, 8, 8))[0] for step in (0, 1))
+    assert not torch.equal(first, second)
