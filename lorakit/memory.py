@@ -117,7 +117,7 @@ def predict(
     return Prediction(
         weights=frozen * counted.itemsize, adapter=4 * trained, gradients=ledger.gradients_at_peak,
         optimizer=sum(optimizer_state(config.optimizer, weight.numel()) for weight in weights),
-        activations=ledger.peak - ledger.gradients_at_peak, file_size=2 * trained + 2 * len(adapter.layers),
+        activations=ledger.peak - ledger.gradients_at_peak, file_size=2 * trained + 4 * len(adapter.layers),
         flops=flops, seconds=time.perf_counter() - began, size=tuple(size), batch_size=config.batch_size,
         precision=str(dtype).removeprefix("torch."), gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip

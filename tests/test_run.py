@@ -2,9 +2,18 @@ import json
 import threading
 
 import pytest
+import torch
 from PIL import Image
 
-from lorakit import checkpoint, export, plots, run
+from lorakit import base as bases
+from lorakit import checkpoint, export, memory, plots, run
+
+
+def tensor_bytes(file):
+    """What a safetensors file holds beside its header."""
+    raw = file.read_bytes()
+    return len(raw) - 8 - int.from_bytes(raw[:8], "little")
+
 
 QUIET = {"say": lambda _: None, "progress": False}
 
@@ -21,6 +30,8 @@ def test_a_run_goes_from_pictures_to_a_proven_file(settings, tmp_path):
     assert len(list((folder / "samples" / "step-000006").glob("*.png"))) == 1
     facts = export.describe(result.lora)
     assert facts["family"] == "sd15" and facts["trigger"] == "sks thing"
+    predicted = memory.predict(bases.open(settings.base), settings, size=(32, 32), dtype=torch.float32).file_size
+    assert predicted == tensor_bytes(result.lora)
     text = "\n".join(said)
     assert "6 pictures × 2 repeats = 12, / batch 2 = 6 steps an epoch; 6 steps = 1 epochs" in text
     assert "predicted" in text.lower() and "proof" in text

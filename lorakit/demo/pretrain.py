@@ -214,13 +214,17 @@ def psnr(vae, icons: Tensor, count: int = 128) -> float:
     return float((-10 * torch.log10(((x - y) / 2).square().mean((1, 2, 3)))).mean())
 
 
-def train_autoencoder(work: Path, sets: dict, steps: int, batch: int, peak: float = 1.5e-3) -> Path:
-    """Train the autoencoder and write it to WORK/vae.
+def train_autoencoder(
+    work: Path, sets: dict, steps: int, batch: int, begin: Path | None = None, peak: float = 1.5e-3
+) -> Path:
+    """Train the autoencoder and write it to WORK/vae, or take the one of the base `begin`.
 
     Returns:
         The folder of the finished autoencoder.
     """
     folder = work / "vae"
+    if begin and not folder.exists():
+        shutil.copytree(begin / "vae", folder)
     if (folder / "config.json").exists():
         return folder
     icons = autoencoder_icons(sets, emoji.STYLES.values(), work / "icons.npy")
@@ -453,8 +457,11 @@ def mostly_middle(size: int, random: torch.Generator) -> Tensor:
     return (torch.where(torch.arange(size) % 5 > 0, middle, uniform) * 1000).long().clamp(0, 999)
 
 
-def train_unet(work: Path, sets: dict, steps: int, batch: int, peak: float = 1e-3) -> Path:
+def train_unet(work: Path, sets: dict, steps: int, batch: int, begin: Path | None = None, peak: float = 1e-3) -> Path:
     """Train UNet and text encoder together on the cached latents and write the base to WORK/base.
+
+    Args:
+        begin: a base whose UNet and text encoder are gone on from; None begins with random weights.
 
     Returns:
         The diffusers folder.
@@ -463,13 +470,19 @@ def train_unet(work: Path, sets: dict, steps: int, batch: int, peak: float = 1e-
 
     subjects = emoji.subjects(sets)
     latents, rows = encode_pictures(work, sets, subjects, variations=16)
+    if begin and not (work / "tokenizer").exists():
+        shutil.copytree(begin / "tokenizer", work / "tokenizer")
     if not (work / "tokenizer" / "vocab.json").exists():
         random = np.random.default_rng(9)
         corpus = [training_caption(s, style, look, random) for s, style, looks in rows for look in looks]
         write_tokenizer(work / "tokenizer", corpus)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     torch.manual_seed(0)
-    modules = {"unet": new_unet().to(memory_format=CHANNELS_LAST), "text": new_text_encoder(tokenizer)}
+    modules = {"unet": new_unet(), "text": new_text_encoder(tokenizer)}
+    if begin:
+        for name, module in (("unet", modules["unet"]), ("text_encoder", modules["text"])):
+            module.load_state_dict(type(module).from_pretrained(begin / name, torch_dtype=torch.float32).state_dict())
+    modules["unet"].to(memory_format=CHANNELS_LAST)
     ema = {f"{n}.{k}": v.detach().clone() for n, m in modules.items() for k, v in m.state_dict().items()}
     weights = [p for m in modules.values() for p in m.parameters()]
     edge = ("conv_in", "conv_out", "time_embedding", "embeddings")
@@ -592,12 +605,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, help="folder for icons, states and the finished base")
     parser.add_argument("--autoencoder-steps", type=int, default=6000)
+    parser.add_argument("--begin", type=Path, help="a base this script made, to go on from")
     parser.add_argument("--steps", type=int, default=6000, help="steps of the UNet; a later call may change it")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     sets = emoji.packages(options.work / "icons")
-    train_autoencoder(options.work, sets, options.autoencoder_steps, 32)
-    print("base written to", train_unet(options.work, sets, options.steps, 64))
+    train_autoencoder(options.work, sets, options.autoencoder_steps, 32, options.begin)
+    print("base written to", train_unet(options.work, sets, options.steps, 64, options.begin))
     print("demo pictures of", ", ".join(write_demo_pictures(sets, options.work / "pictures")))
 
 

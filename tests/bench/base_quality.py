@@ -74,7 +74,8 @@ def table(rows: list, *heads: str) -> str:
 
 def write(stem: Path, title: str, parts: list[str], figures: dict) -> None:
     """Print the report and write it as STEM.md, and the figures as STEM.json, with the command that made them."""
-    command = shlex.join(["python", *sys.argv])
+    # Folders of this machine are nobody's business, and not where the reader's are.
+    command = shlex.join(["python", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv)])
     made = f"`{command}` with torch {torch.__version__}, diffusers {diffusers.__version__}"
     report = "\n".join([f"# {title}\n", made + "\n", *parts])
     print("\n" + report)
