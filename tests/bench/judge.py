@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--icons", type=Path, default=Path("~/.cache/lorakit/icons").expanduser(), help="icon sets")
     parser.add_argument("--base", type=Path, help="diffusers folder whose autoencoder half of the pictures pass")
     parser.add_argument("--out", type=Path, default=Path("judge.safetensors"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--hold-out", type=float, default=0.0, help="share of (subject, style) pairs never trained on")
     options = parser.parse_args()
