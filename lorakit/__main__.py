@@ -71,6 +71,19 @@ def preset(
 
 
 @app.command()
+def kohya(
+    file: Annotated[Path, typer.Argument(help="sd-scripts' .toml, the GUI's .json, or a text with a command line")],
+) -> None:
+    """Print settings of kohya's as lorakit's own, as JSON; what cannot be taken over is told beside."""
+    from lorakit import kohya as read_kohya
+
+    imported = read_kohya.read(file)
+    for note in imported.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(imported.config.to_json(), end="")
+
+
+@app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="one picture each")],
     base: Annotated[str, typer.Option(help="diffusers folder, hub id or 'demo'")] = "demo",

@@ -284,11 +284,11 @@ def encode_prompts(
     """Text embeddings as the family's UNet expects them from one text encoder.
 
     Args:
-        prompts: B texts; what goes beyond the encoder's 77 tokens is cut off.
+        prompts: B texts; what goes beyond the encoder's length (77 tokens in all real bases) is cut off.
         clip_skip: 1 takes the last layer, 2 the one before, … SDXL always counts from its next-to-last.
 
     Returns:
-        Embeddings, shape (B, 77, width); pooled embedding, shape (B, width or projection).
+        Embeddings, shape (B, tokens, width); pooled embedding, shape (B, width or projection).
     """
     tokens = tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"

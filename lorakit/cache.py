@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]  # what is being encoded, done, of ho
 class Text:
     """One prompt, encoded."""
 
-    embeddings: Tensor  # (77, width)
+    embeddings: Tensor  # (tokens, width)
     pooled: Tensor  # (width,): SDXL's second encoder; unused elsewhere
 
 

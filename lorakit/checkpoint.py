@@ -18,7 +18,7 @@ from torch import Tensor
 from lorakit import files
 from lorakit.train import State, Step
 
-FORMAT = "lorakit checkpoint 1"
+FORMAT = "lorakit checkpoint 2"
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,15 @@ def save(path: Path, state: State, settings: dict) -> Path:
     Raises:
         OSError: no room or no right to write; no file is left then.
     """
-    tensors = {f"adapter.{k}": v.detach() for k, v in state.adapter.state().items()}
-    plain = {"scaler": state.scaler.state_dict(), "optimizer": {}}
+    names = list(state.adapter.state())
+    tensors = {f"adapter.{k}": v.detach() for k, v in state.adapter.state().items()} | {"skipped": state.skipped}
+    if state.ema:
+        tensors |= {f"ema.{name}": value for name, value in zip(names, state.ema.average, strict=True)}
+    plain = {"scaler": state.scaler.state_dict(), "rate_factor": state.rate_factor, "optimizer": {}}
+    # Some optimizers keep figures of their own with the groups: Prodigy's rate, the schedule-free average's weight.
+    plain["groups"] = [
+        {k: v for k, v in group.items() if isinstance(v, int | float)} for group in state.optimizer.param_groups
+    ]
     for index, values in state.optimizer.state_dict()["state"].items():
         for key, value in _flat(values):
             if isinstance(value, Tensor):
@@ -114,8 +121,14 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
             place = place.setdefault(part, {})
         place[path[-1]] = value
     groups = state.optimizer.state_dict()["param_groups"]
+    groups = [group | kept for group, kept in zip(groups, checkpoint.plain["groups"], strict=True)]
     state.optimizer.load_state_dict({"state": saved, "param_groups": groups})
     state.scaler.load_state_dict(checkpoint.plain["scaler"])
+    state.skipped = checkpoint.tensors["skipped"].to(state.skipped.device)
+    if state.ema:
+        for name, average in zip(state.adapter.state(), state.ema.average, strict=True):
+            average.copy_(checkpoint.tensors[f"ema.{name}"])
+    state.rate_factor = checkpoint.plain["rate_factor"]
     state.step = checkpoint.step
 
 

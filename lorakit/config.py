@@ -51,14 +51,34 @@ class Config(BaseModel):
     epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0, lt=1)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    learning_rate_ratio: float = Field(1.0, gt=0, description="LoRA+: the up matrices' rate over the down matrices'")
+    optimizer: Literal[
+        "adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "lion", "adamw_schedulefree"
+    ] = "adamw"
     weight_decay: float = Field(0.01, ge=0)
-    schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"] = (
+        "constant"
+    )
+    schedule_cycles: int = Field(1, ge=1, description="times 'cosine_with_restarts' falls")
+    schedule_power: float = Field(1.0, gt=0, description="of 'polynomial'")
+    warmup_steps: float = Field(0, ge=0, description="steps, or below 1 a share of the run")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 leaves them")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="average the adapter (0.999 …); None does not")
+
+    # The loss
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    huber_delta: float = Field(0.1, gt=0, description="error from which 'huber' and 'smooth_l1' stop squaring")
     min_snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR loss weighting; None trains unweighted")
+    debiased: bool = Field(False, description="debiased loss weighting, in place of Min-SNR")
     noise_offset: float = Field(0.0, ge=0, le=1)
+    multires_noise_iterations: int = Field(0, ge=0, le=10, description="levels of coarser noise on top; 6 is usual")
+    multires_noise_discount: float = Field(0.3, gt=0, lt=1)
+    input_perturbation: float = Field(0.0, ge=0, le=1, description="noise the UNet sees and is not asked for; 0.1")
+    min_timestep: int = Field(0, ge=0, le=999)
+    max_timestep: int = Field(1000, ge=1, le=1000, description="one past the last that is trained")
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_shift: float = Field(0.0, ge=-5, le=5, description="of 'logit_normal': above 0 towards noise")
     seed: int = Field(42, ge=0, lt=2**32)
 
     # The machine
@@ -91,8 +111,27 @@ class Config(BaseModel):
                 f"resolution {self.resolution} is no multiple of bucket_step {self.bucket_step}: "
                 f"use {low or self.bucket_step} or {low + self.bucket_step}."
             )
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is neither a whole number nor a share below 1.")
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} is a factor on the rate that optimizer 'prodigy' finds by itself, "
+                "and would learn next to nothing: use 1.0."
+            )
+        if self.optimizer == "adamw_schedulefree":
+            if not self.schedule.startswith("constant"):
+                raise ValueError(
+                    f"optimizer 'adamw_schedulefree' needs no schedule, and schedule {self.schedule!r} would fight it: "
+                    "use 'constant' or 'constant_with_warmup'."
+                )
+            if self.ema_decay:
+                raise ValueError("optimizer 'adamw_schedulefree' averages the weights itself: set ema_decay to null.")
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError("schedule 'constant' has no warmup: set warmup_steps to 0 or use 'constant_with_warmup'.")
+        if self.debiased and self.min_snr_gamma is not None:
+            raise ValueError("debiased and min_snr_gamma are two weightings of one loss: set min_snr_gamma to null.")
+        if self.min_timestep >= self.max_timestep:
+            raise ValueError(f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.")
         return self
 
     def with_(self, **changes: Any) -> "Config":

@@ -27,7 +27,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from lorakit import adapter as adapters
-from lorakit import buckets, files
+from lorakit import buckets, files, optim
 from lorakit.adapter import Adapter
 from lorakit.base import Base
 from lorakit.config import Config
@@ -249,13 +249,16 @@ def run_metadata(
         folder, said = folders[picture.group], (tag.strip().lower() for tag in picture.caption.split(","))
         tags[folder].update(tag for tag in said if tag and not _tells(tag))  # a caption may hold a path, the file not
         dirs[folder] = {"n_repeats": picture.repeats, "img_count": dirs[folder]["img_count"] + 1}
-    optimizer = {"adamw": "torch.optim.adamw.AdamW", "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit"}
     facts = {
         "ss_output_name": config.name, "ss_training_started_at": started, "ss_training_finished_at": finished,
         "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate, "ss_text_encoder_lr": None,
-        "ss_optimizer": f"{optimizer[config.optimizer]}(weight_decay={config.weight_decay})",
+        "ss_optimizer": f"{'.'.join(optim.OPTIMIZERS[config.optimizer])}(weight_decay={config.weight_decay})",
         "ss_lr_scheduler": config.schedule, "ss_lr_warmup_steps": config.warmup_steps,
         "ss_max_grad_norm": config.max_grad_norm, "ss_min_snr_gamma": config.min_snr_gamma,
+        "ss_loss_type": {"mse": "l2"}.get(config.loss, config.loss), "ss_debiased_estimation": config.debiased,
+        "ss_multires_noise_iterations": config.multires_noise_iterations or None,
+        "ss_multires_noise_discount": config.multires_noise_discount,
+        "ss_ip_noise_gamma": config.input_perturbation or None,
         "ss_noise_offset": config.noise_offset or None, "ss_caption_dropout_rate": config.caption_dropout,
         "ss_steps": steps, "ss_max_train_steps": total, "ss_epoch": epochs,
         "ss_num_epochs": -(-total // -(-batches // config.gradient_accumulation_steps)),

@@ -4,9 +4,11 @@ Randomness has no state: every example's draws come from (run seed, step, exampl
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TIMESTEPS = 1000  # all of Stable Diffusion is trained on 1000
@@ -18,9 +20,19 @@ def generator(seed: int, step: int, example: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> 1))
 
 
+class Draws(NamedTuple):
+    """What chance decides for a batch, on the CPU."""
+
+    noise: Tensor  # (B, C, H, W), float32
+    timesteps: Tensor  # (B,), int64
+    perturbation: Tensor | None = None  # (B, C, H, W): added to the noise the UNet sees, not to the target
+
+
 def draw(
-    seed: int, step: int, examples: Sequence[int], shape: Sequence[int], noise_offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    seed: int, step: int, examples: Sequence[int], shape: Sequence[int], *, noise_offset: float = 0.0,
+    multires_iterations: int = 0, multires_discount: float = 0.3, input_perturbation: float = 0.0,
+    timesteps: tuple[int, int] = (0, TIMESTEPS), timestep_sampling: str = "uniform", timestep_shift: float = 0.0,
+) -> Draws:  # fmt: skip
     """Noise and timesteps for a batch.
 
     Args:
@@ -28,18 +40,48 @@ def draw(
         shape: latent shape of one example, (C, H, W).
         noise_offset: strength of a constant added to each channel, for very dark or bright pictures
             (Guttenberg 2023, "Diffusion with Offset Noise").
-
-    Returns:
-        Noise (B, C, H, W), float32; timesteps (B,), int64. Both on the CPU.
+        multires_iterations, multires_discount: coarser and coarser noise added on top, each by the discount weaker
+            than the one before, for the same purpose (Whitaker 2023, "Multi-Resolution Noise for Diffusion Model
+            Training"); 0 adds none.
+        input_perturbation: strength of noise that the UNet sees and is not asked for (Ning et al. 2023,
+            arXiv:2301.11706).
+        timesteps: the first, and one past the last, that are trained.
+        timestep_sampling: "uniform", or "logit_normal": most from the middle (Esser et al. 2024, arXiv:2403.03206).
+        timestep_shift: of the logit-normal's mean; above 0 towards noise, below 0 towards detail.
     """
-    noise, timesteps = [], []
+    low, high = timesteps
+    noise, times, perturbation = [], [], []
     for example in examples:
         random = generator(seed, step, example)
-        timesteps.append(torch.randint(TIMESTEPS, (1,), generator=random))
-        noise.append(torch.randn(*shape, generator=random))
+        if timestep_sampling == "logit_normal":
+            share = torch.sigmoid(timestep_shift + torch.randn(1, generator=random))
+            times.append((low + share * (high - low)).long().clamp(max=high - 1))
+        elif timestep_sampling == "uniform":
+            times.append(torch.randint(low, high, (1,), generator=random))
+        else:
+            raise ValueError(f"timestep_sampling {timestep_sampling!r} is unknown. Use 'uniform' or 'logit_normal'.")
+        x = torch.randn(*shape, generator=random)
         if noise_offset:
-            noise[-1] += noise_offset * torch.randn(shape[0], 1, 1, generator=random)
-    return torch.stack(noise), torch.cat(timesteps)
+            x += noise_offset * torch.randn(shape[0], 1, 1, generator=random)
+        if multires_iterations:
+            x = _multires(x, multires_iterations, multires_discount, random)
+        noise.append(x)
+        if input_perturbation:
+            perturbation.append(input_perturbation * torch.randn(*shape, generator=random))
+    return Draws(torch.stack(noise), torch.cat(times), torch.stack(perturbation) if perturbation else None)
+
+
+def _multires(noise: Tensor, iterations: int, discount: float, random: torch.Generator) -> Tensor:
+    """Noise (C, H, W) with coarser noise on top, scaled back to unit variance."""
+    (height, width), side = noise.shape[1:], 1.0
+    for level in range(1, iterations + 1):
+        side *= 2 + 2 * float(torch.rand(1, generator=random))
+        size = (max(1, int(height / side)), max(1, int(width / side)))
+        coarse = torch.randn(1, len(noise), *size, generator=random)
+        noise = noise + discount**level * F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
+        if size == (1, 1):
+            break
+    return noise / noise.std()
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
@@ -89,7 +131,47 @@ def min_snr_weight(snr: Tensor, gamma: float = 5.0, prediction_type: str = "epsi
     return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
 
 
-def mean_squared(predicted: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error, each example weighted. A scalar, float32."""
-    each = (predicted.float() - wanted.float()).square().flatten(1).mean(1)
+def debiased_weight(snr: Tensor, prediction_type: str = "epsilon") -> Tensor:
+    """Weight each example by what its error does to the picture: noisy timesteps more, clean ones less.
+
+    Args:
+        snr: as for `min_snr_weight`, shape (B,).
+
+    Returns:
+        Weights, shape (B,): 1 / sqrt(snr) for epsilon, and what comes to the same for v-prediction.
+
+    Source: Yu et al. 2023, arXiv:2310.08442.
+    """
+    if prediction_type == "v_prediction":
+        return snr.sqrt() / (snr + 1)
+    return snr.clamp(max=1000).rsqrt()  # beyond 1000 there is next to no noise to tell
+
+
+def error(
+    predicted: Tensor, wanted: Tensor, weight: Tensor | None = None, kind: str = "mse", delta: float = 0.1
+) -> Tensor:
+    """The mean error, each example weighted. A scalar, float32.
+
+    Args:
+        predicted, wanted: shape (B, ...).
+        weight: shape (B,).
+        kind: "mse"; "huber" or "smooth_l1", which count large errors by their size and not its square, so that a few
+            odd pictures decide less. Both equal "mse" for small errors ("smooth_l1" but for a factor 1 / delta).
+        delta: the error from which on they do.
+
+    Raises:
+        ValueError: unknown kind.
+
+    Source: Huber 1964, doi:10.1214/aoms/1177703732; Girshick 2015, arXiv:1504.08083.
+    """
+    predicted, wanted = predicted.float(), wanted.float()
+    if kind == "mse":
+        each = F.mse_loss(predicted, wanted, reduction="none")
+    elif kind == "huber":
+        each = 2 * F.huber_loss(predicted, wanted, reduction="none", delta=delta)
+    elif kind == "smooth_l1":
+        each = 2 * F.smooth_l1_loss(predicted, wanted, reduction="none", beta=delta)
+    else:
+        raise ValueError(f"loss {kind!r} is unknown. Use 'mse', 'huber' or 'smooth_l1'.")
+    each = each.flatten(1).mean(1)
     return (each if weight is None else each * weight).mean()

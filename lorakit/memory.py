@@ -5,8 +5,10 @@ dtypes but no contents, while a ledger counts the storages that are alive: what 
 is what is counted, not what a formula says of them.
 """
 
+import math
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import loss
+from lorakit import loss, optim
 from lorakit.config import Config
 
 MARGIN = 0.1  # share of the free memory left to the driver, the kernels' workspaces and fragmentation
@@ -116,7 +118,7 @@ def predict(
             _forward_and_backward(unet, base, config, size, counted)
     return Prediction(
         weights=frozen * counted.itemsize, adapter=4 * trained, gradients=ledger.gradients_at_peak,
-        optimizer=sum(optimizer_state(config.optimizer, weight.numel()) for weight in weights),
+        optimizer=sum(optimizer_state(config.optimizer, weight.shape) for weight in weights),
         activations=ledger.peak - ledger.gradients_at_peak, file_size=2 * trained + 4 * len(adapter.layers),
         flops=flops, seconds=time.perf_counter() - began, size=tuple(size), batch_size=config.batch_size,
         precision=str(dtype).removeprefix("torch."), gradient_checkpointing=config.gradient_checkpointing,
@@ -168,16 +170,26 @@ def _forward_and_backward(unet, base: bases.Base, config: Config, size: tuple[in
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         predicted = unet(noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
     wanted = loss.target(base.prediction_type, latents, noise, alpha_bar)
-    loss.mean_squared(predicted, wanted, alpha_bar).backward()
+    loss.error(predicted, wanted, alpha_bar, config.loss, config.huber_delta).backward()
 
 
-def optimizer_state(name: str, weights: int) -> int:
-    """Bytes an optimizer keeps for a float32 tensor of so many weights. ValueError: unknown name."""
+def optimizer_state(name: str, shape: Sequence[int]) -> int:
+    """Bytes an optimizer keeps for a float32 tensor of a shape. ValueError: unknown name."""
+    weights = math.prod(shape)
     if name == "adamw":
         return 2 * 4 * weights + 4  # two moments; the step
-    if name == "adamw8bit":  # a byte a moment and a float for each 256 of them; small tensors stay in float32
+    if name in ("adamw8bit", "paged_adamw8bit"):
+        # A byte a moment and a float for each 256 of them; small tensors stay in float32.
         return 2 * 4 * weights if weights < 4096 else 2 * weights + 2 * 4 * -(-weights // 256)
-    raise ValueError(f"There is no optimizer {name!r}. Use 'adamw' or 'adamw8bit'.")
+    if name == "adafactor":  # a row's mean for each column and the reverse, in the last two dimensions; the RMS
+        return 4 * (weights // shape[-1] + weights // shape[-2] + 1)
+    if name == "prodigy":  # two moments, the first weights, the running sum
+        return 4 * 4 * weights
+    if name == "lion":
+        return 4 * weights
+    if name == "adamw_schedulefree":
+        return 2 * 4 * weights
+    raise ValueError(f"There is no optimizer {name!r}. Use one of {', '.join(optim.OPTIMIZERS)}.")
 
 
 # ── Counting ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,6 @@
 """The whole way, one folder a run: scan → buckets → memory plan → cache → train → checkpoints → samples → export.
 
-    config.json · log.jsonl · loss.png · checkpoints/step-000500.safetensors · samples/step-000500/…png ·
+    config.json · log.jsonl · tensorboard/ · loss.png · checkpoints/step-000500.safetensors · samples/step-000500/…png ·
     comparison.png · <name>.safetensors
 
 Starting on a folder that already holds a run resumes it from the newest checkpoint whose digest holds.
@@ -8,6 +8,7 @@ Starting on a folder that already holds a run resumes it from the newest checkpo
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +22,14 @@ from tqdm.auto import tqdm
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import buckets, cache, checkpoint, dataset, export, files, memory, plots, sample, train
+from lorakit import board, buckets, cache, checkpoint, dataset, export, files, memory, plots, sample, train
 from lorakit import config as configs
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
 from lorakit.train import Step
 
 DEMO = Path(__file__).parent / "demo" / "pictures"
+LEAST_FACTOR = 1 / 8  # of the learning rate: a run that diverges even then is given up
 STRENGTHS = (0.0, 0.5, 0.7, 0.9, 1.0)  # the guide's, and the bare base
 # What may change between two starts of one run: it does not decide the weights.
 FREE = {"name", "trigger", "device", "save_every", "sample_every", "sample_prompts", "sample_steps", "sample_guidance"}
@@ -176,10 +178,19 @@ def claim(folder: Path) -> None:
 
 
 class Log:
-    """A listener that writes log.jsonl, a line a step; losses are fetched from the device in tens."""
+    """A listener that writes log.jsonl, a line a step; losses are fetched from the device in tens.
 
-    def __init__(self, file: Path, resumed_at: int, show: Callable[[Step, float], None]):
-        self.file, self.show, self.waiting, self.losses = file, show, [], []
+    Args:
+        names: of the pictures, to tell which ones a skipped step saw.
+        on_board: draws the same curves in TensorBoard, where that is installed.
+    """
+
+    def __init__(
+        self, file: Path, resumed_at: int, names: Sequence[str], show: Callable[[Step, float], None],
+        say: Callable[[str], None], on_board: board.Board | None,
+    ):  # fmt: skip
+        self.file, self.names, self.show, self.say, self.board = file, names, show, say, on_board
+        self.waiting, self.losses = [], []
         self.began = time.monotonic()
         kept = [line for line in plots.read_log(file) if line["step"] <= resumed_at] if file.exists() else []
         with files.replacing(file) as partial:  # steps after the checkpoint are trained again
@@ -194,25 +205,36 @@ class Log:
         if not self.waiting:
             return
         losses = torch.stack([step.loss for step, _ in self.waiting]).tolist()
+        finite = torch.stack([step.finite for step, _ in self.waiting]).tolist()
         with self.file.open("a") as log:
-            for (step, seconds), value in zip(self.waiting, losses, strict=True):
+            for (step, seconds), value, fine in zip(self.waiting, losses, finite, strict=True):
                 line = {"step": step.number, "loss": round(value, 6), "learning_rate": step.learning_rate}
-                log.write(json.dumps(line | {"epoch": step.epoch, "seconds": round(seconds, 3)}) + "\n")
+                line |= {"epoch": step.epoch, "seconds": round(seconds, 3)}
+                if not fine:
+                    seen = sorted({self.names[i] for i in step.examples})
+                    line["skipped"] = seen
+                    self.say(f"skipped   step {step.number}: loss or gradients not finite; it saw {', '.join(seen)}")
+                log.write(json.dumps(line) + "\n")
+                if self.board:
+                    self.board.figures(step.number, loss=line["loss"], learning_rate=step.learning_rate)
+        if self.board:
+            self.board.flush()
         self.losses += losses
         self.show(self.waiting[-1][0], losses[-1])
         self.waiting = []
 
 
 def sampler(
-    unet, prepared: Prepared, config: Config, folder: Path, say: Callable[[str], None]
-) -> Callable[[Step], None]:
+    unet, state: train.State, prepared: Prepared, config: Config, folder: Path, say: Callable[[str], None],
+    on_board: board.Board | None = None,
+) -> Callable[[Step], None]:  # fmt: skip
     """A listener that samples the run's prompts every so many steps. A failure is said and never ends training."""
 
     def listener(step: Step) -> None:
         if step.number % config.sample_every and step.number != step.total:
             return
         try:
-            with sample.borrowed(unet):
+            with sample.borrowed(unet), state.evaluated():
                 seeds = list(range(config.seed, config.seed + len(prepared.prompts)))
                 latents = sample.latents(
                     unet, prepared.base, [prepared.texts[p] for p in prepared.prompts], prepared.texts[""], seeds,
@@ -224,6 +246,9 @@ def sampler(
                 del vae
                 cache.free(unet.device)
             sample.save(pictures, folder / "samples" / f"step-{step.number:06d}", prepared.prompts, seeds)
+            for prompt, picture in zip(prepared.prompts, pictures, strict=True):
+                if on_board:
+                    on_board.picture(step.number, prompt, picture)
         except Exception as error:  # anything, a full disk or card too: the LoRA matters more than its preview
             say(f"samples   none at step {step.number}: {type(error).__name__}: {error}")
 
@@ -271,16 +296,24 @@ def start(
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
     unet = bases.load_unet(prepared.base, dtype, device)
-    adapter = adapters.inject(
-        unet, config.rank, config.alpha, config.targets, conv_rank=config.conv_rank, conv_alpha=config.conv_alpha,
-        seed=config.seed,
-    )  # fmt: skip
-    state = train.start(adapter, config, device, dtype)
+    state = _state(unet, config, device, dtype, saved)
     if saved:
-        checkpoint.restore(state, saved)
         say(f"resume    at step {state.step}, from {saved.path.name}")
     per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
-    losses = _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners)
+    while True:
+        try:
+            losses = _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners)
+            break
+        except train.Diverged as error:
+            factor = state.rate_factor / 2
+            saved = _last_good(folder / "checkpoints", config.save_every)
+            back = saved.step if saved else 0
+            if factor < LEAST_FACTOR:
+                raise FloatingPointError(_hopeless(error, config)) from error
+            state = _state(unet, config, device, dtype, saved)
+            state.rate_factor = factor
+            say(f"back      {error} Going on from step {back} with {factor:g} of the learning rate.")
+    adapter = state.adapter
     _draw_loss(folder, config)
     if state.step < total:
         say(f"stopped   at step {state.step} of {total}, saved. Start again to go on from there.")
@@ -290,8 +323,9 @@ def start(
         config, prepared.base, prepared.dataset, steps=total, epochs=-(-total // per_epoch), started=started,
         finished=time.time(), adapter=adapter, thumbnail=_thumbnail(folder / "samples" / f"step-{total:06d}"),
     )  # fmt: skip
-    lora = export.save(adapter, prepared.base, folder / f"{config.name}.safetensors", metadata=metadata)
-    proof = export.prove(lora, adapter, prepared.base)
+    with state.evaluated():
+        lora = export.save(adapter, prepared.base, folder / f"{config.name}.safetensors", metadata=metadata)
+        proof = export.prove(lora, adapter, prepared.base)
     say(f"export    {lora.name}, {lora.stat().st_size / 1e6:.1f} MB, kohya's format (A1111, Forge, ComfyUI, Civitai)")
     say(f"proof     read back: {proof.describe()}")
     del unet, adapter, state
@@ -299,6 +333,43 @@ def start(
     comparison = compare(prepared.base, lora, prepared.prompts, config, folder / "comparison.png", progress=progress)
     say(f"look      {comparison.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
     return Result(folder, config, total, total, losses, lora, comparison)
+
+
+def _state(unet, config: Config, device, dtype, saved: checkpoint.Checkpoint | None) -> train.State:
+    """A fresh adapter in the UNet, in place of any that is there, and the state around it as `saved` has it."""
+    adapters.eject(unet)
+    adapter = adapters.inject(
+        unet, config.rank, config.alpha, config.targets, conv_rank=config.conv_rank, conv_alpha=config.conv_alpha,
+        seed=config.seed,
+    )  # fmt: skip
+    state = train.start(adapter, config, device, dtype)
+    if saved:
+        checkpoint.restore(state, saved)
+    return state
+
+
+def _last_good(folder: Path, every: int) -> checkpoint.Checkpoint | None:
+    """The newest regular checkpoint before any step of the bad row; newer ones are put aside as `….diverged`.
+
+    Only regular ones, at multiples of `every`: a run that was stopped in between goes back as far as one that was not.
+    """
+    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+        try:
+            found = checkpoint.read(path)
+        except ValueError:
+            continue
+        if found.step % every == 0 and not found.tensors["skipped"].any():
+            return found
+        path.replace(path.with_suffix(".diverged"))
+    return None
+
+
+def _hopeless(error: Exception, config: Config) -> str:
+    return (
+        f"{error} The learning rate was halved {round(math.log2(1 / LEAST_FACTOR))} times, and it happened again. "
+        f"Start anew with a lower learning_rate than {config.learning_rate:g}, or mixed_precision 'bf16' or 'no'; a "
+        "picture that every skipped step saw may be the cause: see log.jsonl."
+    )
 
 
 def _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners) -> list[float]:
@@ -315,17 +386,29 @@ def _drain(unet, prepared, state, config, folder, decided, total, say, progress,
             line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
             line.update(step.number - line.n)
 
-        log = Log(folder / "log.jsonl", state.step, show)
+        names = [picture.path.name for picture in prepared.dataset.pictures]
+        on_board = _board(folder / "tensorboard", state.step, say)
+        log = Log(folder / "log.jsonl", state.step, names, show, say, on_board)
         loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config)
         keep = checkpoint.every(config.save_every, folder / "checkpoints", state, decided)
         try:
-            own = (log, keep, sampler(unet, prepared, config, folder, say), watch)
+            own = (log, keep, sampler(unet, state, prepared, config, folder, say, on_board), watch)
             done = train.run(loop, *own, *listeners, stop=stop)
         finally:
             log.flush()
+            if on_board:
+                on_board.close()
         if done and done[-1].number < total:
             checkpoint.save(folder / "checkpoints" / checkpoint.name(state.step), state, decided)
     return log.losses
+
+
+def _board(folder: Path, resumed_at: int, say: Callable[[str], None]) -> board.Board | None:
+    try:
+        return board.Board(folder, resumed_at)
+    except ImportError:
+        say("board     tensorboard is not installed: the curves are in log.jsonl alone")
+        return None
 
 
 def _thumbnail(samples: Path) -> Image.Image | None:

@@ -1,12 +1,15 @@
 """The loop: a generator of Steps, and `run` that drains it.
 
 Nothing here knows of files, plots or widgets. A listener is any callable that takes a Step.
+
+A step whose loss or gradients are not finite is skipped: weights and optimizer stay what they were. Whether it was is
+known on the device first; the loop looks every `LOOK` steps, listeners whenever they like.
 """
 
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +22,13 @@ from lorakit.base import Base
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
 
+LOOK = 10  # steps between two looks at whether steps were skipped
+TOO_MANY = 3  # skipped steps in a row
+
+
+class Diverged(FloatingPointError):
+    """So many steps in a row were not finite that the weights themselves must be at fault."""
+
 
 @dataclass
 class State:
@@ -27,7 +37,19 @@ class State:
     adapter: Adapter
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    step: int = 0  # optimizer updates done
+    skipped: Tensor  # (2,), int32, on the device: steps skipped in a row just now, and the most since the last look
+    ema: optim.Ema | None = None
+    step: int = 0  # optimizer updates done, skipped ones too
+    rate_factor: float = 1.0  # halved whenever the run had to go back
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Inside, the adapter holds the weights to sample, judge and export: the average, where one is kept."""
+        with ExitStack() as stack:
+            stack.enter_context(optim.averaged(self.optimizer))
+            if self.ema:
+                stack.enter_context(self.ema.swapped())
+            yield
 
 
 @dataclass(frozen=True)
@@ -40,13 +62,29 @@ class Step:
     loss: Tensor  # scalar on the training device: reading it waits for the device
     learning_rate: float
     examples: tuple[int, ...]  # the pictures it saw
+    finite: Tensor  # bool scalar on the training device: False where the step was skipped
 
 
 def start(adapter: Adapter, config: Config, device: torch.device, dtype: torch.dtype) -> State:
     """The state before the first step."""
-    optimizer = optim.optimizer(config.optimizer, adapter.parameters(), config.learning_rate, config.weight_decay)
+    optimizer = optim.optimizer(config.optimizer, groups(adapter, config), config.learning_rate, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return State(adapter, optimizer, scaler)
+    ema = optim.Ema(adapter.parameters(), config.ema_decay) if config.ema_decay else None
+    return State(adapter, optimizer, scaler, torch.zeros(2, dtype=torch.int32, device=device), ema)
+
+
+def groups(adapter: Adapter, config: Config) -> list[dict]:
+    """Parameter groups; `ratio` is what their rate is of the run's.
+
+    Source: Hayou et al. 2024, arXiv:2402.12354 (LoRA+: the up matrices learn faster).
+    """
+    if config.learning_rate_ratio == 1:
+        return [{"params": adapter.parameters(), "ratio": 1.0}]
+    ratios = {"down": 1.0, "up": config.learning_rate_ratio}
+    return [
+        {"params": [w for name, w in adapter.state().items() if name.endswith(f".{part}")], "ratio": ratio}
+        for part, ratio in ratios.items()
+    ]
 
 
 def plan(pictures: Sequence[Encoded], repeats: Sequence[int], config: Config) -> tuple[int, int]:
@@ -63,7 +101,7 @@ def _sizes(pictures: Sequence[Encoded]) -> list[tuple[int, int]]:
     return [(p.latents.shape[-1], p.latents.shape[-2]) for p in pictures]
 
 
-def _groups(sizes, repeats, config: Config, epoch: int) -> list[list[list[int]]]:
+def _batches(sizes, repeats, config: Config, epoch: int) -> list[list[list[int]]]:
     """The batches of an epoch in groups that share one update; the last group may be short, as in kohya's loop."""
     order = buckets.epoch(sizes, repeats, config.batch_size, seed=config.seed, epoch=epoch)
     n = config.gradient_accumulation_steps
@@ -77,7 +115,8 @@ class Batch:
     latents: Tensor  # (B, C, h, w)
     noise: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,)
-    embeddings: Tensor  # (B, 77, width)
+    perturbation: Tensor | None  # (B, C, h, w)
+    embeddings: Tensor  # (B, tokens, width)
     pooled: Tensor  # (B, width)
     sizes: Tensor  # (B, 6)
 
@@ -99,11 +138,14 @@ def batch(
         mirror = picture.mirrored is not None and draws[0] < 0.5
         latents.append(picture.mirrored if mirror else picture.latents)
         chosen.append(texts["" if draws[1] < config.caption_dropout else picture.caption])
-    noise, timesteps = loss.draw(
-        config.seed, step, range(offset, offset + len(indices)), latents[0].shape, config.noise_offset
-    )
+    draws = loss.draw(
+        config.seed, step, range(offset, offset + len(indices)), latents[0].shape, noise_offset=config.noise_offset,
+        multires_iterations=config.multires_noise_iterations, multires_discount=config.multires_noise_discount,
+        input_perturbation=config.input_perturbation, timesteps=(config.min_timestep, config.max_timestep),
+        timestep_sampling=config.timestep_sampling, timestep_shift=config.timestep_shift,
+    )  # fmt: skip
     return Batch(
-        torch.stack(latents), noise, timesteps, torch.stack([text.embeddings for text in chosen]),
+        torch.stack(latents), *draws, torch.stack([text.embeddings for text in chosen]),
         torch.stack([text.pooled for text in chosen]), torch.stack([pictures[i].sizes for i in indices]),
     )  # fmt: skip
 
@@ -117,7 +159,8 @@ def batch_loss(unet, base: Base, alphas_cumprod: Tensor, item: Batch, config: Co
 
     latents, noise, timesteps = move(item.latents), move(item.noise), move(item.timesteps)
     alpha_bar = alphas_cumprod[timesteps]
-    noisy = loss.add_noise(latents, noise, alpha_bar).to(dtype)
+    seen = noise if item.perturbation is None else noise + move(item.perturbation)
+    noisy = loss.add_noise(latents, seen, alpha_bar).to(dtype)
     conditions = None
     if base.family == "sdxl":
         conditions = {"text_embeds": move(item.pooled).to(dtype), "time_ids": move(item.sizes).to(dtype)}
@@ -125,10 +168,13 @@ def batch_loss(unet, base: Base, alphas_cumprod: Tensor, item: Batch, config: Co
         predicted = unet(
             noisy, timesteps, encoder_hidden_states=move(item.embeddings).to(dtype), added_cond_kwargs=conditions
         ).sample
-    weight = None
+    snr, weight = alpha_bar / (1 - alpha_bar), None
     if config.min_snr_gamma is not None:
-        weight = loss.min_snr_weight(alpha_bar / (1 - alpha_bar), config.min_snr_gamma, base.prediction_type)
-    return loss.mean_squared(predicted, loss.target(base.prediction_type, latents, noise, alpha_bar), weight)
+        weight = loss.min_snr_weight(snr, config.min_snr_gamma, base.prediction_type)
+    elif config.debiased:
+        weight = loss.debiased_weight(snr, base.prediction_type)
+    wanted = loss.target(base.prediction_type, latents, noise, alpha_bar)
+    return loss.error(predicted, wanted, weight, config.loss, config.huber_delta)
 
 
 def steps(
@@ -144,6 +190,9 @@ def steps(
 
     Yields:
         A Step for each update from `state.step` to the end; `state` is up to date then.
+
+    Raises:
+        Diverged: TOO_MANY steps in a row were not finite. The state is that after the last good one.
     """
     per_epoch, total = plan(pictures, repeats, config)
     sizes = _sizes(pictures)
@@ -152,15 +201,19 @@ def steps(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    epoch, groups = -1, []
+    epoch, batches = -1, []
     while state.step < total:
         if state.step // per_epoch != epoch:
             epoch = state.step // per_epoch
-            groups = _groups(sizes, repeats, config, epoch)
-        group = groups[state.step % per_epoch]
-        rate = config.learning_rate * optim.factor(config.schedule, state.step, total, config.warmup_steps)
+            batches = _batches(sizes, repeats, config, epoch)
+        if state.step % LOOK == 0:
+            if int(state.skipped[1]) >= TOO_MANY:
+                raise Diverged(f"{TOO_MANY} steps in a row before step {state.step + 1} were not finite.")
+            state.skipped[1] = state.skipped[0]
+        group = batches[state.step % per_epoch]
+        rate = state.rate_factor * learning_rate(config, state.step, total)
         for settings in state.optimizer.param_groups:
-            settings["lr"] = rate
+            settings["lr"] = rate * settings["ratio"]
         summed, offset = torch.zeros((), device=unet.device), 0
         for indices in group:
             item = batch(pictures, texts, indices, state.step, offset, config)
@@ -168,15 +221,46 @@ def steps(
             state.scaler.scale(value).backward()
             summed += value.detach()
             offset += len(indices)
-        if config.max_grad_norm:
-            state.scaler.unscale_(state.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
+        finite = _update(state, summed, norm)
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        if state.ema:
+            state.ema.update(state.step)
         examples = tuple(index for indices in group for index in indices)
-        yield Step(state.step, total, epoch + 1, summed, rate, examples)
+        yield Step(state.step, total, epoch + 1, summed, rate, examples, finite)
+
+
+def learning_rate(config: Config, step: int, total: int) -> float:
+    """The rate of update `step`, counted from 0."""
+    return config.learning_rate * optim.factor(
+        config.schedule, step, total, config.warmup_steps, cycles=config.schedule_cycles, power=config.schedule_power
+    )
+
+
+def _update(state: State, loss: Tensor, norm: Tensor) -> Tensor:
+    """Let the optimizer step, unless loss or gradients are not finite. Returns whether they are, on the device.
+
+    Gradients that a GradScaler scaled too high are its own affair: it skips them and halves its scale, as it does in
+    the first steps of every run in float16. They count as not finite once there is nothing left to halve.
+    """
+    optimizer, scaler = state.optimizer, state.scaler
+    finite = torch.isfinite(loss)
+    if scaler.is_enabled():
+        finite &= torch.isfinite(norm) | (scaler._get_scale_async() > 1)
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        finite &= torch.isfinite(norm)
+        if optim.skips_on_device(optimizer):
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+            optimizer.step()
+        elif bool(finite):  # these optimizers cannot be told on the device
+            optimizer.step()
+    row = (state.skipped[0] + 1) * ~finite
+    state.skipped = torch.stack([row, torch.maximum(row, state.skipped[1])])
+    return finite
 
 
 @contextmanager

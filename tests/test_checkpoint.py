@@ -5,7 +5,7 @@ import torch
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import checkpoint, run, train
+from lorakit import checkpoint, optim, run, train
 
 CPU = torch.device("cpu")
 
@@ -22,10 +22,15 @@ def begin(settings, ready):
     return state, train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", [*optim.OPTIMIZERS, "adamw with ema"])
 @pytest.mark.parametrize("cut", [1, 4])
 def test_a_resumed_run_ends_bit_identical(settings, ready, tmp_path, optimizer, cut):
-    settings = settings.with_(optimizer=optimizer, steps=7, caption_dropout=0.3, schedule="cosine")
+    changes = {
+        "prodigy": {"learning_rate": 1.0}, "adamw_schedulefree": {"schedule": "constant_with_warmup"},
+        "adamw with ema": {"optimizer": "adamw", "ema_decay": 0.9},
+    }  # fmt: skip
+    changes = {"optimizer": optimizer, "schedule": "cosine"} | changes.get(optimizer, {})
+    settings = settings.with_(steps=7, caption_dropout=0.3, warmup_steps=2, **changes)
     whole, loop = begin(settings, ready)
     whole_steps = train.run(loop)
     first, loop = begin(settings, ready)
@@ -40,6 +45,9 @@ def test_a_resumed_run_ends_bit_identical(settings, ready, tmp_path, optimizer, 
     assert [float(s.loss) for s in rest] == [float(s.loss) for s in whole_steps[cut:]]
     for a, b in zip(whole.adapter.parameters(), second.adapter.parameters(), strict=True):
         assert torch.equal(a, b)
+    with whole.evaluated(), second.evaluated():
+        for a, b in zip(whole.adapter.parameters(), second.adapter.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_any_flipped_or_missing_byte_is_noticed(settings, ready, tmp_path):

@@ -59,6 +59,12 @@ def test_all_problems_are_told_together_with_the_nearest_name(tmp_path):
         ({"steps": 3, "epochs": 2}, "set one of them"),
         ({"resolution": 500}, "use 448 or 512"),
         ({"warmup_steps": 10}, "constant_with_warmup"),
+        ({"warmup_steps": 2.5, "schedule": "cosine"}, "neither a whole number nor a share"),
+        ({"optimizer": "prodigy"}, "rate that optimizer 'prodigy' finds by itself.*use 1.0"),
+        ({"optimizer": "adamw_schedulefree", "schedule": "cosine"}, "needs no schedule"),
+        ({"optimizer": "adamw_schedulefree", "ema_decay": 0.99}, "averages the weights itself"),
+        ({"debiased": True}, "two weightings of one loss"),
+        ({"min_timestep": 500, "max_timestep": 400}, "min_timestep 500 is not below max_timestep 400"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):

@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lorakit"
 FLOORS = [
     {"config", "files"},
-    {"dataset", "captions", "buckets"},
+    {"dataset", "captions", "buckets", "kohya"},
     {"base", "adapter", "optim", "loss"},
     {"cache", "memory"},
     {"sample"},
     {"train"},
-    {"checkpoint", "evaluate", "export", "plots"},
+    {"checkpoint", "evaluate", "export", "plots", "board"},
     {"run"},
     {"widgets", "hosts"},
     {"demo"},

@@ -104,7 +104,7 @@ class RealStep:
                     torch.randn(batch, 77, settings["cross_attention_dim"]).to(self.dtype),
                     added_cond_kwargs=conditions,
                 ).sample
-            torch.autograd.backward(loss.mean_squared(predicted, noise))
+            torch.autograd.backward(loss.error(predicted, noise))
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,24 +231,25 @@ def test_sizes_that_do_not_suit_the_base_are_refused():
 # ── The optimizer's share ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", [*optim.OPTIMIZERS])
 def test_optimizer_state_is_what_the_optimizer_keeps(name):
-    if name == "adamw8bit":
+    if "8bit" in name:
         pytest.importorskip("bitsandbytes")
-    for shape in ((32, 100), (32, 320), (70, 100)):  # bitsandbytes leaves less than 4096 weights in float32
+    # bitsandbytes leaves less than 4096 weights in float32
+    for shape in ((32, 100), (32, 320), (70, 100), (32, 64, 3, 3), (64, 32, 1, 1)):
         weight = nn.Parameter(torch.randn(shape))
-        optimizer = optim.optimizer(name, [weight], 1e-3, 0.0)
+        optimizer = optim.optimizer(name, [weight], 1.0 if name == "prodigy" else 1e-3, 0.0)
         weight.grad = torch.randn(shape)
         optimizer.step()
         kept = {key: value for key, value in optimizer.state[weight].items() if torch.is_tensor(value)}
         shared = ("qmap1", "qmap2")  # one table for all tensors
         real = sum(value.nbytes for key, value in kept.items() if key not in shared)
-        assert memory.optimizer_state(name, weight.numel()) == real
+        assert memory.optimizer_state(name, shape) == pytest.approx(real, abs=16)  # 0-d figures
 
 
 def test_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="'sgd'"):
-        memory.optimizer_state("sgd", 1)
+        memory.optimizer_state("sgd", (1, 1))
 
 
 # ── Does it fit? ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lorakit import base as bases
-from lorakit import checkpoint, export, memory, plots, run
+from lorakit import checkpoint, export, memory, plots, run, train
 
 
 def tensor_bytes(file):
@@ -148,3 +148,36 @@ def test_no_path_of_the_machine_reaches_a_checkpoint_or_the_lora(settings, tmp_p
     result = run.start(settings, tmp_path / "out", **QUIET)
     for file in [result.lora, *(tmp_path / "out" / "checkpoints").iterdir(), tmp_path / "out" / "log.jsonl"]:
         assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
+def test_a_run_that_diverges_goes_back_with_half_the_rate(settings, tmp_path, monkeypatch):
+    """Steps 12 to 14 fail once; the run goes on from its checkpoint at step 9 and says so."""
+    real, failed = train.batch_loss, []
+
+    def fails_once(unet, base, alphas, item, config):
+        value = real(unet, base, alphas, item, config)
+        number = counter["step"] = counter["step"] + 1
+        if 12 <= number <= 14 and not failed:
+            failed.extend([number] * (number == 14))
+            return value * float("nan")
+        return value
+
+    counter, said = {"step": 0}, []
+    monkeypatch.setattr(train, "batch_loss", fails_once)
+    result = run.start(settings.with_(steps=30), tmp_path / "run", say=said.append, progress=False)
+    assert result.lora and result.steps == 30
+    assert any(line.startswith("skipped   step 12") and ".png" in line for line in said)
+    assert "back      3 steps in a row before step 21 were not finite. Going on from step 9 with 0.5 of" in "\n".join(
+        said
+    )
+    log = {line["step"]: line for line in plots.read_log(tmp_path / "run" / "log.jsonl")}
+    assert sorted(log) == list(range(1, 31))
+    assert (log[9]["learning_rate"], log[10]["learning_rate"]) == (1e-3, 5e-4)
+    assert not any("skipped" in line for line in log.values())  # of the way that was kept
+
+
+def test_a_run_that_always_diverges_ends_with_advice(settings, tmp_path, monkeypatch):
+    real = train.batch_loss
+    monkeypatch.setattr(train, "batch_loss", lambda *args: real(*args) * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"halved 3 times, and it happened again. Start anew with a lower"):
+        run.start(settings.with_(steps=30), tmp_path / "run", say=lambda _: None, progress=False)

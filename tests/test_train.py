@@ -1,13 +1,15 @@
 import os
 import signal
 import threading
+from dataclasses import replace
+from math import nan
 
 import pytest
 import torch
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import loss, run, train
+from lorakit import loss, optim, run, train
 
 CPU = torch.device("cpu")
 
@@ -192,5 +194,102 @@ def test_noise_is_another_in_each_step_and_the_schedule_is_followed(settings, tm
     _, _, loop = begin(settings, ready)
     rates = [step.learning_rate for step in train.run(loop)]
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    first, second = (loss.draw(settings.seed, step, [0], (4, 8, 8))[0] for step in (0, 1))
+    first, second = (loss.draw(settings.seed, step, [0], (4, 8, 8)).noise for step in (0, 1))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["loss", "schedule"])
+def test_every_choice_of_loss_and_schedule_trains(settings, tmp_path, name):
+    choices = {
+        "loss": [
+            {"loss": "huber"}, {"loss": "smooth_l1"}, {"min_snr_gamma": None, "debiased": True},
+            {"multires_noise_iterations": 3}, {"input_perturbation": 0.1}, {"timestep_sampling": "logit_normal"},
+            {"min_timestep": 400, "max_timestep": 600},
+        ],
+        "schedule": [
+            {"schedule": "cosine_with_restarts", "schedule_cycles": 2}, {"schedule": "polynomial", "schedule_power": 2},
+            {"schedule": "constant_with_warmup", "warmup_steps": 0.5},
+        ],
+    }  # fmt: skip
+    ready = prepared(settings, tmp_path)
+    seen = []
+    for changes in choices[name]:
+        _, state, loop = begin(settings.with_(steps=4, **changes), ready)
+        done = train.run(loop)
+        assert all(torch.isfinite(step.loss) for step in done) and all(step.finite for step in done)
+        seen.append((float(done[0].loss), *(step.learning_rate for step in done)))
+    assert len(set(seen)) == len(seen)  # each of them has an effect
+
+
+def test_lora_plus_moves_the_up_matrices_faster(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    _, state, loop = begin(settings.with_(learning_rate_ratio=8.0, optimizer="lion", steps=1, weight_decay=0), ready)
+    before = {name: weight.detach().clone() for name, weight in state.adapter.state().items()}
+    train.run(loop)
+    moved = {
+        part: max(
+            float((w.detach() - before[n]).abs().max()) for n, w in state.adapter.state().items() if n.endswith(part)
+        )
+        for part in (".up", ".down")
+    }
+    assert moved[".up"] == pytest.approx(8e-3, rel=1e-3)  # Lion moves by the rate itself
+    assert moved[".down"] <= 1e-3 * 1.001
+
+
+def test_the_average_is_what_is_judged_and_training_goes_on_from_the_weights(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    for changes in ({"ema_decay": 0.9}, {"optimizer": "adamw_schedulefree"}):
+        _, state, loop = begin(settings.with_(**changes), ready)
+        train.run(loop)
+        live = [weight.detach().clone() for weight in state.adapter.parameters()]
+        with state.evaluated():
+            judged = [weight.detach().clone() for weight in state.adapter.parameters()]
+        assert any(not torch.equal(a, b) for a, b in zip(live, judged, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(live, state.adapter.parameters(), strict=True))
+
+
+def test_the_average_follows_its_recursion():
+    weight = torch.zeros(3)
+    ema = optim.Ema([weight], 0.5)
+    expected = torch.zeros(3)
+    for step in range(1, 30):
+        weight += 1
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+    assert torch.allclose(ema.average[0], expected)
+
+
+# ── Steps that are not finite ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def poison(ready, index: int) -> None:
+    """Make a picture's latents NaN, as a broken cache or an overflow would."""
+    ready.pictures[index] = replace(ready.pictures[index], latents=torch.full_like(ready.pictures[index].latents, nan))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
+def test_a_step_that_is_not_finite_changes_nothing(settings, tmp_path, optimizer):
+    ready = prepared(settings, tmp_path)
+    poison(ready, 4)  # one of the two wide pictures
+    _, state, loop = begin(settings.with_(optimizer=optimizer, batch_size=1, steps=12, repeats=1), ready)
+    skipped, before = [], None
+    for step in loop:
+        weights = [weight.detach().clone() for weight in state.adapter.parameters()]
+        if not step.finite:
+            skipped.append(step.examples)
+            assert before is None or all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+        assert all(torch.isfinite(weight).all() for weight in weights)
+        before = weights
+    assert skipped and set(skipped) == {(4,)}
+
+
+def test_three_in_a_row_end_the_loop_with_the_last_good_weights(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    for index in range(6):
+        poison(ready, index)
+    _, state, loop = begin(settings.with_(steps=40), ready)
+    first = [weight.detach().clone() for weight in state.adapter.parameters()]
+    with pytest.raises(train.Diverged, match="3 steps in a row before step 11"):
+        train.run(loop)
+    assert all(torch.equal(a, b) for a, b in zip(first, state.adapter.parameters(), strict=True))

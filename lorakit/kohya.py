@@ -1,0 +1,294 @@
+"""Settings written for kohya's sd-scripts, or its GUI, as a lorakit config.
+
+Three forms: the TOML of `--config_file`, a command line, and the GUI's JSON presets. What is understood is mapped;
+everything else that was set to something is named, with why: nothing is dropped in silence.
+"""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit import config as configs
+from lorakit.config import Config
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was made of kohya's settings."""
+
+    config: Config
+    notes: tuple[str, ...]  # a line for each setting that means something else here, or nothing
+
+
+def read(path: str | Path) -> Imported:
+    """Read a settings file: `.toml` of sd-scripts, `.json` of the GUI, or any other text as a command line.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read as what its name says, or its values do not make a run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path} with kohya's settings.")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".toml":
+        return convert(_from_toml(text, path))
+    if path.suffix.lower() == ".json":
+        return convert(_from_gui(text, path))
+    return from_command(text)
+
+
+def from_command(line: str) -> Imported:
+    """Read a command line such as `accelerate launch train_network.py --network_dim=32 …`.
+
+    Raises:
+        ValueError: no option in it, or values that do not make a run.
+    """
+    words = [word for word in shlex.split(line.replace("\\\n", " ").replace("^\n", " ")) if word.strip()]
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
+    settings: dict[str, Any] = {"script": Path(words[script]).name} if script >= 0 else {}
+    name = None
+    for word in words[script + 1 :]:
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            settings[name] = _value(value) if has_value else True
+        elif name is not None:
+            before = settings[name]
+            value = _value(word)
+            settings[name] = value if before is True else [*(before if isinstance(before, list) else [before]), value]
+    if name is None:
+        raise ValueError("There is no option (--network_dim=32 …) in this command line of kohya's.")
+    return convert(settings)
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _from_toml(text: str, path: Path) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
+    if "datasets" in tables:
+        raise ValueError(
+            f"{path.name} describes datasets, not a training run. Give the --config_file of the run, "
+            "or its command line; the dataset folders are set with `dataset`."
+        )
+    settings = {}
+    for key, value in tables.items():  # sd-scripts ignores the names of tables
+        settings |= value if isinstance(value, dict) else {key: value}
+    return settings
+
+
+def _from_gui(text: str, path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path.name} holds a {type(settings).__name__}, not the GUI's settings in {{…}}.")
+    renamed = {key: GUI.get(key, key) for key in settings}
+    found = {renamed[key]: _value(value) if isinstance(value, str) else value for key, value in settings.items()}
+    if found.get("gui_warmup_percent"):  # the GUI has it in percent of the run
+        found.setdefault("lr_warmup_steps", float(found["gui_warmup_percent"]) / 100)
+    found.pop("gui_warmup_percent", None)
+    return found
+
+
+GUI = {  # the GUI's names -> sd-scripts'
+    "max_resolution": "resolution",
+    "epoch": "max_train_epochs",
+    "optimizer": "optimizer_type",
+    "lr_warmup": "gui_warmup_percent",
+    "LoRA_type": "gui_lora_type",
+    "vae_batch_size": "vae_batch_size",
+}
+
+# ── What is understood ──────────────────────────────────────────────────────────────────────────────────────────────
+
+SAME = {  # sd-scripts' name -> ours, where the value means the same
+    "pretrained_model_name_or_path": "base",
+    "train_data_dir": "dataset",
+    "output_name": "name",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "conv_dim": "conv_rank",
+    "conv_alpha": "conv_alpha",
+    "max_grad_norm": "max_grad_norm",
+    "lr_warmup_steps": "warmup_steps",
+    "lr_scheduler_num_cycles": "schedule_cycles",
+    "lr_scheduler_power": "schedule_power",
+    "min_snr_gamma": "min_snr_gamma",
+    "debiased_estimation_loss": "debiased",
+    "noise_offset": "noise_offset",
+    "multires_noise_iterations": "multires_noise_iterations",
+    "multires_noise_discount": "multires_noise_discount",
+    "ip_noise_gamma": "input_perturbation",
+    "huber_c": "huber_delta",
+    "min_timestep": "min_timestep",
+    "max_timestep": "max_timestep",
+    "caption_dropout_rate": "caption_dropout",
+    "flip_aug": "flip",
+    "bucket_reso_steps": "bucket_step",
+    "clip_skip": "clip_skip",
+    "seed": "seed",
+    "save_every_n_steps": "save_every",
+    "sample_every_n_steps": "sample_every",
+}
+DEFAULTS = {  # sd-scripts' own, where they are not ours
+    "network_dim": 4, "network_alpha": 1, "learning_rate": 2e-6, "optimizer_type": "AdamW", "lr_scheduler": "constant",
+    "max_train_steps": 1600, "min_snr_gamma": None, "resolution": 512, "train_batch_size": 1,
+}  # fmt: skip
+OFF_AT_0 = {  # what the GUI writes where a field was left empty
+    "conv_rank", "conv_alpha", "min_snr_gamma", "save_every", "sample_every", "schedule_cycles", "schedule_power",
+    "multires_noise_discount", "clip_skip", "huber_delta", "max_timestep", "bucket_step",
+}  # fmt: skip
+OPTIMIZERS = {
+    "adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "paged_adamw8bit", "adafactor": "adafactor",
+    "prodigy": "prodigy", "lion": "lion", "adamwschedulefree": "adamw_schedulefree",
+    "schedulefree.adamwschedulefree": "adamw_schedulefree", "prodigyopt.prodigy": "prodigy",
+}  # fmt: skip
+LOSSES = {"l2": "mse", "huber": "huber", "smooth_l1": "smooth_l1"}
+NOT_NEEDED = {  # what each of them asks for is always so here, is found out, or changes no weight
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs",
+                     "cache_text_encoder_outputs_to_disk", "vae_batch_size", "max_data_loader_n_workers",
+                     "persistent_data_loader_workers", "num_cpu_threads_per_process"),
+                    "pictures and captions are always encoded once, before training"),
+    **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn"), "torch's own fused attention is always used"),
+    **dict.fromkeys(("enable_bucket", "min_bucket_reso", "max_bucket_reso"),
+                    "buckets are always used; their sides follow from the resolution"),
+    **dict.fromkeys(("v2", "v_parameterization", "sdxl", "sdxl_checkbox"), "the base's own config tells its family"),
+    **dict.fromkeys(("no_half_vae",), "a VAE that overflows in half precision is run in float32"),
+    **dict.fromkeys(("save_model_as", "save_precision"), "`export` chooses format and precision; safetensors alone"),
+    **dict.fromkeys(("output_dir", "logging_dir", "log_with", "log_prefix", "save_state", "save_last_n_steps"),
+                    "one run folder holds everything: `train CONFIG --out FOLDER`; it resumes by itself"),
+    **dict.fromkeys(("caption_extension",), ".txt and .caption are both read"),
+    **dict.fromkeys(("script", "gui_lora_type", "network_module", "lowram", "highvram", "prior_loss_weight",
+                     "training_comment", "metadata_title", "metadata_author"), ""),
+}  # fmt: skip
+
+
+def convert(settings: dict[str, Any]) -> Imported:
+    """Map sd-scripts' settings, by their own names, to a config.
+
+    Raises:
+        ValueError: values that do not make a run.
+    """
+    given = {key: value for key, value in settings.items() if value is not None and value != ""}
+    for item in _listed(given.pop("network_args", ())) + _listed(given.pop("optimizer_args", ())):
+        key, _, value = item.partition("=")
+        given[key.strip()] = _value(value.strip())
+    taken, notes, ours = set(), [], {}
+
+    def take(key: str, default: Any = None) -> Any:
+        taken.add(key)
+        return given.get(key, DEFAULTS.get(key, default))
+
+    for key, name in SAME.items():
+        value = take(key)
+        if name in ("base", "dataset", "name") and value is not None:
+            value = str(value)
+        if value == 0 and name in OFF_AT_0:
+            value = None
+        if value is not None or name == "min_snr_gamma":
+            ours[name] = value
+    ours |= _length(take, notes) | _rates(take, notes) | _size(take, notes) | _choices(take, notes)
+    if ours.get("conv_rank"):
+        ours["targets"] = "attention+conv"
+    algorithm = str(take("algo", "lora")).lower()
+    if algorithm not in ("lora", "locon"):
+        notes.append(f"algo={algorithm}: lorakit trains LoRA and LoCon; this became a LoRA")
+    for key in ("gui_lora_type", "network_module"):
+        kind = str(given.get(key, "")).lower()
+        if kind and not any(word in kind for word in ("standard", "kohya lora", "locon", "networks.lora", "lycoris")):
+            notes.append(f"{key}={given[key]}: lorakit trains LoRA and LoCon; this became a LoRA")
+    for key in sorted(given.keys() - taken):
+        if key in NOT_NEEDED:
+            if NOT_NEEDED[key] and given[key]:
+                notes.append(f"{key}: not needed, {NOT_NEEDED[key]}")
+        elif given[key] not in (False, 0, "0", [], {}):  # switched off changes nothing
+            notes.append(f"{key}={given[key]}: lorakit has no such setting; it was left out")
+    return Imported(configs.parse(ours, "kohya's settings"), tuple(notes))
+
+
+def _listed(value: Any) -> list[str]:
+    """`["a=1", "b=2"]`, or the GUI's `a=1 b=2`."""
+    return shlex.split(value) if isinstance(value, str) else [str(item) for item in value or ()]
+
+
+def _length(take: Callable, notes: list[str]) -> dict:
+    epochs, steps = take("max_train_epochs"), take("max_train_steps")
+    return {"epochs": int(epochs)} if epochs else {"steps": int(steps)}  # as in sd-scripts, epochs go first
+
+
+def _rates(take: Callable, notes: list[str]) -> dict:
+    rate, unet, text = take("learning_rate"), take("unet_lr"), take("text_encoder_lr")
+    if take("network_train_text_encoder_only"):
+        raise ValueError("network_train_text_encoder_only: lorakit trains the UNet, and has nothing to do then.")
+    if not take("network_train_unet_only") and text != 0:
+        notes.append("text encoder: lorakit trains the UNet alone; its captions are encoded once")
+    ratio = take("loraplus_lr_ratio") or take("loraplus_unet_lr_ratio") or 1.0
+    return {"learning_rate": float(unet or rate), "learning_rate_ratio": float(ratio)}
+
+
+def _size(take: Callable, notes: list[str]) -> dict:
+    value = take("resolution")
+    sides = [int(float(side)) for side in (value if isinstance(value, list) else str(value).split(","))]
+    side = round((sides[0] * sides[-1]) ** 0.5)  # buckets keep the area
+    step = int(take("bucket_reso_steps") or 64)
+    fitting = max(step, round(side / step) * step)
+    if fitting != sides[0] or len(set(sides)) > 1:
+        notes.append(f"resolution={value}: buckets keep the area of {fitting}×{fitting} here")
+    if take("bucket_no_upscale"):
+        notes.append("bucket_no_upscale: small pictures are scaled up here, and the scan says which")
+    return {"resolution": fitting, "bucket_step": step}
+
+
+def _choices(take: Callable, notes: list[str]) -> dict:
+    ours: dict[str, Any] = {}
+    for key, name, known in (("optimizer_type", "optimizer", OPTIMIZERS), ("loss_type", "loss", LOSSES)):
+        value = take(key)
+        if value is not None:
+            if str(value).lower() in known:
+                ours[name] = known[str(value).lower()]
+            else:
+                notes.append(
+                    f"{key}={value}: lorakit has {', '.join(dict.fromkeys(known.values()))}; the first is used"
+                )
+    if take("use_8bit_adam"):
+        ours["optimizer"] = "adamw8bit"
+    schedule = str(take("lr_scheduler"))
+    if schedule in Config.model_fields["schedule"].annotation.__args__:
+        ours["schedule"] = schedule
+    else:
+        notes.append(f"lr_scheduler={schedule}: unknown here; 'constant' is used")
+    if ours.get("schedule") == "constant" and take("lr_warmup_steps"):
+        ours["warmup_steps"] = 0
+        notes.append("lr_warmup_steps with lr_scheduler=constant: left out, as sd-scripts ignores it")
+    if (decay := take("weight_decay")) is not None:
+        ours["weight_decay"] = float(decay)
+    precision = take("mixed_precision")
+    if precision in ("no", "fp16", "bf16"):
+        ours["mixed_precision"] = precision
+    prompts = take("sample_prompts")
+    if isinstance(prompts, str):
+        notes.append("sample_prompts: in kohya's own form; put the prompts into `sample_prompts` as a list")
+    elif prompts:
+        ours["sample_prompts"] = tuple(str(prompt) for prompt in prompts)
+    return ours

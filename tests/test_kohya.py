@@ -1,0 +1,149 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lorakit import config, kohya
+
+TOML = """
+[model]
+pretrained_model_name_or_path = "runwayml/stable-diffusion-v1-5"
+v2 = false
+
+[dataset]
+train_data_dir = "pictures"
+resolution = "512,512"
+caption_extension = ".txt"
+shuffle_caption = true
+
+[training]
+output_name = "my_cat_v1"
+output_dir = "/somewhere"
+network_module = "networks.lora"
+network_dim = 64
+network_alpha = 32
+unet_lr = 2e-4
+text_encoder_lr = 5e-5
+optimizer_type = "AdamW8bit"
+optimizer_args = ["weight_decay=0.05", "betas=0.9,0.99"]
+lr_scheduler = "cosine_with_restarts"
+lr_scheduler_num_cycles = 3
+lr_warmup_steps = 100
+max_train_epochs = 10
+train_batch_size = 2
+min_snr_gamma = 5
+noise_offset = 0.05
+mixed_precision = "fp16"
+cache_latents = true
+seed = 1234
+keep_tokens = 0
+"""
+
+
+def test_the_toml_of_sd_scripts(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(TOML)
+    imported = kohya.read(file)
+    taken = imported.config.model_dump(exclude_unset=True)
+    assert taken == {
+        "base": "runwayml/stable-diffusion-v1-5", "dataset": "pictures", "name": "my_cat_v1", "batch_size": 2,
+        "rank": 64, "alpha": 32, "warmup_steps": 100, "schedule_cycles": 3, "min_snr_gamma": 5, "noise_offset": 0.05,
+        "seed": 1234, "epochs": 10, "learning_rate": 2e-4, "learning_rate_ratio": 1.0, "resolution": 512,
+        "bucket_step": 64, "optimizer": "adamw8bit", "schedule": "cosine_with_restarts", "weight_decay": 0.05,
+        "mixed_precision": "fp16",
+    }  # fmt: skip
+    notes = "\n".join(imported.notes)
+    assert "shuffle_caption=True: lorakit has no such setting; it was left out" in notes
+    assert "betas=0.9,0.99: lorakit has no such setting" in notes
+    assert "text encoder: lorakit trains the UNet alone" in notes
+    assert "cache_latents: not needed" in notes and "output_dir: not needed" in notes
+    assert "keep_tokens" not in notes and "v2" not in notes  # switched off: nothing is lost
+
+
+def test_what_is_not_said_is_sd_scripts_own_default():
+    imported = kohya.convert({"train_data_dir": "pictures", "network_train_unet_only": True})
+    settings = imported.config
+    assert (settings.rank, settings.alpha, settings.steps, settings.learning_rate) == (4, 1, 1600, 2e-6)
+    assert settings.min_snr_gamma is None and settings.optimizer == "adamw" and not imported.notes
+
+
+def test_a_command_line():
+    imported = kohya.from_command(
+        'accelerate launch --num_cpu_threads_per_process=2 "C:/x y/sdxl_train_network.py" \\\n'
+        "  --train_data_dir 'my pictures' --network_dim=16 --network_alpha 8 --gradient_checkpointing \\\n"
+        "  --network_args conv_dim=8 conv_alpha=4 --optimizer_type Prodigy --learning_rate 1.0 "
+        "--max_train_steps=2000 --xformers --resolution 1024,768 --network_train_unet_only --ip_noise_gamma 0.1"
+    )
+    settings = imported.config
+    assert (settings.dataset, settings.rank, settings.alpha, settings.steps) == ("my pictures", 16, 8, 2000)
+    assert settings.gradient_checkpointing and settings.optimizer == "prodigy" and settings.learning_rate == 1.0
+    assert (settings.targets, settings.conv_rank, settings.conv_alpha) == ("attention+conv", 8, 4)
+    assert (settings.resolution, settings.input_perturbation) == (896, 0.1)
+    assert "resolution=1024,768: buckets keep the area of 896×896 here" in imported.notes
+    assert any(note.startswith("xformers: not needed") for note in imported.notes)
+
+
+def test_the_guis_preset(tmp_path):
+    file = tmp_path / "preset.json"
+    file.write_text(json.dumps({
+        "LoRA_type": "Kohya LoCon", "max_resolution": "768,768", "epoch": 8, "optimizer": "Adafactor",
+        "optimizer_args": "weight_decay=0.02", "lr_warmup": 10, "lr_scheduler": "cosine", "learning_rate": 0.0003,
+        "text_encoder_lr": 0, "unet_lr": 0.0003, "network_dim": 32, "network_alpha": 16, "conv_dim": 8, "conv_alpha": 4,
+        "min_snr_gamma": 0, "seed": "", "multires_noise_discount": 0, "xformers": "xformers", "caption_extension": "",
+        "train_data_dir": "pictures", "output_name": "last", "sample_prompts": "a cat --n bad",
+    }))  # fmt: skip
+    imported = kohya.read(file)
+    settings = imported.config
+    assert (settings.resolution, settings.epochs, settings.optimizer) == (768, 8, "adafactor")
+    assert (settings.warmup_steps, settings.weight_decay, settings.min_snr_gamma) == (0.1, 0.02, None)
+    assert (settings.targets, settings.conv_rank) == ("attention+conv", 8)
+    assert any(note.startswith("sample_prompts: in kohya") for note in imported.notes)
+    assert not any("text encoder" in note for note in imported.notes)  # its rate is 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"optimizer_type": "DAdaptation"}, "optimizer_type=DAdaptation: lorakit has adamw,"),
+        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler=piecewise_constant: unknown here"),
+        ({"lr_warmup_steps": 50}, "left out, as sd-scripts ignores it"),
+        ({"network_module": "networks.oft"}, "network_module=networks.oft: lorakit trains LoRA and LoCon"),
+        ({"network_module": "lycoris.kohya", "network_args": ["algo=lokr"]}, "algo=lokr: lorakit trains LoRA"),
+        ({"network_weights": "old.safetensors"}, "network_weights=old.safetensors: lorakit has no such setting"),
+        ({"bucket_no_upscale": True}, "bucket_no_upscale: small pictures are scaled up here"),
+    ],
+)
+def test_nothing_is_dropped_in_silence(settings, note):
+    imported = kohya.convert(settings)
+    assert any(note in said for said in imported.notes), imported.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.toml", "a = = 1", "x.toml is not valid TOML"),
+        ("x.toml", "[[datasets]]\nresolution = 512", "describes datasets"),
+        ("x.json", "[1]", "holds a list"),
+        ("x.json", "{", "not valid JSON"),
+        ("x.txt", "train_network.py", "no option"),
+        ("x.toml", "network_dim = -3", "rank = -3"),
+        ("x.toml", "network_train_text_encoder_only = true", "nothing to do"),
+        ("x.toml", 'optimizer_type = "Prodigy"\nlearning_rate = 1e-4', "use 1.0"),
+    ],
+)
+def test_what_cannot_be_read_is_explained(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        kohya.read(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"missing\.toml"):
+        kohya.read(tmp_path / "missing.toml")
+
+
+def test_the_command_prints_a_config_and_tells_the_rest(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(TOML)
+    done = subprocess.run([sys.executable, "-m", "lorakit", "kohya", str(file)], capture_output=True, text=True)
+    (tmp_path / "run.json").write_text(done.stdout)
+    assert config.load(tmp_path / "run.json").rank == 64
+    assert "note: shuffle_caption=True" in done.stderr
