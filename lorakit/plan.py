@@ -1,0 +1,228 @@
+"""Will it fit, how long will it take, and what has to give: settings for a card, before anything is downloaded."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lorakit import adapter, files, memory
+from lorakit import base as bases
+from lorakit.config import Config
+from lorakit.memory import Prediction
+
+EFFICIENCY = 0.35  # share of a card's peak rate that a training step of batch 1 reaches: an estimate
+OVERHEAD = 0.08  # seconds a step takes besides: launching kernels, the optimizer; an estimate
+LOWEST = 256  # pixels: below, Stable Diffusion draws nothing worth learning
+
+
+@dataclass(frozen=True)
+class Card:
+    """An NVIDIA card as its maker describes it."""
+
+    name: str
+    memory: float  # GiB that torch sees
+    tflops: float  # dense half-precision matrix products with float32 sums, 10^12 a second
+    bf16: bool = True
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("T4", 14.7, 65, bf16=False), Card("3060", 11.8, 25), Card("3090", 23.7, 71), Card("4090", 23.6, 165),
+        Card("A100", 39.4, 312),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run on a card, and what that takes."""
+
+    config: Config
+    prediction: Prediction
+    fits: bool | None  # None: nobody knows how much is free
+    changes: tuple[str, ...]  # from the settings that were asked for
+
+    def describe(self) -> str:
+        """One line for a person."""
+        peak = memory.readable(self.prediction.peak)
+        if self.fits is None:
+            return f"{peak} predicted; how much is free cannot be told here"
+        if not self.fits:
+            return f"does not fit, {peak} predicted even with: {'; '.join(self.changes) or 'no change'}"
+        return f"fits, {peak} predicted" + (f", with: {'; '.join(self.changes)}" if self.changes else "")
+
+
+def rungs(config: Config, smallest: int = LOWEST) -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """Settings that need less and less memory, the fastest first, each with what was changed.
+
+    Checkpointing, then 8-bit moments, then the batch in parts (the same learning), then a lower resolution.
+    """
+    changes: dict[str, str] = {}
+    yield config, ()
+    if not config.gradient_checkpointing:
+        config = config.with_(gradient_checkpointing=True)
+        changes["checkpointing"] = "gradient checkpointing (a third more work)"
+        yield config, tuple(changes.values())
+    if config.optimizer == "adamw":
+        config = config.with_(optimizer="adamw8bit")
+        changes["optimizer"] = "optimizer adamw8bit"
+        yield config, tuple(changes.values())
+    while config.batch_size > 1:
+        parts = -(-config.batch_size // 2)
+        accumulation = config.gradient_accumulation_steps * -(-config.batch_size // parts)
+        config = config.with_(batch_size=parts, gradient_accumulation_steps=accumulation)
+        changes["batch"] = f"batch {parts} × accumulation {accumulation}"
+        yield config, tuple(changes.values())
+    while config.resolution - config.bucket_step >= smallest:
+        config = config.with_(resolution=config.resolution - config.bucket_step)
+        changes["resolution"] = f"resolution {config.resolution}"
+        yield config, tuple(changes.values())
+
+
+def choose(
+    base: bases.Base, config: Config, free: int | None, *, dtype: torch.dtype, device: str = "cuda",
+    margin: float = memory.MARGIN, store: Path | None = None,
+) -> Plan:  # fmt: skip
+    """The fastest settings that fit, from those asked for downwards.
+
+    Args:
+        free: bytes the run may take; None when unknown, which changes nothing.
+        dtype, device: as for `memory.predict`.
+        margin: share of `free` left to the driver, the kernels' workspaces and fragmentation.
+        store: folder where predictions are kept; None predicts anew.
+    """
+    plan = None
+    for settings, changes in rungs(config):
+        size = (settings.resolution, settings.resolution)
+        prediction = predict(base, settings, size=size, dtype=dtype, device=device, store=store)
+        fits = memory.verdict(prediction, free, margin).fits
+        plan = Plan(settings, prediction, fits, changes)
+        if fits is not False or prediction.weights > (free or 0) * (1 - margin):
+            break  # no rung makes the frozen base smaller
+    return plan
+
+
+def predict(
+    base: bases.Base, config: Config, *, size: tuple[int, int], dtype: torch.dtype, device: str,
+    store: Path | None = None,
+) -> Prediction:  # fmt: skip
+    """`memory.predict`, whose answer is kept: the same question is asked for every card and every notebook.
+
+    Args:
+        store: folder of the answers; None keeps none.
+    """
+    if store is None:
+        return memory.predict(base, config, size=size, dtype=dtype, device=device)
+    deciding = {
+        "unet": base.configs["unet"], "vae": base.configs["vae"], "text": base.configs["text_encoder"],
+        "family": base.family, "size": size, "dtype": str(dtype), "device": device,
+        "config": {
+            name: getattr(config, name)
+            for name in ("rank", "targets", "conv_rank", "batch_size", "optimizer", "loss",
+                         "gradient_accumulation_steps", "gradient_checkpointing")
+        },
+        "versions": [version(name) for name in ("torch", "diffusers", "peft")],
+        "code": [hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in (memory, adapter)],
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:24]
+    file = store / f"{key}.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return Prediction(**(found | {"size": tuple(found["size"])}))
+    except (OSError, ValueError, TypeError):
+        pass  # not there, or not ours: predicted again
+    prediction = memory.predict(base, config, size=size, dtype=dtype, device=device)
+    try:
+        with files.replacing(file) as partial:
+            partial.write_text(json.dumps(asdict(prediction)), encoding="utf-8")
+    except OSError:
+        pass  # a full or read-only home costs the seconds again, nothing else
+    return prediction
+
+
+def default_store() -> Path:
+    """Where predictions are kept for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit" / "predictions"
+
+
+def seconds_a_step(prediction: Prediction, card: Card) -> float:
+    """How long a step may take: an estimate from the step's operations and the card's rate."""
+    return prediction.flops / (card.tflops * 1e12 * EFFICIENCY) + OVERHEAD
+
+
+def this_machine() -> Card | None:
+    """The NVIDIA card that is here, with what is free now; its rate is the table's where the name tells it."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    known = next((card for key, card in CARDS.items() if key in name), None)
+    free = memory.available("cuda") / 2**30
+    return replace(known or Card("", 0, 0, torch.cuda.get_device_capability() >= (8, 0)), name=name, memory=free)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan for one card."""
+
+    card: Card
+    asked: Prediction  # for the settings as they were asked for
+    plan: Plan
+    steps: int | None  # of the run; None where it is given in epochs
+
+    @property
+    def minutes(self) -> float | None:
+        """Estimated, for the whole run; None where the card's rate or the run's length is unknown."""
+        if not self.card.tflops or self.steps is None:
+            return None
+        return self.steps * seconds_a_step(self.plan.prediction, self.card) / 60
+
+    def describe(self) -> str:
+        """One line for a person."""
+        said = f"{self.card.memory:.1f} GiB: {self.plan.describe()}"
+        if self.minutes is not None and self.plan.fits:
+            said += f"; {self.steps} steps in about {self.minutes:.0f} min (estimated)"
+        return said
+
+    def facts(self) -> dict:
+        """The same for programs."""
+        prediction = self.plan.prediction
+        parts = ("weights", "adapter", "gradients", "optimizer", "activations")
+        return {
+            "card": self.card.name, "memory_gib": round(self.card.memory, 2), "fits": self.plan.fits,
+            "peak_gib": round(prediction.peak / 2**30, 3),
+            "parts_gib": {part: round(getattr(prediction, part) / 2**30, 3) for part in parts},
+            "asked_peak_gib": round(self.asked.peak / 2**30, 3), "file_mb": round(prediction.file_size / 1e6, 2),
+            "changes": list(self.plan.changes), "estimated_minutes": self.minutes and round(self.minutes, 1),
+            "resolution": self.plan.config.resolution, "batch_size": self.plan.config.batch_size,
+        }  # fmt: skip
+
+
+def table(base: bases.Base, config: Config, cards: list[str] | None = None, store: Path | None = None) -> list[Row]:
+    """A plan for each card, and for the one that is here.
+
+    Args:
+        cards: names from CARDS; None takes all, and this machine's.
+        store: folder where predictions are kept; None is the user's own.
+
+    Raises:
+        ValueError: an unknown card, or settings that do not suit the base.
+    """
+    unknown = [name for name in cards or () if name not in CARDS]
+    if unknown:
+        raise ValueError(f"There is no card {unknown[0]!r} in the table. It has {', '.join(CARDS)}.")
+    here = this_machine() if cards is None else None
+    store = store or default_store()
+    rows = []
+    for card in [*(CARDS[name] for name in cards or CARDS), *([here] if here else [])]:
+        dtype = torch.bfloat16 if card.bf16 else torch.float16
+        size = (config.resolution, config.resolution)
+        asked = predict(base, config, size=size, dtype=dtype, device="cuda", store=store)
+        chosen = choose(base, config, int(card.memory * 2**30), dtype=dtype, store=store)
+        rows.append(Row(card, asked, chosen, config.steps))
+    return rows

@@ -1,0 +1,161 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lorakit import base as bases
+from lorakit import memory, plan
+from lorakit.config import Config, preset
+
+GIB = 2**30
+
+
+def made_up(base, config, *, size, dtype, device=None) -> memory.Prediction:
+    """A prediction in seconds' place: activations go with area and batch, checkpointing leaves a fifth of them."""
+    made_up.calls += 1
+    activations = int(4 * GIB * config.batch_size * size[0] * size[1] / 512**2)
+    return memory.Prediction(
+        weights=GIB, adapter=GIB // 10, gradients=GIB // 10, optimizer=GIB // {"adamw": 5}.get(config.optimizer, 20),
+        activations=activations // (5 if config.gradient_checkpointing else 1), file_size=10**7, flops=10**12,
+        seconds=1.0, size=size, batch_size=config.batch_size, precision=str(dtype),
+        gradient_checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    made_up.calls = 0
+    monkeypatch.setattr(memory, "predict", made_up)
+
+
+def chosen(gib: float | None, **changes) -> plan.Plan:
+    config = Config(**({"steps": 100, "batch_size": 4} | changes))
+    free = None if gib is None else int(gib * GIB)
+    return plan.choose(bases.known("sd15"), config, free, dtype=torch.float16)
+
+
+def test_a_large_card_changes_nothing(quick):
+    config = Config(steps=100, batch_size=4)
+    picked = plan.choose(bases.known("sd15"), config, 40 * GIB, dtype=torch.float16)
+    assert (picked.config, picked.fits, picked.changes) == (config, True, ())
+
+
+@pytest.mark.parametrize(
+    ("gib", "changes"),
+    [
+        (6.0, ["gradient checkpointing"]),
+        (5.0, ["gradient checkpointing", "adamw8bit"]),
+        (3.5, ["gradient checkpointing", "adamw8bit", "batch 2 × accumulation 2"]),
+        (2.4, ["gradient checkpointing", "adamw8bit", "batch 1 × accumulation 4"]),
+        (2.1, ["gradient checkpointing", "adamw8bit", "batch 1 × accumulation 4", "resolution 448"]),
+    ],
+)
+def test_the_fastest_settings_that_fit_are_taken(quick, gib, changes):
+    picked = chosen(gib)
+    assert picked.fits and len(picked.changes) == len(changes)
+    assert all(wanted in said for wanted, said in zip(changes, picked.changes, strict=True))
+    assert picked.prediction.peak <= 0.9 * gib * GIB
+    assert picked.config.batch_size * picked.config.gradient_accumulation_steps == 4  # the same learning
+
+
+def test_where_nothing_helps_it_says_so(quick):
+    picked = chosen(1.5)
+    assert picked.fits is False and picked.config.resolution == 256
+    assert picked.describe().startswith("does not fit")
+    made_up.calls = 0
+    assert chosen(0.9).fits is False and made_up.calls == 1  # the base alone is too large: no rung is tried
+
+
+def test_unknown_memory_changes_nothing(quick):
+    assert chosen(None).fits is None and chosen(None).changes == ()
+
+
+def test_an_answer_is_kept_and_found_again(quick, tmp_path):
+    base, config = bases.known("sd15"), Config(steps=100)
+    ask = lambda config: plan.predict(  # noqa: E731
+        base, config, size=(512, 512), dtype=torch.float16, device="cuda", store=tmp_path
+    )
+    first = ask(config)
+    assert ask(config.with_(steps=7, seed=3)) == first and made_up.calls == 1  # neither takes memory
+    ask(config.with_(rank=8))
+    assert made_up.calls == 2
+    for file in tmp_path.iterdir():
+        file.write_text("{")
+    assert ask(config) == first and made_up.calls == 3
+
+
+def test_predictions_work_where_nothing_can_be_kept(quick, tmp_path):
+    (tmp_path / "file").write_text("")
+    base = bases.known("sd15")
+    answer = plan.predict(
+        base, Config(steps=1), size=(512, 512), dtype=torch.float16, device="cuda", store=tmp_path / "file"
+    )
+    assert answer.peak > GIB
+
+
+def test_cards_and_bases_are_known_by_name(quick, tmp_path):
+    rows = plan.table(bases.known("sd15"), Config(steps=1000), store=tmp_path)
+    assert [row.card.name for row in rows][:5] == ["T4", "3060", "3090", "4090", "A100"]
+    assert rows[0].minutes > rows[3].minutes > 0
+    assert rows[0].plan.prediction.precision == "torch.float16" and "bfloat16" in rows[1].plan.prediction.precision
+    with pytest.raises(ValueError, match="no card 'T5' in the table. It has T4, 3060"):
+        plan.table(bases.known("sd15"), Config(steps=1), ["T5"], store=tmp_path)
+    with pytest.raises(ValueError, match="It knows sd15, sd21, sd21-base, sdxl"):
+        bases.known("flux")
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "prediction", "resolution", "unet", "modules"),
+    [
+        ("sd15", "sd15", "epsilon", 512, 859_520_964, 192), ("sd21", "sd2", "v_prediction", 768, 865_910_724, 192),
+        ("sd21-base", "sd2", "epsilon", 512, 865_910_724, 192), ("sdxl", "sdxl", "epsilon", 1024, 2_567_463_684, 722),
+    ],
+)  # fmt: skip
+def test_the_shipped_configs_are_the_families_own(name, family, prediction, resolution, unet, modules):
+    """By the published numbers of weights, and kohya's numbers of modules."""
+    from diffusers import UNet2DConditionModel
+
+    from lorakit import adapter
+
+    base = bases.known(name)
+    assert (base.family, base.prediction_type, base.resolution) == (family, prediction, resolution)
+    assert base.vae_factor == 8 and base.name == bases.KNOWN[name]
+    with torch.device("meta"):
+        built = UNet2DConditionModel.from_config(base.configs["unet"])
+    assert sum(weight.numel() for weight in built.parameters()) == unet
+    assert len(adapter.target_names(built)) == modules
+    assert preset("style", family).base == bases.KNOWN[name] or name == "sd21-base"
+
+
+def test_the_shipped_text_encoders_and_autoencoders_have_the_published_sizes():
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    count = lambda model: sum(weight.numel() for weight in model.parameters())  # noqa: E731
+    sizes = {}
+    with torch.device("meta"):
+        for name in bases.KNOWN:
+            configs = bases.known(name).configs
+            sizes[name] = [count(AutoencoderKL.from_config(configs["vae"]))]
+            sizes[name].append(count(CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))))
+            if "text_encoder_2" in configs:
+                sizes[name].append(count(CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"]))))
+    assert sizes == {
+        "sd15": [83_653_863, 123_060_480], "sd21": [83_653_863, 340_387_840], "sd21-base": [83_653_863, 340_387_840],
+        "sdxl": [83_653_863, 123_060_480, 694_659_840],
+    }  # fmt: skip
+
+
+def test_the_command_plans_for_a_card(tmp_path):
+    command = [sys.executable, "-m", "lorakit", "plan", "--base", "demo", "--card", "T4", "--rank", "8"]
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "PYTHONPATH": "."}
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment)
+    (row,) = json.loads(done.stdout)
+    assert row["card"] == "T4" and row["fits"] is True and row["changes"] == []
+    assert 0 < row["peak_gib"] < 1 and row["file_mb"] > 0 and row["estimated_minutes"] > 0
+    assert abs(sum(row["parts_gib"].values()) - row["peak_gib"]) < 0.003
+    assert list((tmp_path / "lorakit" / "predictions").iterdir())
+    told = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+    assert "T4      14.7 GiB: fits" in told and "estimated" in told
