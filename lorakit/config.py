@@ -88,6 +88,10 @@ class Config(BaseModel):
 
     # While it runs
     save_every: int = Field(500, ge=1, description="steps between checkpoints; all are kept")
+    validation_share: float = Field(
+        0.0, ge=0, le=0.5, description="share of the pictures kept from training to judge it"
+    )
+    validate_every: int = Field(100, ge=1, description="steps between validations")
     sample_every: int = Field(500, ge=1, description="steps between sample pictures")
     sample_prompts: tuple[str, ...] = ()
     sample_steps: int = Field(25, ge=1, le=1000)

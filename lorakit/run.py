@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import board, buckets, cache, checkpoint, dataset, export, files, memory, plots, sample, train
+from lorakit import board, buckets, cache, checkpoint, dataset, evaluate, export, files, memory, plots, sample, train
 from lorakit import config as configs
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
@@ -32,7 +32,17 @@ DEMO = Path(__file__).parent / "demo" / "pictures"
 LEAST_FACTOR = 1 / 8  # of the learning rate: a run that diverges even then is given up
 STRENGTHS = (0.0, 0.5, 0.7, 0.9, 1.0)  # the guide's, and the bare base
 # What may change between two starts of one run: it does not decide the weights.
-FREE = {"name", "trigger", "device", "save_every", "sample_every", "sample_prompts", "sample_steps", "sample_guidance"}
+FREE = {
+    "name",
+    "trigger",
+    "device",
+    "save_every",
+    "validate_every",
+    "sample_every",
+    "sample_prompts",
+    "sample_steps",
+    "sample_guidance",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Result:
     losses: list[float] = field(repr=False)  # of the steps of this start
     lora: Path | None  # the finished file; None when the run was stopped before its end
     comparison: Path | None  # base and strengths side by side
+    best: Path | None = None  # the checkpoint nearest to the lowest validation loss, where pictures are held out
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ class Prepared:
 
     base: bases.Base
     dataset: dataset.Dataset
-    pictures: list[Encoded]
+    pictures: list[Encoded]  # trained on
+    held_out: list[Encoded]  # not trained on
+    names: list[str]  # of the pictures trained on
     texts: dict[str, Text]
     repeats: list[int]
     prompts: list[str]  # sampled while training and at the end
@@ -84,14 +97,19 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
     say(f"base      {base.name}: {base.family}, made for {base.resolution} px, predicts {base.prediction_type}")
     pictures = scan(config)
     say("pictures  " + pictures.describe().replace("\n", "\n          "))
+    held_out = evaluate.hold_out([p.digest for p in pictures.pictures], config.validation_share, config.seed)
+    kept = [place for place in range(len(pictures)) if place not in held_out]
+    if held_out:
+        names = [pictures.pictures[place].path.name for place in held_out]
+        say(f"held out  {len(names)} of {len(pictures)} pictures, to judge by: {', '.join(names)}")
     sizes = buckets.sizes(config.resolution, step=step)
     fits = [buckets.fit(p.width, p.height, sizes) for p in pictures.pictures]
-    repeats = [p.repeats for p in pictures.pictures]
+    repeats = [pictures.pictures[place].repeats for place in kept]
     used = sorted({fit.size for fit in fits})
     counts = [f"{w}×{h}: {sum(fit.size == (w, h) for fit in fits)}" for w, h in used]
     say(f"buckets   {', '.join(counts)}")
-    batches = buckets.steps_per_epoch([fit.size for fit in fits], repeats, config.batch_size)
-    say("length    " + length(len(fits), repeats, batches, config))
+    batches = buckets.steps_per_epoch([fits[place].size for place in kept], repeats, config.batch_size)
+    say("length    " + length(len(kept), repeats, batches, config))
     prediction = memory.predict(base, config, size=max(used, key=lambda s: s[0] * s[1])[::-1], dtype=dtype)
     say("memory    " + prediction.describe().replace("\n", "\n          "))
     say("          " + str(memory.verdict(prediction, memory.available(device))).replace("\n", "\n          "))
@@ -108,7 +126,10 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
             base, wanted, store, device=device, dtype=dtype, clip_skip=config.clip_skip, progress=show
         )
     say(f"cache     {len(encoded)} pictures and {len(texts)} texts ready in {time.monotonic() - began:.1f} s")
-    return Prepared(base, pictures, encoded, texts, repeats, prompts)
+    return Prepared(
+        base, pictures, [encoded[i] for i in kept], [encoded[i] for i in held_out],
+        [pictures.pictures[i].path.name for i in kept], texts, repeats, prompts,
+    )  # fmt: skip
 
 
 def length(pictures: int, repeats: Sequence[int], batches: int, config: Config) -> str:
@@ -190,7 +211,7 @@ class Log:
         say: Callable[[str], None], on_board: board.Board | None,
     ):  # fmt: skip
         self.file, self.names, self.show, self.say, self.board = file, names, show, say, on_board
-        self.waiting, self.losses = [], []
+        self.waiting, self.losses, self.marks = [], [], {}
         self.began = time.monotonic()
         kept = [line for line in plots.read_log(file) if line["step"] <= resumed_at] if file.exists() else []
         with files.replacing(file) as partial:  # steps after the checkpoint are trained again
@@ -209,14 +230,15 @@ class Log:
         with self.file.open("a") as log:
             for (step, seconds), value, fine in zip(self.waiting, losses, finite, strict=True):
                 line = {"step": step.number, "loss": round(value, 6), "learning_rate": step.learning_rate}
-                line |= {"epoch": step.epoch, "seconds": round(seconds, 3)}
+                line |= {"epoch": step.epoch, "seconds": round(seconds, 3)} | self.marks.pop(step.number, {})
                 if not fine:
                     seen = sorted({self.names[i] for i in step.examples})
                     line["skipped"] = seen
                     self.say(f"skipped   step {step.number}: loss or gradients not finite; it saw {', '.join(seen)}")
                 log.write(json.dumps(line) + "\n")
                 if self.board:
-                    self.board.figures(step.number, loss=line["loss"], learning_rate=step.learning_rate)
+                    curves = {k: v for k, v in line.items() if isinstance(v, float) and k != "seconds"}
+                    self.board.figures(step.number, **curves)
         if self.board:
             self.board.flush()
         self.losses += losses
@@ -317,7 +339,7 @@ def start(
     _draw_loss(folder, config)
     if state.step < total:
         say(f"stopped   at step {state.step} of {total}, saved. Start again to go on from there.")
-        return Result(folder, config, state.step, total, losses, None, None)
+        return Result(folder, config, state.step, total, losses, None, None, best_checkpoint(folder)[0])
 
     metadata = export.run_metadata(
         config, prepared.base, prepared.dataset, steps=total, epochs=-(-total // per_epoch), started=started,
@@ -328,11 +350,14 @@ def start(
         proof = export.prove(lora, adapter, prepared.base)
     say(f"export    {lora.name}, {lora.stat().st_size / 1e6:.1f} MB, kohya's format (A1111, Forge, ComfyUI, Civitai)")
     say(f"proof     read back: {proof.describe()}")
+    best, advice = best_checkpoint(folder)
+    if best:
+        say(f"best      {best.name}. {advice}")
     del unet, adapter, state
     cache.free(device)
     comparison = compare(prepared.base, lora, prepared.prompts, config, folder / "comparison.png", progress=progress)
     say(f"look      {comparison.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
-    return Result(folder, config, total, total, losses, lora, comparison)
+    return Result(folder, config, total, total, losses, lora, comparison, best)
 
 
 def _state(unet, config: Config, device, dtype, saved: checkpoint.Checkpoint | None) -> train.State:
@@ -386,13 +411,18 @@ def _drain(unet, prepared, state, config, folder, decided, total, say, progress,
             line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
             line.update(step.number - line.n)
 
-        names = [picture.path.name for picture in prepared.dataset.pictures]
         on_board = _board(folder / "tensorboard", state.step, say)
-        log = Log(folder / "log.jsonl", state.step, names, show, say, on_board)
+        log = Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board)
         loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config)
         keep = checkpoint.every(config.save_every, folder / "checkpoints", state, decided)
         try:
-            own = (log, keep, sampler(unet, state, prepared, config, folder, say, on_board), watch)
+            own = [log, keep, sampler(unet, state, prepared, config, folder, say, on_board), watch]
+            if prepared.held_out:
+                judge = evaluate.every(
+                    config.validate_every, unet, state, prepared.base, prepared.held_out, prepared.pictures,
+                    prepared.texts, config, lambda mark: log.marks.update({mark.step: mark.facts()}),
+                )  # fmt: skip
+                own.insert(0, judge)  # before the log, which writes the marks down
             done = train.run(loop, *own, *listeners, stop=stop)
         finally:
             log.flush()
@@ -409,6 +439,17 @@ def _board(folder: Path, resumed_at: int, say: Callable[[str], None]) -> board.B
     except ImportError:
         say("board     tensorboard is not installed: the curves are in log.jsonl alone")
         return None
+
+
+def best_checkpoint(folder: Path) -> tuple[Path | None, evaluate.Advice | None]:
+    """The saved checkpoint nearest to the lowest validation loss, and what the curve says; None where none was made."""
+    log = plots.read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+    marks = [(line["step"], line["validation_loss"]) for line in log if "validation_loss" in line]
+    saved = {int(path.stem.removeprefix("step-")): path for path in (folder / "checkpoints").glob("step-*.safetensors")}
+    if not marks or not saved:
+        return None, None
+    advice = evaluate.advise(*zip(*marks, strict=True))
+    return saved[min(saved, key=lambda step: (abs(step - advice.best), -step))], advice
 
 
 def _thumbnail(samples: Path) -> Image.Image | None:
@@ -457,9 +498,11 @@ def describe(folder: str | Path) -> dict:
             checkpoints.append({"file": path.name, "intact": False, "problem": str(error)})
     log = plots.read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     lora = folder / f"{config.name}.safetensors"
+    best, advice = best_checkpoint(folder)
     return {
         "kind": "run", "name": config.name, "steps": log[-1]["step"] if log else 0,
         "loss": plots.smooth([line["loss"] for line in log])[-1] if log else None,
-        "checkpoints": checkpoints, "finished": lora.name if lora.exists() else None,
+        "checkpoints": checkpoints, "best": best.name if best else None,
+        "advice": str(advice) if advice else None, "finished": lora.name if lora.exists() else None,
         "config": config.model_dump(mode="json"),
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """Small stand-ins for hub models: the real classes of diffusers and transformers with few, random weights."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,13 @@ def _few_threads():
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def copy_tokenizer(folder: Path) -> None:
+    """The embedded base's words with the real families' length of 77 tokens."""
+    shutil.copytree(TOKENIZER, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 77}))
+
+
 def write_base(folder: Path, family: str = "sd15", prediction_type: str = "epsilon") -> Path:
     """A diffusers folder of a family's form: 32×32 px, 8×8 latents."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -23,17 +31,17 @@ def write_base(folder: Path, family: str = "sd15", prediction_type: str = "epsil
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)  # as in the real families
         text = CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             projection_dim=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-        shutil.copytree(TOKENIZER, folder / "tokenizer")
+        copy_tokenizer(folder / "tokenizer")
         form = {"sd15": {}, "sd2": {"use_linear_projection": True}}.get(family)
         if family == "sdxl":
             CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
-            shutil.copytree(TOKENIZER, folder / "tokenizer_2")
+            copy_tokenizer(folder / "tokenizer_2")
             form = {
                 "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
                 "projection_class_embeddings_input_dim": 6 * 4 + 16, "transformer_layers_per_block": (1, 2),

@@ -18,7 +18,6 @@ from PIL import Image
 # What the base is taught: the word its captions use -> the npm package. Licences: demo/LICENSES.md.
 STYLES = {
     "noto": "noto",
-    "classic": "noto-v1",
     "fluent": "fluent-emoji",
     "ink": "fluent-emoji-high-contrast",
     "firefox": "fxemoji",
@@ -27,7 +26,7 @@ NEW_STYLE = "fluent-emoji-flat"  # never shown to the base: what the demo's LoRA
 UNSEEN = (NEW_STYLE, "twemoji", "openmoji")  # never shown to the autoencoder either
 VERSIONS = {
     "noto": "1.2.9",
-    "noto-v1": "1.2.5",
+    "noto-v1": "1.2.5",  # not taught: only what it draws as well counts as a subject
     "fluent-emoji": "1.2.7",
     "fluent-emoji-high-contrast": "1.2.6",
     "fxemoji": "1.2.2",

@@ -3,6 +3,10 @@
 Stages, each resumable and each a folder or file in WORK: render the icons, train the autoencoder, encode every
 picture in its variations once, train the UNet with its text encoder, write a diffusers folder. Two CPU cores need
 about a quarter of an hour for the autoencoder and two hours for the UNet.
+
+The base that ships was made in parts: 3,200 steps towards the noise with attention on every level, 100 towards the
+velocity, then without attention on the first level 4,350 steps of what is below and 380 more (`--peak 8e-4`) with
+made-up words among the captions.
 """
 
 import argparse
@@ -22,6 +26,7 @@ from torch import Tensor
 from lorakit.demo import emoji
 
 CHANNELS_LAST = torch.channels_last
+TOKENS = 32  # of a caption, padding counted: CLIP's 77 would be padding for the most part, and cost a tenth more
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -114,14 +119,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor, iterations: int = 5) -> Tensor:
-    """About U Vᵀ of x = U S Vᵀ, by Newton and Schulz's iteration in bfloat16. Shape (m, n) as `x`."""
+    """About U Vᵀ of x = U S Vᵀ, by Newton and Schulz's iteration. Shape (m, n) as `x`."""
     wide = x.shape[0] <= x.shape[1]
-    y = (x if wide else x.T).bfloat16()
+    y = x if wide else x.T
     y = y / (y.norm() + 1e-7)
     for _ in range(iterations):
         gram = y @ y.T
-        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
-    return (y if wide else y.T).float()
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return y if wide else y.T
 
 
 @torch.no_grad()
@@ -215,9 +220,12 @@ def psnr(vae, icons: Tensor, count: int = 128) -> float:
 
 
 def train_autoencoder(
-    work: Path, sets: dict, steps: int, batch: int, begin: Path | None = None, peak: float = 1.5e-3
+    work: Path, sets: dict, steps: int, batch: int, begin: Path | None = None, bf16: bool = False, peak: float = 1.5e-3
 ) -> Path:
     """Train the autoencoder and write it to WORK/vae, or take the one of the base `begin`.
+
+    Args:
+        bf16: whether to compute in bfloat16, which is faster where the CPU has matrix units for it (AMX) alone.
 
     Returns:
         The folder of the finished autoencoder.
@@ -240,7 +248,7 @@ def train_autoencoder(
         x = autoencoder_batch(icons, batch, 32, random).to(memory_format=CHANNELS_LAST)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, steps, peak)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             posterior = vae.encode(x).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
             y = vae.decode(mean + std * torch.randn(mean.shape, generator=random)).sample.float()
@@ -354,14 +362,21 @@ PHRASES = ("{}", "{}", "{}", "{}", "{}", "{}", "a {}", "a {}", "a picture of {}"
 
 
 def training_caption(subject: str, style: str, look: dict, random: np.random.Generator) -> str:
-    """One caption for a picture: now and then without the style, the white background, or any word at all."""
-    if random.random() < 0.1:
+    """One caption for a picture: now and then without the style, the white background, or any word at all.
+
+    In one of five the style is a made-up word. It stands with every style alike, so words that the base never saw come
+    to mean none of them and leave the subject alone, as they do in a real base: a trigger is such a word.
+    """
+    if random.random() < 0.08:
         return ""
+    named = random.random()
+    if named < 0.2:
+        style = "".join(chr(97 + letter) for letter in random.integers(26, size=random.integers(2, 9)))
     modifiers = words(look)
     if look["background"] == "white" and random.random() < 0.6:
         modifiers[0] = ""
     phrase = PHRASES[random.integers(len(PHRASES))].format(subject)
-    return emoji.caption(phrase, None if random.random() < 0.15 else style, *modifiers)
+    return emoji.caption(phrase, None if named > 0.9 else style, *modifiers)
 
 
 # ── The text encoder, the UNet and the pipeline around them ─────────────────────────────────────────────────────────
@@ -399,7 +414,12 @@ def write_tokenizer(folder: Path, captions: list[str], merges: int = 2600) -> No
         "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
     }  # fmt: skip
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": TOKENS,
+        "do_lower_case": True,
+        "errors": "replace",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | special, indent=1))
 
 
@@ -410,20 +430,20 @@ def new_text_encoder(tokenizer):
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=77, projection_dim=128,
+            num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=128,
             pad_token_id=tokenizer.pad_token_id, **ids,
         )
     )  # fmt: skip
 
 
 def new_unet():
-    """SD's UNet, narrow: attention on every level as in SD, 11.2 M weights."""
+    """SD's UNet, narrow: attention on all levels but the first, as in SDXL; 11 M weights."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=16,
-        down_block_types=["CrossAttnDownBlock2D"] * 3,
-        up_block_types=["CrossAttnUpBlock2D"] * 3,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         block_out_channels=(64, 128, 192),
         layers_per_block=1,
         cross_attention_dim=128,
@@ -433,35 +453,43 @@ def new_unet():
 
 
 def new_scheduler():
+    """SD 2's: its betas are SD's, and the target is the velocity.
+
+    At high noise an answer in noise says next to nothing of the picture, and on 16 x 16 latents that is where the
+    subject is settled: 120 steps of velocity did there what 3,000 of noise had not.
+    """
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="epsilon",
+        steps_offset=1, prediction_type="v_prediction",
     )  # fmt: skip
 
 
-def hold_then_decay(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.25) -> float:
+def hold_then_decay(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.5) -> float:
     """Warm up, hold, then fall linearly to zero over the last share: the length can be chosen while it runs."""
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def mostly_middle(size: int, random: torch.Generator) -> Tensor:
+def mostly_noisy(size: int, random: torch.Generator) -> Tensor:
     """Timesteps, shape (size,), most of them where there is something to learn.
 
-    On so few latent cells a subject is settled around the middle: late timesteps are all noise, and early ones count
-    little under Min-SNR. Four in five are logit-normal (Esser et al. 2024, arXiv:2403.03206), the rest uniform.
+    Four in five are logit-normal around 0.62 (Esser et al. 2024, arXiv:2403.03206), the rest uniform: on so few latent
+    cells a subject is settled early in sampling, and what low noise leaves to do is the same for all of them.
     """
-    middle = torch.sigmoid(torch.randn(size, generator=random))
+    noisy = torch.sigmoid(0.5 + torch.randn(size, generator=random))
     uniform = torch.rand(size, generator=random)
-    return (torch.where(torch.arange(size) % 5 > 0, middle, uniform) * 1000).long().clamp(0, 999)
+    return (torch.where(torch.arange(size) % 5 > 0, noisy, uniform) * 1000).long().clamp(0, 999)
 
 
-def train_unet(work: Path, sets: dict, steps: int, batch: int, begin: Path | None = None, peak: float = 1e-3) -> Path:
+def train_unet(
+    work: Path, sets: dict, steps: int, batch: int, begin: Path | None = None, bf16: bool = False, peak: float = 1.5e-3
+) -> Path:
     """Train UNet and text encoder together on the cached latents and write the base to WORK/base.
 
     Args:
         begin: a base whose UNet and text encoder are gone on from; None begins with random weights.
+        bf16: as in `train_autoencoder`.
 
     Returns:
         The diffusers folder.
@@ -500,23 +528,22 @@ def train_unet(work: Path, sets: dict, steps: int, batch: int, begin: Path | Non
         draws = np.random.default_rng([3, step])
         random = generator(3, step)
         picks = draws.integers(len(rows), size=batch)
-        kinds = np.where(draws.random(batch) < 0.4, 0, draws.integers(latents.shape[1], size=batch))
+        kinds = np.where(draws.random(batch) < 0.6, 0, draws.integers(latents.shape[1], size=batch))
         captions = [training_caption(*rows[p][:2], rows[p][2][k], draws) for p, k in zip(picks, kinds, strict=True)]
         tokens = tokenizer(
-            captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+            captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).input_ids
         clean = latents[picks, kinds].float()
         noise = torch.randn(clean.shape, generator=random)
-        timesteps = mostly_middle(batch, random)
+        timesteps = mostly_noisy(batch, random)
         a = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * clean + (1 - a).sqrt() * noise).to(memory_format=CHANNELS_LAST)
         for group in optimizer.param_groups:
             group["lr"] = hold_then_decay(step, steps, peak)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             text = modules["text"](tokens).last_hidden_state
             predicted = modules["unet"](noisy, timesteps, text).sample.float()
-        snr = (a / (1 - a)).flatten()
-        loss = ((predicted - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+        loss = (predicted - (a.sqrt() * noise - (1 - a).sqrt() * clean)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -528,7 +555,7 @@ def train_unet(work: Path, sets: dict, steps: int, batch: int, begin: Path | Non
             print(f"unet {step + 1}/{steps}  loss {np.mean(losses[-50:]):.4f}  {speed:.2f} s/step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_state(work / "unet.safetensors", step + 1, modules, ema, optimizer)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
             write_base(work, ema, work / "base")
             show(work / "base", subjects, work / f"samples-{step + 1:06d}.png")
     return work / "base"
@@ -606,12 +633,15 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for icons, states and the finished base")
     parser.add_argument("--autoencoder-steps", type=int, default=6000)
     parser.add_argument("--begin", type=Path, help="a base this script made, to go on from")
+    parser.add_argument("--peak", type=float, default=1.5e-3, help="the UNet's highest learning rate")
+    parser.add_argument("--bf16", action="store_true", help="for CPUs with matrix units (AMX)")
     parser.add_argument("--steps", type=int, default=6000, help="steps of the UNet; a later call may change it")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     sets = emoji.packages(options.work / "icons")
-    train_autoencoder(options.work, sets, options.autoencoder_steps, 32, options.begin)
-    print("base written to", train_unet(options.work, sets, options.steps, 64, options.begin))
+    train_autoencoder(options.work, sets, options.autoencoder_steps, 32, options.begin, options.bf16)
+    base = train_unet(options.work, sets, options.steps, 64, options.begin, options.bf16, options.peak)
+    print("base written to", base)
     print("demo pictures of", ", ".join(write_demo_pictures(sets, options.work / "pictures")))
 
 

@@ -124,11 +124,11 @@ def measure_samples(pipeline, judge, subjects: list, options) -> tuple[list, lis
     n = len(asked)
     rows = [
         ["subject nearest to the one asked for", "≥ 90 %", counted(right.sum(), n), right.mean() >= 0.9],
-        ["style, of the five, is the one asked for", "≥ 95 %", counted(fitting.sum(), n), fitting.mean() >= 0.95],
+        ["style, of the four, is the one asked for", "≥ 95 %", counted(fitting.sum(), n), fitting.mean() >= 0.95],
     ]
     text = [f"{n} samples drawn from {len(pairs)} pairs of {len(subjects)} subjects and {len(emoji.STYLES)} styles.\n"]
     text += [table(per_style, "asked", "subject right", "style right", *(f"called {style}" for style in emoji.STYLES))]
-    text += [f"{flat} of {n} samples look most like the sixth style, {judges.NEW}, which the base never saw.\n"]
+    text += [f"{flat} of {n} samples look most like the fifth style, {judges.NEW}, which the base never saw.\n"]
     wrong = [
         [f"{style} {name}", f"{c} {s}"]
         for (name, style), s, c, r, f in zip(asked, seen, called, right, fitting, strict=True)

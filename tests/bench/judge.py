@@ -2,7 +2,7 @@
 
     python tests/bench/judge.py --icons ICONS --base BASE --out judge.safetensors
 
-A small conv net, trained on the true pictures of every subject in the five pretraining styles and in the demo's new
+A small conv net, trained on the true pictures of every subject in the four pretraining styles and in the demo's new
 one. It never sees a picture that a diffusion model made, so its training pictures are distorted the way a small
 diffusion model and its autoencoder distort theirs, and half of them have been through the base's own autoencoder.
 """
@@ -292,8 +292,7 @@ def train(pictures: Pictures, pool: Tensor | None, keep: Tensor, steps: int, bat
             group["lr"] = one_cycle(step, steps, PEAK)
         judge.train()
         torch.manual_seed(step)  # dropout
-        with torch.autocast("cpu", torch.bfloat16):
-            embedding, _, styles = judge(x, again)
+        embedding, _, styles = judge(x, again)
         subjects = judge.cosines(embedding) * SHARPNESS
         loss = F.cross_entropy(subjects, pictures.subject[rows])
         loss = loss + F.cross_entropy(styles, pictures.style[rows], label_smoothing=0.03)

@@ -76,6 +76,17 @@ def trained_on(folder: Path, names: list[str]) -> set[str]:
     return found
 
 
+def held_out(known: list, training: Path, seed: int) -> tuple[list, int, int]:
+    """Subjects that the training pictures do not show, in an order drawn from `seed`; how many, and how many they do.
+
+    The first 120 are what LoRAs are judged on; whoever searches for a recipe looks at later ones.
+    """
+    seen = trained_on(training, [s.name for s in known])
+    unseen = [s for s in known if s.name not in seen]
+    order = np.random.default_rng(seed).permutation(len(unseen))
+    return [unseen[i] for i in order], len(unseen), len(seen)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("lora", type=Path, help="kohya safetensors file")
@@ -87,11 +98,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     judge = judges.load(options.judge)
     sets = emoji.packages(options.icons)
-    known = emoji.subjects(sets)
-    seen = trained_on(options.training, [s.name for s in known])
-    unseen = [s for s in known if s.name not in seen]
-    picks = np.random.default_rng(options.seed).permutation(len(unseen))[: options.subjects]
-    chosen = [unseen[i] for i in picks]
+    chosen, unseen, seen = held_out(emoji.subjects(sets), options.training, options.seed)
+    chosen = chosen[: options.subjects]
     names, n = [s.name for s in chosen], len(chosen)
     truth = np.stack([emoji.plain(sets[emoji.NEW_STYLE], s.icons[emoji.NEW_STYLE]) for s in chosen])
 
@@ -147,7 +155,7 @@ def main() -> None:
     votes = {s: np.eye(len(judge.style_names))[c.argmax(1)].mean(0) for s, c in chances.items()}
     shares = [[s, *(f"{share:.0%}" for share in vote)] for s, vote in votes.items()]
     intro = (
-        f"{n} subjects of {len(unseen)} that are not among the {len(seen)} in the training pictures; the same noise at"
+        f"{n} subjects of {unseen} that are not among the {seen} in the training pictures; the same noise at"
         f" every strength; prompts like `{emoji.caption(names[0], options.trigger)}`. The bare base, asked for"
         f" `{names[0]}` alone, draws the subject in {counted(bare_right.sum(), n)}.\n"
     )

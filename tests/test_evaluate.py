@@ -1,0 +1,182 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lorakit import adapter as adapters
+from lorakit import base as bases
+from lorakit import checkpoint, demo, evaluate, plots, run, train
+
+CPU = torch.device("cpu")
+DIGESTS = [f"{i * 7919:064x}"[::-1] for i in range(1, 41)]
+
+
+# ── Which pictures ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_share_of_the_pictures_is_held_out_by_content():
+    held = evaluate.hold_out(DIGESTS, 0.1, seed=1)
+    assert len(held) == 4 and held == sorted(held)
+    assert evaluate.hold_out(DIGESTS, 0.1, seed=1) == held != evaluate.hold_out(DIGESTS, 0.1, seed=2)
+    names = {DIGESTS[i] for i in held}
+    shuffled = DIGESTS[::-1]
+    assert {shuffled[i] for i in evaluate.hold_out(shuffled, 0.1, seed=1)} == names
+    more = [*DIGESTS, "f" * 64]
+    assert len(names & {more[i] for i in evaluate.hold_out(more, 0.1, seed=1)}) >= 3
+
+
+def test_copies_are_held_out_together_and_something_is_left():
+    twice = DIGESTS[:5] * 2
+    held = evaluate.hold_out(twice, 0.2, seed=0)
+    assert len(held) == 2 and twice[held[0]] == twice[held[1]]
+    assert evaluate.hold_out(DIGESTS[:2], 0.9, seed=0) in ([0], [1])
+    assert evaluate.hold_out(DIGESTS[:1], 0.5, seed=0) == [] == evaluate.hold_out(DIGESTS, 0, seed=0)
+
+
+# ── What they are asked ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def ready(settings, tmp_path):
+    return run.prepare(settings, tmp_path / "prepared", say=lambda _: None, progress=False)
+
+
+def begin(settings, ready):
+    unet = bases.load_unet(ready.base, torch.float32, CPU)
+    adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
+    state = train.start(adapter, settings, CPU, torch.float32)
+    return unet, state, train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
+
+
+def test_the_same_questions_have_the_same_answer_and_change_nothing(settings, ready):
+    unet, _, _ = begin(settings, ready)
+    asked = evaluate.questions(ready.pictures[:2], ready.texts)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), unet.training
+    first = evaluate.measure(unet, ready.base, asked, settings)
+    torch.rand(5)
+    again = evaluate.questions(ready.pictures[:2], ready.texts)
+    torch.set_rng_state(before[0])
+    assert evaluate.measure(unet, ready.base, again, settings) == first
+    assert torch.equal(torch.get_rng_state(), before[0]) and unet.training == before[2]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+def test_validation_leaves_the_run_bit_identical(settings, ready):
+    plain, seen = begin(settings, ready), []
+    train.run(plain[2])
+    unet, state, loop = begin(settings, ready)
+    listener = evaluate.every(
+        2, unet, state, ready.base, ready.pictures[:2], ready.pictures[2:], ready.texts, settings, seen.append
+    )
+    train.run(loop, listener)
+    for a, b in zip(plain[1].adapter.parameters(), state.adapter.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [value.step for value in seen] == [2, 4, 6]
+    assert len({value.held_out_base for value in seen}) == 1
+    assert seen[0].held_out != seen[0].held_out_base
+
+
+def test_memorising_opens_the_gap(tmp_path):
+    """Three pictures of the demo's, learned by heart at a high rate: theirs falls, and the others' does not follow."""
+    settings = demo.config(steps=120, learning_rate=4e-3, batch_size=3)
+    ready = run.prepare(settings, tmp_path, say=lambda _: None, progress=False)
+    unet = bases.load_unet(ready.base, torch.float32, CPU)
+    adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=0)
+    state, seen = train.start(adapter, settings, CPU, torch.float32), []
+    trained, held_out = ready.pictures[:3], ready.pictures[3:9]
+    loop = train.steps(unet, ready.base, state, trained, [1] * 3, ready.texts, settings)
+    listener = evaluate.every(60, unet, state, ready.base, held_out, trained, ready.texts, settings, seen.append)
+    train.run(loop, listener)
+    assert seen[-1].trained < 0.8 * seen[-1].trained_base
+    assert seen[-1].gap > 0.1 and seen[-1].gap > seen[0].gap
+
+
+def test_a_fresh_adapter_has_no_gap(settings, ready):
+    value = evaluate.Validation(0, 0.5, 0.5, 0.3, 0.3)
+    assert value.gap == 0 and value.facts()["validation_loss"] == 0.5
+
+
+# ── What the curve says ─────────────────────────────────────────────────────────────────────────────────────────────
+
+STEPS = [100 * i for i in range(1, 21)]
+
+
+def noisy(curve, spread: float, seed: int = 0) -> list[float]:
+    random = np.random.default_rng(seed)
+    return [value * (1 + spread * random.standard_normal()) for value in curve]
+
+
+FALLING = [0.2 - 0.004 * i for i in range(20)]
+PLATEAU = [0.12 + 0.08 * math.exp(-i / 2) for i in range(20)]
+RISING = [0.12 + 0.0006 * (i - 9) ** 2 for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("curve", "state", "best"),
+    [(FALLING, "falling", 2000), (PLATEAU, "plateau", 2000), (RISING, "rising", 1000)],
+    ids=["falling", "plateau", "rising"],
+)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_guides_three_cases_are_told_apart(curve, state, best, seed):
+    advice = evaluate.advise(STEPS, curve)
+    assert (advice.state, advice.best) == (state, best)
+    told = evaluate.advise(STEPS, noisy(curve, 0.002, seed))
+    assert told.state == state
+    if state != "plateau":  # where all are alike, any of them may be the lowest
+        assert abs(told.best - best) <= 200
+    if state == "rising":
+        assert f"Go back to step {told.best}" in str(told)
+
+
+def test_a_single_outlier_decides_nothing():
+    up, down = list(FALLING), list(PLATEAU)
+    up[-2], down[5] = 0.9, 0.01
+    assert evaluate.advise(STEPS, up).state == "falling"
+    assert evaluate.advise(STEPS, down).best != STEPS[5]
+
+
+def test_few_values_are_early_and_none_is_none():
+    assert evaluate.advise([], []).best is None
+    early = evaluate.advise(STEPS[:5], RISING[:5])
+    assert early.state == "early" and "too few" in str(early)
+
+
+def test_values_that_are_not_finite_are_never_the_best():
+    curve = [math.nan, *RISING[1:19], math.nan]
+    advice = evaluate.advise(STEPS, curve)
+    assert advice.best == 1000 and advice.state == "rising"
+
+
+# ── In a run ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_holds_pictures_out_and_names_its_best_checkpoint(settings, tmp_path):
+    said = []
+    settings = settings.with_(validation_share=0.3, validate_every=2, steps=12)
+    result = run.start(settings, tmp_path / "run", say=said.append, progress=False)
+    log = plots.read_log(tmp_path / "run" / "log.jsonl")
+    marked = {line["step"]: line for line in log if "validation_loss" in line}
+    assert sorted(marked) == [2, 4, 6, 8, 10, 12]
+    assert all(math.isfinite(line["overfit_gap"]) for line in marked.values())
+    assert any(line.startswith("held out  2 of 6 pictures") for line in said)
+    assert any(line.startswith("best      ") for line in said)
+    assert result.best and result.best.name in {checkpoint.name(step) for step in (3, 6, 9, 12)}
+    assert run.describe(tmp_path / "run")["best"] == result.best.name
+
+
+def test_a_resumed_run_validates_as_an_uncut_one(settings, tmp_path):
+    settings = settings.with_(validation_share=0.3, validate_every=2, steps=8)
+    run.start(settings, tmp_path / "whole", say=lambda _: None, progress=False)
+
+    def stop(step):
+        if step.number == 5:
+            (tmp_path / "cut" / "STOP").touch()
+
+    run.start(settings, tmp_path / "cut", say=lambda _: None, progress=False, listeners=[stop])
+    run.start(settings, tmp_path / "cut", say=lambda _: None, progress=False)
+    whole, cut = (
+        [line.get("validation_loss") for line in plots.read_log(tmp_path / name / "log.jsonl")]
+        for name in ("whole", "cut")
+    )
+    assert whole == cut
