@@ -41,6 +41,9 @@ class Encoded:
     mirrored: Tensor | None  # the same, left and right exchanged
     sizes: Tensor  # (6,): SDXL's size conditions
     caption: str
+    variants: tuple[str, ...] = ()  # of the caption, to draw from; () is the caption alone
+    mask: Tensor | None = None  # (1, h, w), float32: 1 where it is trained on, 0 where not
+    prior: bool = False  # a regularisation picture
 
 
 def _key(*parts) -> str:
@@ -112,13 +115,15 @@ def encode_texts(
 @torch.no_grad()
 def encode_pictures(
     base: bases.Base, pictures: Sequence[dataset.Picture], fits: Sequence[Fit], folder: Path, *,
-    device: torch.device, dtype: torch.dtype, flip: bool = False, progress: Progress | None = None,
+    device: torch.device, dtype: torch.dtype, flip: bool = False, masks: Sequence[dataset.Mask | None] = (),
+    progress: Progress | None = None,
 ) -> list[Encoded]:  # fmt: skip
     """Encode pictures with the base's VAE, reusing what `folder` holds.
 
     Args:
         fits: how each picture is scaled and cropped.
         flip: encode the mirrored pictures too (mirroring latents is not the same).
+        masks: of each picture, None for one that counts as a whole; () for none at all.
 
     Raises:
         FloatingPointError: the VAE answers NaN or infinity; names the picture.
@@ -155,12 +160,24 @@ def encode_pictures(
         del vae
         free(device)
     encoded = []
-    for number, (picture, fit) in enumerate(zip(pictures, fits, strict=True)):
+    for number, (picture, fit, mask) in enumerate(zip(pictures, fits, masks or [None] * len(fits), strict=True)):
         (left, top), (width, height) = fit.crop, fit.size
         sizes = bases.size_conditions((picture.height, picture.width), (top, left), (height, width))
         mirrored = found[number, True]["latents"] if flip else None
-        encoded.append(Encoded(found[number, False]["latents"], mirrored, sizes, picture.caption))
+        latents = found[number, False]["latents"]
+        seen = _mask(mask, picture, fit, latents.shape[-2:], folder) if mask else None
+        encoded.append(Encoded(latents, mirrored, sizes, picture.caption, mask=seen))
     return encoded
+
+
+def _mask(mask: dataset.Mask, picture: dataset.Picture, fit: Fit, cells: tuple[int, int], folder: Path) -> Tensor:
+    """A mask, scaled and cropped as its picture: (1, h, w), the mean over the pixels of each latent cell."""
+    file = folder / f"{_key('mask', mask.digest, mask.alpha, fit.scaled, fit.crop, fit.size, cells)}.safetensors"
+    if (found := _read(file)) is None:
+        image = dataset.open_mask(mask).resize((picture.width, picture.height)).convert("RGB")
+        pixels = torch.from_numpy(buckets.apply(image, fit)[..., 0].copy())[None].float() / 255
+        found = _write(file, {"mask": torch.nn.functional.adaptive_avg_pool2d(pixels, cells)})
+    return found["mask"]
 
 
 def _finite(x: Tensor, what: str, who: str) -> None:

@@ -35,7 +35,23 @@ class Config(BaseModel):
     repeats: int | None = Field(None, ge=1, description="times a picture counts an epoch; None reads it from N_name/")
     flip: bool = Field(False, description="mirror half of the pictures at random")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of examples trained without their caption")
+    shuffle_captions: bool = Field(False, description="put the comma-separated tags into ever new orders")
+    keep_tokens: int = Field(0, ge=0, description="tags in front that are neither shuffled nor dropped")
+    tag_dropout: float = Field(0.0, ge=0, lt=1, description="share of the other tags left out at random")
+    caption_variants: int = Field(16, ge=1, le=1000, description="orders of one caption that are encoded, if shuffled")
     clip_skip: int = Field(1, ge=1, le=4, description="1 takes the text encoder's last layer, 2 the one before")
+    mask: str | None = Field(
+        None, description="'alpha', or a folder of pictures by the same names: white is trained on, black is not"
+    )
+    unmasked_weight: float = Field(0.0, ge=0, le=1, description="how much what a mask blackens counts all the same")
+
+    # What must not change
+    regularisation: str | None = Field(None, description="folder or zip with pictures of the class, no trigger")
+    prior_weight: float = Field(1.0, ge=0, description="what regularisation counts, against 1 for the pictures")
+    prior_prediction: bool = Field(
+        False, description="hold the class to what the bare base says of it, with `regularisation` or without"
+    )
+    class_word: str = Field("", description="what the trigger is one of ('woman'), for prior_prediction")
 
     # The adapter
     rank: int = Field(32, ge=1, le=1024)
@@ -134,6 +150,11 @@ class Config(BaseModel):
             raise ValueError("schedule 'constant' has no warmup: set warmup_steps to 0 or use 'constant_with_warmup'.")
         if self.debiased and self.min_snr_gamma is not None:
             raise ValueError("debiased and min_snr_gamma are two weightings of one loss: set min_snr_gamma to null.")
+        if self.prior_prediction and not self.regularisation and not (self.trigger and self.class_word):
+            raise ValueError(
+                "prior_prediction without regularisation pictures asks the base about each caption with the trigger "
+                f"exchanged for class_word: set both (trigger is {self.trigger!r}, class_word {self.class_word!r})."
+            )
         if self.min_timestep >= self.max_timestep:
             raise ValueError(f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.")
         return self
@@ -177,7 +198,7 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not the settings of a run in {{…}}.")
-    for key in ("base", "dataset"):
+    for key in ("base", "dataset", "mask", "regularisation"):
         beside = path.parent / str(settings.get(key, ""))
         if settings.get(key) and not Path(settings[key]).exists() and beside.exists():
             settings[key] = str(beside)

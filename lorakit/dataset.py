@@ -19,7 +19,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -50,6 +50,15 @@ class Picture:
     height: int
     digest: str  # SHA-256 of the file, in hex
     group: str  # its folder relative to the root, "5_cat"; "" for the root itself
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What of a picture is trained on: white where it is, black where not."""
+
+    path: Path
+    digest: str  # SHA-256 of the file, in hex
+    alpha: bool  # the file is the picture itself, and its transparency the mask
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,58 @@ def open_picture(picture: Picture | str | os.PathLike) -> Image.Image:
         return _decode(encoded)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def masks(pictures: Sequence[Picture], where: str | os.PathLike, root: Path) -> list[Mask | None]:
+    """The mask of each picture; None for one that has none and so counts as a whole.
+
+    Args:
+        where: "alpha" for the pictures' own transparency, or a folder that holds a picture by the same name (and in
+            the same subfolder, or in none) for each that is masked.
+        root: of the pictures.
+
+    Raises:
+        ValueError: not a single picture has a mask.
+        FileNotFoundError: no such folder.
+    """
+    found: list[Mask | None] = []
+    if where == "alpha":
+        found = [Mask(p.path, p.digest, True) if _has_alpha(p.path) else None for p in pictures]
+    else:
+        folder = Path(where).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(_printable(_missing(folder.absolute())))
+        files = [f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name)]
+        by_name = {(f.parent.relative_to(folder).as_posix(), _stem(f)[1]): f for f in sorted(files)}
+        for picture in pictures:
+            group, stem = picture.path.parent.relative_to(root).as_posix(), _stem(picture.path)[1]
+            file = by_name.get((group, stem)) or by_name.get((".", stem))
+            found.append(Mask(file, hashlib.sha256(file.read_bytes()).hexdigest(), False) if file else None)
+    if not any(found):
+        what = "no picture is transparent anywhere" if where == "alpha" else "it holds no picture by their names"
+        raise ValueError(_printable(f"mask {str(where)!r} masks nothing: {what}. Set mask to null, or mask some."))
+    return found
+
+
+def open_mask(mask: Mask) -> Image.Image:
+    """Open a mask, upright: mode L.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    if not mask.alpha:
+        return open_picture(mask.path).convert("L")
+    with Image.open(mask.path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        turned = UPRIGHT.get(image.getexif().get(0x0112))
+        alpha = image.convert("RGBA").getchannel("A")
+    return alpha if turned is None else alpha.transpose(turned)
+
+
+def _has_alpha(path: Path) -> bool:
+    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+            return False
+        return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def _measure_all(files: list[Path]) -> list[tuple[int, int, str] | str]:

@@ -221,7 +221,7 @@ def _usual(values: Iterable):
 
 def run_metadata(
     config: Config, base: Base, dataset: Dataset, *, steps: int, epochs: int, started: float, finished: float,
-    adapter: Adapter, thumbnail: Image.Image | None = None,
+    adapter: Adapter, batches: int | None = None, prior: int = 0, thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """The metadata of a run, under kohya's and ModelSpec's names; what is not used is "None", as kohya writes it.
 
@@ -230,12 +230,15 @@ def run_metadata(
     Args:
         steps, epochs: that the weights have been trained for.
         started, finished: seconds since 1970.
+        batches: an epoch; None counts them from the dataset.
+        prior: regularisation pictures an epoch, repeats counted.
         thumbnail: a picture the LoRA made; stored as JPEG of at most 256 pixels a side.
     """
     sizes = buckets.sizes(config.resolution, step=max(config.bucket_step, base.step))
     chosen = [buckets.assign(p.width, p.height, sizes) for p in dataset.pictures]
     repeats = [p.repeats for p in dataset.pictures]
-    batches = buckets.steps_per_epoch(chosen, repeats, config.batch_size)
+    if batches is None:
+        batches = buckets.steps_per_epoch(chosen, repeats, config.batch_size)
     total = config.total_steps(batches)
     skewed = [abs(w / h - p.width / p.height) for (w, h), p in zip(chosen, dataset.pictures, strict=True)]
     filled = {
@@ -262,14 +265,17 @@ def run_metadata(
         "ss_noise_offset": config.noise_offset or None, "ss_caption_dropout_rate": config.caption_dropout,
         "ss_steps": steps, "ss_max_train_steps": total, "ss_epoch": epochs,
         "ss_num_epochs": -(-total // -(-batches // config.gradient_accumulation_steps)),
-        "ss_num_batches_per_epoch": batches, "ss_num_train_images": sum(repeats), "ss_num_reg_images": 0,
+        "ss_num_batches_per_epoch": batches, "ss_num_train_images": sum(repeats), "ss_num_reg_images": prior,
+        "ss_prior_loss_weight": config.prior_weight,
         "ss_batch_size_per_device": config.batch_size,
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps,
         "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
         "ss_gradient_checkpointing": config.gradient_checkpointing,
         "ss_mixed_precision": {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(adapter.unet.dtype, "no"),
         "ss_full_fp16": False, "ss_seed": config.seed, "ss_clip_skip": config.clip_skip,
-        "ss_cache_latents": True, "ss_flip_aug": config.flip, "ss_shuffle_caption": False,
+        "ss_cache_latents": True, "ss_flip_aug": config.flip, "ss_shuffle_caption": config.shuffle_captions,
+        "ss_keep_tokens": config.keep_tokens, "ss_caption_tag_dropout_rate": config.tag_dropout,
+        "ss_masked_loss": bool(config.mask),
         "ss_resolution": (config.resolution, config.resolution), "ss_enable_bucket": True,
         "ss_min_bucket_reso": min(map(min, sizes)), "ss_max_bucket_reso": max(map(max, sizes)),
         "ss_bucket_info": json.dumps({

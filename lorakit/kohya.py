@@ -145,6 +145,11 @@ SAME = {  # sd-scripts' name -> ours, where the value means the same
     "max_timestep": "max_timestep",
     "caption_dropout_rate": "caption_dropout",
     "flip_aug": "flip",
+    "shuffle_caption": "shuffle_captions",
+    "keep_tokens": "keep_tokens",
+    "caption_tag_dropout_rate": "tag_dropout",
+    "reg_data_dir": "regularisation",
+    "prior_loss_weight": "prior_weight",
     "bucket_reso_steps": "bucket_step",
     "clip_skip": "clip_skip",
     "seed": "seed",
@@ -179,7 +184,7 @@ NOT_NEEDED = {  # what each of them asks for is always so here, is found out, or
     **dict.fromkeys(("output_dir", "logging_dir", "log_with", "log_prefix", "save_state", "save_last_n_steps"),
                     "one run folder holds everything: `train CONFIG --out FOLDER`; it resumes by itself"),
     **dict.fromkeys(("caption_extension",), ".txt and .caption are both read"),
-    **dict.fromkeys(("script", "gui_lora_type", "network_module", "lowram", "highvram", "prior_loss_weight",
+    **dict.fromkeys(("script", "gui_lora_type", "network_module", "lowram", "highvram",
                      "training_comment", "metadata_title", "metadata_author"), ""),
 }  # fmt: skip
 
@@ -202,7 +207,7 @@ def convert(settings: dict[str, Any]) -> Imported:
 
     for key, name in SAME.items():
         value = take(key)
-        if name in ("base", "dataset", "name") and value is not None:
+        if name in ("base", "dataset", "name", "regularisation") and value is not None:
             value = str(value)
         if value == 0 and name in OFF_AT_0:
             value = None

@@ -148,8 +148,9 @@ def debiased_weight(snr: Tensor, prediction_type: str = "epsilon") -> Tensor:
 
 
 def error(
-    predicted: Tensor, wanted: Tensor, weight: Tensor | None = None, kind: str = "mse", delta: float = 0.1
-) -> Tensor:
+    predicted: Tensor, wanted: Tensor, weight: Tensor | None = None, kind: str = "mse", delta: float = 0.1,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The mean error, each example weighted. A scalar, float32.
 
     Args:
@@ -158,6 +159,7 @@ def error(
         kind: "mse"; "huber" or "smooth_l1", which count large errors by their size and not its square, so that a few
             odd pictures decide less. Both equal "mse" for small errors ("smooth_l1" but for a factor 1 / delta).
         delta: the error from which on they do.
+        mask: what each place counts, shape (B, 1, H, W), 0 to 1.
 
     Raises:
         ValueError: unknown kind.
@@ -173,5 +175,5 @@ def error(
         each = 2 * F.smooth_l1_loss(predicted, wanted, reduction="none", beta=delta)
     else:
         raise ValueError(f"loss {kind!r} is unknown. Use 'mse', 'huber' or 'smooth_l1'.")
-    each = each.flatten(1).mean(1)
+    each = (each if mask is None else each * mask).flatten(1).mean(1)
     return (each if weight is None else each * weight).mean()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,21 @@ from tqdm.auto import tqdm
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import board, buckets, cache, checkpoint, dataset, evaluate, export, files, memory, plots, sample, train
+from lorakit import (
+    board,
+    buckets,
+    cache,
+    captions,
+    checkpoint,
+    dataset,
+    evaluate,
+    export,
+    files,
+    memory,
+    plots,
+    sample,
+    train,
+)
 from lorakit import config as configs
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
@@ -65,12 +79,19 @@ class Prepared:
 
     base: bases.Base
     dataset: dataset.Dataset
-    pictures: list[Encoded]  # trained on
+    pictures: list[Encoded]  # trained on, regularisation pictures last
     held_out: list[Encoded]  # not trained on
     names: list[str]  # of the pictures trained on
     texts: dict[str, Text]
     repeats: list[int]
     prompts: list[str]  # sampled while training and at the end
+    batches: int  # an epoch
+    contents: dict[str, str]  # what stands for masks and regularisation pictures among the settings
+
+    @property
+    def prior_repeats(self) -> int:
+        """Regularisation pictures an epoch, repeats counted."""
+        return sum(times for picture, times in zip(self.pictures, self.repeats, strict=True) if picture.prior)
 
 
 def scan(config: Config) -> dataset.Dataset:
@@ -102,14 +123,30 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
     if held_out:
         names = [pictures.pictures[place].path.name for place in held_out]
         say(f"held out  {len(names)} of {len(pictures)} pictures, to judge by: {', '.join(names)}")
+    repeats, everything = [pictures.pictures[place].repeats for place in kept], list(pictures.pictures)
+    contents = {}
+    if config.regularisation:
+        prior = dataset.scan(config.regularisation)
+        say("class     " + prior.describe().replace("\n", "\n          "))
+        kept += range(len(everything), len(everything) + len(prior))
+        everything += prior.pictures
+        repeats += evenly(sum(repeats), len(prior))
+        contents["regularisation"] = _digest([[p.digest, p.caption] for p in prior.pictures])
+    masks = []
+    if config.mask:
+        masks = dataset.masks(pictures.pictures, config.mask, pictures.root)
+        masks += [None] * (len(everything) - len(masks))
+        contents["mask"] = _digest([mask and [mask.digest, mask.alpha] for mask in masks])
+        bare = [p.path.name for p, mask in zip(pictures.pictures, masks, strict=False) if mask is None]
+        say(f"masks     {len(pictures) - len(bare)} of {len(pictures)} pictures have one" + "; not: " * bool(bare)
+            + ", ".join(bare[:5]) + " …" * (len(bare) > 5))  # fmt: skip
     sizes = buckets.sizes(config.resolution, step=step)
-    fits = [buckets.fit(p.width, p.height, sizes) for p in pictures.pictures]
-    repeats = [pictures.pictures[place].repeats for place in kept]
+    fits = [buckets.fit(p.width, p.height, sizes) for p in everything]
     used = sorted({fit.size for fit in fits})
     counts = [f"{w}×{h}: {sum(fit.size == (w, h) for fit in fits)}" for w, h in used]
     say(f"buckets   {', '.join(counts)}")
     batches = buckets.steps_per_epoch([fits[place].size for place in kept], repeats, config.batch_size)
-    say("length    " + length(len(kept), repeats, batches, config))
+    say("length    " + length(len(pictures) - len(held_out), repeats, batches, config))
     prediction = memory.predict(base, config, size=max(used, key=lambda s: s[0] * s[1])[::-1], dtype=dtype)
     say("memory    " + prediction.describe().replace("\n", "\n          "))
     say("          " + str(memory.verdict(prediction, memory.available(device))).replace("\n", "\n          "))
@@ -119,29 +156,49 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
     with bar(progress) as show:
         store = folder / "cache"
         encoded = cache.encode_pictures(
-            base, pictures.pictures, fits, store, device=device, dtype=dtype, flip=config.flip, progress=show
+            base, everything, fits, store, device=device, dtype=dtype, flip=config.flip, masks=masks, progress=show
         )
-        wanted = ["", *prompts, *(p.caption for p in pictures.pictures)]
+        for place, picture in enumerate(encoded):
+            varied = captions.variants(
+                picture.caption, config.caption_variants, shuffle=config.shuffle_captions,
+                keep_tokens=config.keep_tokens, tag_dropout=config.tag_dropout, seed=config.seed,
+            )  # fmt: skip
+            encoded[place] = replace(picture, variants=varied, prior=place >= len(pictures))
+        wanted = [*train.prompts(encoded, config), *prompts]
         texts = cache.encode_texts(
             base, wanted, store, device=device, dtype=dtype, clip_skip=config.clip_skip, progress=show
         )
     say(f"cache     {len(encoded)} pictures and {len(texts)} texts ready in {time.monotonic() - began:.1f} s")
     return Prepared(
         base, pictures, [encoded[i] for i in kept], [encoded[i] for i in held_out],
-        [pictures.pictures[i].path.name for i in kept], texts, repeats, prompts,
+        [everything[i].path.name for i in kept], texts, repeats, prompts, batches, contents,
     )  # fmt: skip
 
 
 def length(pictures: int, repeats: Sequence[int], batches: int, config: Config) -> str:
-    """The arithmetic of the run's length, kohya's way, in one line."""
-    times = f"{repeats[0]} repeats" if len(set(repeats)) == 1 else "their repeats"
+    """The arithmetic of the run's length, kohya's way, in one line.
+
+    Args:
+        pictures: how many of those that repeats are given for are the dataset's own; the rest is regularisation.
+    """
+    times = f"{repeats[0]} repeats" if len(set(repeats[:pictures])) == 1 else "their repeats"
+    of_class = f", + {sum(repeats[pictures:])} of the class" * (len(repeats) > pictures)
     updates = -(-batches // config.gradient_accumulation_steps)
     total = config.total_steps(batches)
     accumulated = f" / accumulation {config.gradient_accumulation_steps}" * (config.gradient_accumulation_steps > 1)
     return (
-        f"{pictures} pictures × {times} = {sum(repeats)}, / batch {config.batch_size}{accumulated} = {updates} steps"
-        f" an epoch; {total} steps = {total / updates:.3g} epochs"
+        f"{pictures} pictures × {times} = {sum(repeats[:pictures])}{of_class}, / batch {config.batch_size}"
+        f"{accumulated} = {updates} steps an epoch; {total} steps = {total / updates:.3g} epochs"
     )
+
+
+def evenly(wanted: int, pictures: int) -> list[int]:
+    """Repeats that show so many pictures `wanted` times in all, as sd-scripts balances regularisation pictures."""
+    return [wanted // pictures + (place < wanted % pictures) for place in range(pictures)]
+
+
+def _digest(values) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -162,11 +219,9 @@ def bar(visible: bool) -> Iterator[cache.Progress]:
 
 def settings(config: Config, prepared: Prepared) -> dict:
     """What decides the result, as plain values that name no path of this machine."""
-    pictures = hashlib.sha256()
-    for picture in prepared.dataset.pictures:
-        pictures.update(json.dumps([picture.digest, picture.caption, picture.repeats]).encode())
+    pictures = _digest([[p.digest, p.caption, p.repeats] for p in prepared.dataset.pictures])
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
-    return values | {"base": prepared.base.name, "dataset": pictures.hexdigest()[:16]}
+    return values | {"base": prepared.base.name, "dataset": pictures} | prepared.contents
 
 
 def _same(saved: dict, wanted: dict, folder: Path) -> None:
@@ -343,7 +398,8 @@ def start(
 
     metadata = export.run_metadata(
         config, prepared.base, prepared.dataset, steps=total, epochs=-(-total // per_epoch), started=started,
-        finished=time.time(), adapter=adapter, thumbnail=_thumbnail(folder / "samples" / f"step-{total:06d}"),
+        finished=time.time(), adapter=adapter, batches=prepared.batches,
+        prior=prepared.prior_repeats, thumbnail=_thumbnail(folder / "samples" / f"step-{total:06d}"),
     )  # fmt: skip
     with state.evaluated():
         lora = export.save(adapter, prepared.base, folder / f"{config.name}.safetensors", metadata=metadata)
@@ -418,9 +474,10 @@ def _drain(unet, prepared, state, config, folder, decided, total, say, progress,
         try:
             own = [log, keep, sampler(unet, state, prepared, config, folder, say, on_board), watch]
             if prepared.held_out:
+                own_pictures = [picture for picture in prepared.pictures if not picture.prior]
                 judge = evaluate.every(
-                    config.validate_every, unet, state, prepared.base, prepared.held_out, prepared.pictures,
-                    prepared.texts, config, lambda mark: log.marks.update({mark.step: mark.facts()}),
+                    config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
+                    config, lambda mark: log.marks.update({mark.step: mark.facts()}),
                 )  # fmt: skip
                 own.insert(0, judge)  # before the log, which writes the marks down
             done = train.run(loop, *own, *listeners, stop=stop)

@@ -9,14 +9,18 @@ known on the device first; the loop looks every `LOOK` steps, listeners whenever
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit import buckets, loss, optim
+from lorakit import adapter as adapters
+from lorakit import buckets, captions, loss, optim
 from lorakit.adapter import Adapter
 from lorakit.base import Base
 from lorakit.cache import Encoded, Text
@@ -24,6 +28,7 @@ from lorakit.config import Config
 
 LOOK = 10  # steps between two looks at whether steps were skipped
 TOO_MANY = 3  # skipped steps in a row
+Item = TypeVar("Item")
 
 
 class Diverged(FloatingPointError):
@@ -87,6 +92,14 @@ def groups(adapter: Adapter, config: Config) -> list[dict]:
     ]
 
 
+def prompts(pictures: Sequence[Encoded], config: Config) -> list[str]:
+    """Every text that `batch` can ask for."""
+    words = [word for picture in pictures for word in (picture.caption, *picture.variants)]
+    if config.prior_prediction and not config.regularisation:
+        words += [captions.without_trigger(word, config.trigger, config.class_word) for word in words]
+    return list(dict.fromkeys(["", *words]))
+
+
 def plan(pictures: Sequence[Encoded], repeats: Sequence[int], config: Config) -> tuple[int, int]:
     """How long the run is.
 
@@ -119,25 +132,47 @@ class Batch:
     embeddings: Tensor  # (B, tokens, width)
     pooled: Tensor  # (B, width)
     sizes: Tensor  # (B, 6)
+    mask: Tensor | None = None  # (B, 1, h, w): what each place counts
+    weight: Tensor | None = None  # (B,): what each example counts
+    asks_base: Tensor | None = None  # (B,), bool: whose target is what the base answers without the adapter
 
 
 def batch(
-    pictures: Sequence[Encoded], texts: dict[str, Text], indices: Sequence[int], step: int, offset: int, config: Config
-) -> Batch:
+    pictures: Sequence[Encoded], texts: dict[str, Text], indices: Sequence[int], step: int, offset: int,
+    config: Config, *, of_class: bool = False,
+) -> Batch:  # fmt: skip
     """Put a batch together; every draw comes from (seed, step, place in the step) and nothing else.
 
     Args:
         indices: the pictures.
         step: the update, from 0.
         offset: place of the first example in the whole update.
+        of_class: the same pictures and noise under the caption of the class, which the base shall answer as ever.
     """
-    latents, chosen = [], []
+    latents, masks, words = [], [], []
     for place, index in enumerate(indices, offset):
         picture = pictures[index]
-        draws = np.random.default_rng([config.seed, step, place, 1]).random(2)
+        draws = np.random.default_rng([config.seed, step, place, 1]).random(3)
         mirror = picture.mirrored is not None and draws[0] < 0.5
         latents.append(picture.mirrored if mirror else picture.latents)
-        chosen.append(texts["" if draws[1] < config.caption_dropout else picture.caption])
+        if picture.mask is not None:
+            seen = picture.mask.flip(-1) if mirror else picture.mask
+            masks.append(seen + config.unmasked_weight * (1 - seen))
+        else:
+            masks.append(torch.ones(1, *picture.latents.shape[1:]))
+        variants = picture.variants or (picture.caption,)
+        words.append("" if draws[1] < config.caption_dropout else variants[int(draws[2] * len(variants))])
+    weight = asks_base = None
+    prior = torch.tensor([pictures[i].prior for i in indices])
+    if of_class:
+        asked = [captions.without_trigger(word, config.trigger, config.class_word) for word in words]
+        # A caption without the trigger says the same in both, and cannot be learned and kept at once.
+        weight = config.prior_weight * torch.tensor([float(a != b) for a, b in zip(asked, words, strict=True)])
+        words, asks_base = asked, torch.ones_like(prior)
+    elif prior.any():
+        weight = torch.where(prior, config.prior_weight, 1.0)
+        asks_base = prior if config.prior_prediction else None
+    chosen = [texts[word] for word in words]
     draws = loss.draw(
         config.seed, step, range(offset, offset + len(indices)), latents[0].shape, noise_offset=config.noise_offset,
         multires_iterations=config.multires_noise_iterations, multires_discount=config.multires_noise_discount,
@@ -147,11 +182,18 @@ def batch(
     return Batch(
         torch.stack(latents), *draws, torch.stack([text.embeddings for text in chosen]),
         torch.stack([text.pooled for text in chosen]), torch.stack([pictures[i].sizes for i in indices]),
+        torch.stack(masks) if any(pictures[i].mask is not None for i in indices) else None, weight, asks_base,
     )  # fmt: skip
 
 
-def batch_loss(unet, base: Base, alphas_cumprod: Tensor, item: Batch, config: Config) -> Tensor:
-    """The training loss of one batch, a scalar on the UNet's device."""
+def batch_loss(
+    unet, base: Base, alphas_cumprod: Tensor, item: Batch, config: Config, adapter: Adapter | None = None
+) -> Tensor:
+    """The training loss of one batch, a scalar on the UNet's device.
+
+    Args:
+        adapter: the one in the UNet, switched off where the batch asks the base.
+    """
     device, dtype = unet.device, unet.dtype
 
     def move(x: Tensor) -> Tensor:
@@ -164,17 +206,25 @@ def batch_loss(unet, base: Base, alphas_cumprod: Tensor, item: Batch, config: Co
     conditions = None
     if base.family == "sdxl":
         conditions = {"text_embeds": move(item.pooled).to(dtype), "time_ids": move(item.sizes).to(dtype)}
-    with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-        predicted = unet(
-            noisy, timesteps, encoder_hidden_states=move(item.embeddings).to(dtype), added_cond_kwargs=conditions
-        ).sample
+    embeddings = move(item.embeddings).to(dtype)
+
+    def answer() -> Tensor:
+        with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
+            return unet(noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
+
+    wanted = loss.target(base.prediction_type, latents, noise, alpha_bar)
+    if item.asks_base is not None:
+        with torch.no_grad(), adapters.strength(adapter, 0.0):
+            wanted = torch.where(move(item.asks_base).view(-1, 1, 1, 1), answer().float(), wanted)
     snr, weight = alpha_bar / (1 - alpha_bar), None
     if config.min_snr_gamma is not None:
         weight = loss.min_snr_weight(snr, config.min_snr_gamma, base.prediction_type)
     elif config.debiased:
         weight = loss.debiased_weight(snr, base.prediction_type)
-    wanted = loss.target(base.prediction_type, latents, noise, alpha_bar)
-    return loss.error(predicted, wanted, weight, config.loss, config.huber_delta)
+    if item.weight is not None:
+        weight = move(item.weight) * (1 if weight is None else weight)
+    mask = None if item.mask is None else move(item.mask)
+    return loss.error(answer(), wanted, weight, config.loss, config.huber_delta, mask)
 
 
 def steps(
@@ -186,7 +236,7 @@ def steps(
     Args:
         unet: the base's UNet that holds `state.adapter`.
         repeats: times each picture counts in an epoch.
-        texts: embeddings of every caption, and of "" where captions are dropped.
+        texts: embeddings of every caption, as `prompts` lists them.
 
     Yields:
         A Step for each update from `state.step` to the end; `state` is up to date then.
@@ -196,31 +246,35 @@ def steps(
     """
     per_epoch, total = plan(pictures, repeats, config)
     sizes = _sizes(pictures)
+    asks_class = config.prior_prediction and not config.regularisation
     alphas_cumprod = base.alphas_cumprod().to(unet.device)
     parameters = state.adapter.parameters()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    epoch, batches = -1, []
-    while state.step < total:
-        if state.step // per_epoch != epoch:
-            epoch = state.step // per_epoch
-            batches = _batches(sizes, repeats, config, epoch)
+    order = lru_cache(2)(lambda epoch: _batches(sizes, repeats, config, epoch))
+
+    def work(step: int) -> tuple[list[list[int]], list[Batch]]:
+        group, items, offset = order(step // per_epoch)[step % per_epoch], [], 0
+        for indices in group:
+            for of_class in (False, True) if asks_class else (False,):
+                items.append(batch(pictures, texts, indices, step, offset, config, of_class=of_class))
+            offset += len(indices)
+        return group, items
+
+    for group, items in _ahead(work, range(state.step, total)):
         if state.step % LOOK == 0:
             if int(state.skipped[1]) >= TOO_MANY:
                 raise Diverged(f"{TOO_MANY} steps in a row before step {state.step + 1} were not finite.")
             state.skipped[1] = state.skipped[0]
-        group = batches[state.step % per_epoch]
         rate = state.rate_factor * learning_rate(config, state.step, total)
         for settings in state.optimizer.param_groups:
             settings["lr"] = rate * settings["ratio"]
-        summed, offset = torch.zeros((), device=unet.device), 0
-        for indices in group:
-            item = batch(pictures, texts, indices, state.step, offset, config)
-            value = batch_loss(unet, base, alphas_cumprod, item, config) / len(group)
+        summed = torch.zeros((), device=unet.device)
+        for item in items:
+            value = batch_loss(unet, base, alphas_cumprod, item, config, state.adapter) / len(group)
             state.scaler.scale(value).backward()
             summed += value.detach()
-            offset += len(indices)
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
         finite = _update(state, summed, norm)
@@ -229,7 +283,20 @@ def steps(
         if state.ema:
             state.ema.update(state.step)
         examples = tuple(index for indices in group for index in indices)
-        yield Step(state.step, total, epoch + 1, summed, rate, examples, finite)
+        yield Step(state.step, total, (state.step - 1) // per_epoch + 1, summed, rate, examples, finite)
+
+
+def _ahead(make: Callable[[int], Item], numbers: Iterable[int]) -> Iterator[Item]:
+    """What `make` gives for each number; the next is made in a thread while the caller works with this one."""
+    with ThreadPoolExecutor(1) as worker:
+        made = None
+        for number in numbers:
+            coming = worker.submit(make, number)
+            if made:
+                yield made.result()
+            made = coming
+        if made:
+            yield made.result()
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:

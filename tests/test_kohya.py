@@ -16,6 +16,7 @@ train_data_dir = "pictures"
 resolution = "512,512"
 caption_extension = ".txt"
 shuffle_caption = true
+random_crop = true
 
 [training]
 output_name = "my_cat_v1"
@@ -51,10 +52,10 @@ def test_the_toml_of_sd_scripts(tmp_path):
         "rank": 64, "alpha": 32, "warmup_steps": 100, "schedule_cycles": 3, "min_snr_gamma": 5, "noise_offset": 0.05,
         "seed": 1234, "epochs": 10, "learning_rate": 2e-4, "learning_rate_ratio": 1.0, "resolution": 512,
         "bucket_step": 64, "optimizer": "adamw8bit", "schedule": "cosine_with_restarts", "weight_decay": 0.05,
-        "mixed_precision": "fp16",
+        "mixed_precision": "fp16", "shuffle_captions": True, "keep_tokens": 0,
     }  # fmt: skip
     notes = "\n".join(imported.notes)
-    assert "shuffle_caption=True: lorakit has no such setting; it was left out" in notes
+    assert "random_crop=True: lorakit has no such setting; it was left out" in notes
     assert "betas=0.9,0.99: lorakit has no such setting" in notes
     assert "text encoder: lorakit trains the UNet alone" in notes
     assert "cache_latents: not needed" in notes and "output_dir: not needed" in notes
@@ -146,4 +147,4 @@ def test_the_command_prints_a_config_and_tells_the_rest(tmp_path):
     done = subprocess.run([sys.executable, "-m", "lorakit", "kohya", str(file)], capture_output=True, text=True)
     (tmp_path / "run.json").write_text(done.stdout)
     assert config.load(tmp_path / "run.json").rank == 64
-    assert "note: shuffle_caption=True" in done.stderr
+    assert "note: random_crop=True" in done.stderr

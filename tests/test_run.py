@@ -154,8 +154,8 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate(settings, tmp_path, mo
     """Steps 12 to 14 fail once; the run goes on from its checkpoint at step 9 and says so."""
     real, failed = train.batch_loss, []
 
-    def fails_once(unet, base, alphas, item, config):
-        value = real(unet, base, alphas, item, config)
+    def fails_once(unet, base, alphas, item, config, adapter):
+        value = real(unet, base, alphas, item, config, adapter)
         number = counter["step"] = counter["step"] + 1
         if 12 <= number <= 14 and not failed:
             failed.extend([number] * (number == 14))

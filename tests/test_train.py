@@ -6,6 +6,7 @@ from math import nan
 
 import pytest
 import torch
+from PIL import Image
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
@@ -293,3 +294,103 @@ def test_three_in_a_row_end_the_loop_with_the_last_good_weights(settings, tmp_pa
     with pytest.raises(train.Diverged, match="3 steps in a row before step 11"):
         train.run(loop)
     assert all(torch.equal(a, b) for a, b in zip(first, state.adapter.parameters(), strict=True))
+
+
+# ── What is not to be learned ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def gradients(ready, settings, **changes):
+    unet, state, _ = begin(settings, ready)
+    for weight in state.adapter.parameters():  # up matrices are zero at first, and hide the down ones
+        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    item = train.batch(ready.pictures, ready.texts, [0, 1], 0, 0, settings, **changes)
+    value = train.batch_loss(unet, ready.base, ready.base.alphas_cumprod(), item, settings, state.adapter)
+    value.backward()
+    return float(value.detach()), [weight.grad for weight in state.adapter.parameters()], item
+
+
+def test_what_a_mask_blackens_is_not_learned(settings, pictures, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    half = Image.new("L", (32, 32), 255)
+    half.paste(0, (16, 0, 32, 32))
+    for number in range(3):
+        half.save(masks / f"{number}.png")
+    masked = settings.with_(mask=str(masks))
+    ready = prepared(masked, tmp_path)
+    cells = ready.pictures[0].mask
+    assert cells.shape == (1, *ready.pictures[0].latents.shape[1:])
+    assert cells[..., :4].min() == 1 and cells[..., 4:].max() == 0
+    assert ready.pictures[3].mask is None
+    before, _, item = gradients(ready, masked)
+    for index in (0, 1):  # whatever stands there
+        target = item.latents[index].clone()
+        target[..., 4:] += 5
+        ready.pictures[index] = replace(ready.pictures[index], latents=target)
+    item = train.batch(ready.pictures, ready.texts, [0, 1], 0, 0, masked)
+    predicted, wanted = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
+    wanted[..., 4:] = 100
+    assert loss.error(predicted, wanted, mask=item.mask) == 0.5
+    part = train.batch(ready.pictures, ready.texts, [0, 3], 0, 0, masked.with_(unmasked_weight=0.25)).mask
+    assert part[0, ..., 4:].max() == 0.25 and part[1].min() == 1
+    assert before > 0
+
+
+def test_transparency_is_a_mask_too(settings, pictures, tmp_path):
+    for file in pictures.rglob("[01].png"):
+        image = Image.open(file).convert("RGBA")
+        image.putalpha(Image.new("L", image.size, 0 if file.stem == "0" else 255))
+        image.save(file)
+    ready = prepared(settings.with_(mask="alpha"), tmp_path)
+    assert ready.pictures[0].mask.max() == 0 and ready.pictures[1].mask is None
+
+
+def test_masks_that_mask_nothing_are_refused(settings, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="masks nothing: it holds no picture by their names"):
+        prepared(settings.with_(mask=str(tmp_path / "empty")), tmp_path)
+    with pytest.raises(ValueError, match="no picture is transparent"):
+        prepared(settings.with_(mask="alpha"), tmp_path)
+
+
+def test_regularisation_pictures_are_shown_as_often_as_the_others_and_weighed(settings, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for number in range(5):
+        Image.new("RGB", (32, 32), (40 * number, 90, 120)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("thing")
+    regular = settings.with_(regularisation=str(folder), prior_weight=0.5)
+    ready = prepared(regular, tmp_path)
+    assert [p.prior for p in ready.pictures] == [False] * 6 + [True] * 5
+    assert sum(ready.repeats[:6]) == sum(ready.repeats[6:]) == 12
+    item = train.batch(ready.pictures, ready.texts, [0, 6], 0, 0, regular)
+    assert item.weight.tolist() == [1.0, 0.5] and item.asks_base is None
+    assert len(train.run(begin(regular, ready)[2])) == regular.steps
+    other = run.settings(regular, ready)
+    assert str(tmp_path) not in str(other) and other["regularisation"] == ready.contents["regularisation"]
+
+
+def test_the_class_is_held_to_what_the_bare_base_says(settings, tmp_path):
+    asked = settings.with_(prior_prediction=True, trigger="sks thing", class_word="thing", min_snr_gamma=None)
+    ready = prepared(asked, tmp_path)
+    assert "thing, number 3" in ready.texts
+    item = train.batch(ready.pictures, ready.texts, [0, 1], 0, 0, asked, of_class=True)
+    assert torch.equal(item.embeddings[0], ready.texts["thing, number 0"].embeddings)
+    assert item.weight.tolist() == [1.0, 1.0] and item.asks_base.all()
+    unet, state, loop = begin(asked, ready)
+    alphas = ready.base.alphas_cumprod()
+    fresh = train.batch_loss(unet, ready.base, alphas, item, asked, state.adapter)
+    assert fresh < 1e-10  # a fresh adapter says what the base says
+    assert gradients(ready, asked, of_class=True)[0] > 1e-4  # another does not
+    assert len(train.run(loop)) == asked.steps
+
+
+def test_captions_change_their_order_from_step_to_step(settings, pictures, tmp_path):
+    for file in pictures.rglob("*.txt"):
+        file.write_text("sks thing, red, big, round, old, blue")
+    shuffled = settings.with_(shuffle_captions=True, keep_tokens=1, caption_variants=8)
+    ready = prepared(shuffled, tmp_path)
+    seen = [train.batch(ready.pictures, ready.texts, [0], step, 0, shuffled).embeddings for step in range(40)]
+    assert 4 <= len({x.sum().item() for x in seen}) <= 8
+    again = train.batch(ready.pictures, ready.texts, [0], 7, 0, shuffled).embeddings
+    assert torch.equal(again, seen[7])
