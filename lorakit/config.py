@@ -150,7 +150,7 @@ class Config(BaseModel):
             raise ValueError("schedule 'constant' has no warmup: set warmup_steps to 0 or use 'constant_with_warmup'.")
         if self.debiased and self.min_snr_gamma is not None:
             raise ValueError("debiased and min_snr_gamma are two weightings of one loss: set min_snr_gamma to null.")
-        if self.prior_prediction and not self.regularisation and not (self.trigger and self.class_word):
+        if self.asks_class and not (self.trigger and self.class_word):
             raise ValueError(
                 "prior_prediction without regularisation pictures asks the base about each caption with the trigger "
                 f"exchanged for class_word: set both (trigger is {self.trigger!r}, class_word {self.class_word!r})."
@@ -158,6 +158,11 @@ class Config(BaseModel):
         if self.min_timestep >= self.max_timestep:
             raise ValueError(f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.")
         return self
+
+    @property
+    def asks_class(self) -> bool:
+        """Whether each batch is followed by one of the same pictures under the caption of their class."""
+        return self.prior_prediction and not self.regularisation
 
     def with_(self, **changes: Any) -> "Config":
         """A copy with some settings changed, validated like a new one. Giving steps clears epochs and the reverse."""

@@ -205,8 +205,7 @@ def open_mask(mask: Mask) -> Image.Image:
     if not mask.alpha:
         return open_picture(mask.path).convert("L")
     with Image.open(mask.path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        turned = UPRIGHT.get(image.getexif().get(0x0112))
-        alpha = image.convert("RGBA").getchannel("A")
+        turned, alpha = _turned(image), image.convert("RGBA").getchannel("A")
     return alpha if turned is None else alpha.transpose(turned)
 
 
@@ -254,11 +253,7 @@ def _decode(encoded: bytes) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    try:
-        turned = UPRIGHT.get(image.getexif().get(0x0112))
-    except Exception:  # broken EXIF does not make a broken picture
-        turned = None
-    profile, alpha = image.info.get("icc_profile"), None
+    turned, profile, alpha = _turned(image), image.info.get("icc_profile"), None
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow calls it I
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -271,6 +266,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     if alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image if turned is None else image.transpose(turned)
+
+
+def _turned(image: Image.Image) -> Image.Transpose | None:
+    """How a picture must be turned to stand upright, by its EXIF; None where it does."""
+    try:
+        return UPRIGHT.get(image.getexif().get(0x0112))
+    except Exception:  # broken EXIF does not make a broken picture
+        return None
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -42,8 +42,8 @@ def hold_out(digests: Sequence[str], share: float, seed: int) -> list[int]:
     return [place for place, digest in enumerate(digests) if digest in chosen]
 
 
-def questions(pictures: Sequence[Encoded], texts: dict[str, Text]) -> list[Batch]:
-    """One batch a picture: its latents at each of TIMESTEPS, with noise that never changes."""
+def questions(pictures: Sequence[Encoded], texts: dict[str, Text], config: Config) -> list[Batch]:
+    """One batch a picture: its latents at each of TIMESTEPS, with noise that never changes; masked as in training."""
     asked, n = [], len(TIMESTEPS)
     for number, picture in enumerate(pictures):
         noise = [torch.randn(picture.latents.shape, generator=loss.generator(SEED, number, k)) for k in range(n)]
@@ -58,7 +58,8 @@ def questions(pictures: Sequence[Encoded], texts: dict[str, Text]) -> list[Batch
                 repeat(text.embeddings),
                 repeat(text.pooled),
                 repeat(picture.sizes),
-            )  # fmt: skip
+                None if picture.mask is None else repeat(train.counted(picture, config)),
+            )
         )
     return asked
 
@@ -110,7 +111,7 @@ def every(
         tell: gets each Validation.
     """
     places = np.linspace(0, len(trained) - 1, min(len(held_out), len(trained))).round().astype(int)
-    asked = [questions(held_out, texts), questions([trained[i] for i in places], texts)]
+    asked = [questions(some, texts, config) for some in (held_out, [trained[i] for i in places])]
     bare: list[float] = []  # of the base alone: asked once
 
     def listener(step: Step) -> None:

@@ -107,7 +107,6 @@ def predict(
     trained = sum(weight.numel() for weight in weights)
     frozen = sum(weight.numel() for weight in unet.parameters()) - trained
 
-    asks_class = config.prior_prediction and not config.regularisation
     ledger = _Ledger(unet.parameters())
     hooks = [weight.register_post_accumulate_grad_hook(ledger.gradient_arrived) for weight in weights]
     with fake, ledger, attention:
@@ -115,9 +114,9 @@ def predict(
         flops = ledger.flops * config.gradient_accumulation_steps
         for hook in hooks:
             hook.remove()
-        if asks_class:
+        if config.asks_class:
             flops += ledger.flops  # as much again for the class: a step of its own
-        if config.gradient_accumulation_steps > 1 or asks_class:  # from the second on, all gradients are there
+        if config.gradient_accumulation_steps > 1 or config.asks_class:  # from the second on, all gradients are there
             _forward_and_backward(unet, base, config, size, counted)
     return Prediction(
         weights=frozen * counted.itemsize, adapter=4 * trained, gradients=ledger.gradients_at_peak,

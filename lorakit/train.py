@@ -95,7 +95,7 @@ def groups(adapter: Adapter, config: Config) -> list[dict]:
 def prompts(pictures: Sequence[Encoded], config: Config) -> list[str]:
     """Every text that `batch` can ask for."""
     words = [word for picture in pictures for word in (picture.caption, *picture.variants)]
-    if config.prior_prediction and not config.regularisation:
+    if config.asks_class:
         words += [captions.without_trigger(word, config.trigger, config.class_word) for word in words]
     return list(dict.fromkeys(["", *words]))
 
@@ -137,6 +137,13 @@ class Batch:
     asks_base: Tensor | None = None  # (B,), bool: whose target is what the base answers without the adapter
 
 
+def counted(picture: Encoded, config: Config) -> Tensor:
+    """What each latent cell of a picture counts, by its mask: (1, h, w)."""
+    if picture.mask is None:
+        return torch.ones(1, 1, 1).expand(1, *picture.latents.shape[1:])
+    return picture.mask + config.unmasked_weight * (1 - picture.mask)
+
+
 def batch(
     pictures: Sequence[Encoded], texts: dict[str, Text], indices: Sequence[int], step: int, offset: int,
     config: Config, *, of_class: bool = False,
@@ -155,11 +162,7 @@ def batch(
         draws = np.random.default_rng([config.seed, step, place, 1]).random(3)
         mirror = picture.mirrored is not None and draws[0] < 0.5
         latents.append(picture.mirrored if mirror else picture.latents)
-        if picture.mask is not None:
-            seen = picture.mask.flip(-1) if mirror else picture.mask
-            masks.append(seen + config.unmasked_weight * (1 - seen))
-        else:
-            masks.append(torch.ones(1, *picture.latents.shape[1:]))
+        masks.append(counted(picture, config).flip(-1) if mirror else counted(picture, config))
         variants = picture.variants or (picture.caption,)
         words.append("" if draws[1] < config.caption_dropout else variants[int(draws[2] * len(variants))])
     weight = asks_base = None
@@ -246,7 +249,6 @@ def steps(
     """
     per_epoch, total = plan(pictures, repeats, config)
     sizes = _sizes(pictures)
-    asks_class = config.prior_prediction and not config.regularisation
     alphas_cumprod = base.alphas_cumprod().to(unet.device)
     parameters = state.adapter.parameters()
     if config.gradient_checkpointing:
@@ -257,7 +259,7 @@ def steps(
     def work(step: int) -> tuple[list[list[int]], list[Batch]]:
         group, items, offset = order(step // per_epoch)[step % per_epoch], [], 0
         for indices in group:
-            for of_class in (False, True) if asks_class else (False,):
+            for of_class in (False, True) if config.asks_class else (False,):
                 items.append(batch(pictures, texts, indices, step, offset, config, of_class=of_class))
             offset += len(indices)
         return group, items

@@ -85,6 +85,14 @@ def pictures(tmp_path) -> Path:
 
 
 @pytest.fixture
+def ready(settings, tmp_path):
+    """The run of `settings`, prepared."""
+    from runs import prepared
+
+    return prepared(settings, tmp_path)
+
+
+@pytest.fixture
 def settings(small_bases, pictures):
     """A run of seconds on the small SD 1.5 base."""
     from lorakit.config import Config

@@ -2,24 +2,9 @@ import json
 
 import pytest
 import torch
+from runs import begin
 
-from lorakit import adapter as adapters
-from lorakit import base as bases
-from lorakit import checkpoint, optim, run, train
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def ready(settings, tmp_path):
-    return run.prepare(settings, tmp_path / "prepared", say=lambda _: None, progress=False)
-
-
-def begin(settings, ready):
-    unet = bases.load_unet(ready.base, torch.float32, CPU)
-    adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
-    state = train.start(adapter, settings, CPU, torch.float32)
-    return state, train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
+from lorakit import checkpoint, optim, train
 
 
 @pytest.mark.parametrize("optimizer", [*optim.OPTIMIZERS, "adamw with ema"])
@@ -31,14 +16,14 @@ def test_a_resumed_run_ends_bit_identical(settings, ready, tmp_path, optimizer, 
     }  # fmt: skip
     changes = {"optimizer": optimizer, "schedule": "cosine"} | changes.get(optimizer, {})
     settings = settings.with_(steps=7, caption_dropout=0.3, warmup_steps=2, **changes)
-    whole, loop = begin(settings, ready)
+    _, whole, loop = begin(settings, ready)
     whole_steps = train.run(loop)
-    first, loop = begin(settings, ready)
+    _, first, loop = begin(settings, ready)
     for step in loop:
         if step.number == cut:
             break
     path = checkpoint.save(tmp_path / checkpoint.name(cut), first, {"rank": 4})
-    second, loop = begin(settings.with_(seed=settings.seed), ready)
+    _, second, loop = begin(settings.with_(seed=settings.seed), ready)
     checkpoint.restore(second, checkpoint.read(path))
     rest = train.run(loop)
     assert [s.number for s in rest] == list(range(cut + 1, 8))
@@ -51,7 +36,7 @@ def test_a_resumed_run_ends_bit_identical(settings, ready, tmp_path, optimizer, 
 
 
 def test_any_flipped_or_missing_byte_is_noticed(settings, ready, tmp_path):
-    state, loop = begin(settings, ready)
+    _, state, loop = begin(settings, ready)
     next(loop)
     path = checkpoint.save(tmp_path / "step-000001.safetensors", state, {"rank": 4})
     good = path.read_bytes()
@@ -69,7 +54,7 @@ def test_any_flipped_or_missing_byte_is_noticed(settings, ready, tmp_path):
 
 
 def test_the_newest_sound_one_is_taken_and_the_others_are_told(settings, ready, tmp_path):
-    state, loop = begin(settings, ready)
+    _, state, loop = begin(settings, ready)
     for _ in range(3):
         step = next(loop)
         checkpoint.save(tmp_path / checkpoint.name(step.number), state, {})
@@ -82,7 +67,7 @@ def test_the_newest_sound_one_is_taken_and_the_others_are_told(settings, ready, 
 
 
 def test_a_full_disk_leaves_nothing_half_written(settings, ready, tmp_path, monkeypatch):
-    state, _ = begin(settings, ready)
+    _, state, _ = begin(settings, ready)
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -97,7 +82,7 @@ def test_a_full_disk_leaves_nothing_half_written(settings, ready, tmp_path, monk
 def test_settings_and_step_are_readable_by_anyone(settings, ready, tmp_path):
     from safetensors import safe_open
 
-    state, loop = begin(settings, ready)
+    _, state, loop = begin(settings, ready)
     next(loop)
     path = checkpoint.save(tmp_path / "a.safetensors", state, {"rank": 4})
     with safe_open(path, "pt") as file:
@@ -114,6 +99,6 @@ def test_other_files_are_no_checkpoints(tmp_path):
 
 
 def test_every_saves_in_its_rhythm_and_at_the_end(settings, ready, tmp_path):
-    state, loop = begin(settings.with_(steps=5), ready)
+    _, state, loop = begin(settings.with_(steps=5), ready)
     train.run(loop, checkpoint.every(2, tmp_path, state, {}))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [checkpoint.name(n) for n in (2, 4, 5)]

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from runs import begin
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
@@ -37,25 +38,13 @@ def test_copies_are_held_out_together_and_something_is_left():
 # ── What they are asked ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def ready(settings, tmp_path):
-    return run.prepare(settings, tmp_path / "prepared", say=lambda _: None, progress=False)
-
-
-def begin(settings, ready):
-    unet = bases.load_unet(ready.base, torch.float32, CPU)
-    adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
-    state = train.start(adapter, settings, CPU, torch.float32)
-    return unet, state, train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
-
-
 def test_the_same_questions_have_the_same_answer_and_change_nothing(settings, ready):
     unet, _, _ = begin(settings, ready)
-    asked = evaluate.questions(ready.pictures[:2], ready.texts)
+    asked = evaluate.questions(ready.pictures[:2], ready.texts, settings)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), unet.training
     first = evaluate.measure(unet, ready.base, asked, settings)
     torch.rand(5)
-    again = evaluate.questions(ready.pictures[:2], ready.texts)
+    again = evaluate.questions(ready.pictures[:2], ready.texts, settings)
     torch.set_rng_state(before[0])
     assert evaluate.measure(unet, ready.base, again, settings) == first
     assert torch.equal(torch.get_rng_state(), before[0]) and unet.training == before[2]

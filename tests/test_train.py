@@ -7,24 +7,13 @@ from math import nan
 import pytest
 import torch
 from PIL import Image
+from runs import begin, prepared
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import loss, optim, run, train
+from lorakit import evaluate, loss, optim, run, train
 
 CPU = torch.device("cpu")
-
-
-def prepared(settings, tmp_path):
-    return run.prepare(settings, tmp_path / "prepared", say=lambda _: None, progress=False)
-
-
-def begin(settings, ready):
-    unet = bases.load_unet(ready.base, torch.float32, CPU)
-    adapter = adapters.inject(unet, settings.rank, settings.alpha, settings.targets, seed=settings.seed)
-    state = train.start(adapter, settings, CPU, torch.float32)
-    loop = train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
-    return unet, state, loop
 
 
 @pytest.fixture(params=["sd15", "sd2", "sdxl"])
@@ -306,10 +295,10 @@ def gradients(ready, settings, **changes):
     item = train.batch(ready.pictures, ready.texts, [0, 1], 0, 0, settings, **changes)
     value = train.batch_loss(unet, ready.base, ready.base.alphas_cumprod(), item, settings, state.adapter)
     value.backward()
-    return float(value.detach()), [weight.grad for weight in state.adapter.parameters()], item
+    return float(value.detach()), [weight.grad for weight in state.adapter.parameters()]
 
 
-def test_what_a_mask_blackens_is_not_learned(settings, pictures, tmp_path):
+def test_what_a_mask_blackens_is_not_learned(settings, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
     half = Image.new("L", (32, 32), 255)
@@ -322,18 +311,30 @@ def test_what_a_mask_blackens_is_not_learned(settings, pictures, tmp_path):
     assert cells.shape == (1, *ready.pictures[0].latents.shape[1:])
     assert cells[..., :4].min() == 1 and cells[..., 4:].max() == 0
     assert ready.pictures[3].mask is None
-    before, _, item = gradients(ready, masked)
-    for index in (0, 1):  # whatever stands there
-        target = item.latents[index].clone()
-        target[..., 4:] += 5
-        ready.pictures[index] = replace(ready.pictures[index], latents=target)
     item = train.batch(ready.pictures, ready.texts, [0, 1], 0, 0, masked)
     predicted, wanted = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
     wanted[..., 4:] = 100
     assert loss.error(predicted, wanted, mask=item.mask) == 0.5
     part = train.batch(ready.pictures, ready.texts, [0, 3], 0, 0, masked.with_(unmasked_weight=0.25)).mask
     assert part[0, ..., 4:].max() == 0.25 and part[1].min() == 1
-    assert before > 0
+    asked = evaluate.questions(ready.pictures[:1], ready.texts, masked)[0]  # judged as it is trained
+    assert torch.equal(asked.mask[0], cells)
+    for index in (0, 1):
+        ready.pictures[index] = replace(ready.pictures[index], mask=torch.zeros_like(cells))
+    value, weights = gradients(ready, masked)
+    assert value == 0 and all(gradient.abs().max() == 0 for gradient in weights)
+
+
+def test_a_mask_is_mirrored_with_its_picture(settings, tmp_path):
+    settings = settings.with_(flip=True)
+    ready = prepared(settings, tmp_path)
+    cells = torch.zeros(1, *ready.pictures[0].latents.shape[1:])
+    cells[..., 0] = 1
+    ready.pictures[0] = replace(ready.pictures[0], mask=cells)
+    for step in range(12):
+        item = train.batch(ready.pictures, ready.texts, [0], step, 0, settings)
+        mirrored = torch.equal(item.latents[0], ready.pictures[0].mirrored)
+        assert torch.equal(item.mask[0], cells.flip(-1) if mirrored else cells)
 
 
 def test_transparency_is_a_mask_too(settings, pictures, tmp_path):

@@ -1,0 +1,22 @@
+"""What tests of the loop begin with: everything prepared, then UNet, state and loop."""
+
+import torch
+
+from lorakit import adapter as adapters
+from lorakit import base as bases
+from lorakit import run, train
+
+CPU = torch.device("cpu")
+
+
+def prepared(settings, folder):
+    """The run's pictures and texts, encoded into a folder."""
+    return run.prepare(settings, folder / "prepared", say=lambda _: None, progress=False)
+
+
+def begin(settings, ready):
+    """A fresh adapter in the base's UNet: the UNet, the state before the first step, and the loop."""
+    unet = bases.load_unet(ready.base, torch.float32, CPU)
+    adapter = adapters.inject(unet, settings.rank, settings.alpha, settings.targets, seed=settings.seed)
+    state = train.start(adapter, settings, CPU, torch.float32)
+    return unet, state, train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
