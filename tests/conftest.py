@@ -1,6 +1,7 @@
 """Small stand-ins for hub models: the real classes of diffusers and transformers with few, random weights."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+# At most two threads, fewer where processes test side by side. The commands that tests call read the variable.
+THREADS = min(2, max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
 TOKENIZER = Path(__file__).parent.parent / "lorakit" / "demo" / "base" / "tokenizer"
-
-
-@pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def copy_tokenizer(folder: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -150,7 +151,7 @@ def test_the_shipped_text_encoders_and_autoencoders_have_the_published_sizes():
 
 def test_the_command_plans_for_a_card(tmp_path):
     command = [sys.executable, "-m", "lorakit", "plan", "--base", "demo", "--card", "T4", "--rank", "8"]
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "PYTHONPATH": "."}
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "PYTHONPATH": "."}
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment)
     (row,) = json.loads(done.stdout)
     assert row["card"] == "T4" and row["fits"] is True and row["changes"] == []
