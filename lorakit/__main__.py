@@ -124,7 +124,8 @@ def kohya(
 @app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="one picture each")],
-    base: Annotated[str, typer.Option(help="diffusers folder, hub id or 'demo'")] = "demo",
+    base: Annotated[str, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = "demo",
+    prediction_type: Annotated[str, typer.Option(help="auto, epsilon or v_prediction")] = "auto",
     lora: Annotated[Optional[Path], typer.Option(help="LoRA file")] = None,  # noqa: UP045
     strength: Annotated[Optional[list[float]], typer.Option(help="of the LoRA; several make a sheet")] = None,  # noqa: UP045
     negative: Annotated[str, typer.Option(help="what to steer away from")] = "",
@@ -142,7 +143,7 @@ def sample(
     from lorakit import sample as samples
 
     strengths = strength or [1.0]
-    opened = bases.open(base)
+    opened = bases.open(base, prediction_type)
     file = export.load(lora) if lora else None
     rows = samples.generate(
         opened, prompts, negative=negative, seeds=seed, strengths=strengths, steps=steps, guidance=guidance,

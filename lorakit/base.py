@@ -9,12 +9,13 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lorakit import original
 from lorakit.config import HUB_BASES
 
 DEMO = Path(__file__).parent / "demo" / "base"
@@ -35,9 +36,10 @@ class Base:
     """What is known of a base from its configs alone."""
 
     folder: Path  # a diffusers folder on this machine
-    name: str  # hub id, or the folder's own name: never a path
+    name: str  # hub id, or the folder's or file's own name: never a path
     family: str  # "sd15", "sd2" or "sdxl"
     configs: dict = field(repr=False)  # component -> its config
+    file: Path | None = None  # a single checkpoint with all weights; `folder` then holds the family's tokenizer alone
 
     @property
     def prediction_type(self) -> str:
@@ -74,26 +76,41 @@ class Base:
         return DDPMScheduler.from_config(self.configs["scheduler"]).alphas_cumprod
 
 
-def open(reference: str | Path) -> Base:  # noqa: A001 - callers write base.open
-    """Recognise a base from its configs.
+def open(  # noqa: A001 - callers write base.open
+    reference: str | Path, prediction_type: str = "auto", zero_terminal_snr: bool = False
+) -> Base:
+    """Recognise a base from its configs, or a single checkpoint file from its keys.
 
     Args:
-        reference: a diffusers folder, a hub id ("owner/name"; its small config files are fetched), or "demo".
+        reference: a diffusers folder, a hub id ("owner/name"; its small config files are fetched), one
+            `.safetensors` file with UNet, text encoder and VAE, or "demo".
+        prediction_type: "auto" takes what the base says of itself; "epsilon" or "v_prediction" where it says nothing.
+        zero_terminal_snr: the base was trained on a noise schedule that ends in noise alone.
 
     Raises:
-        FileNotFoundError: neither a folder nor a hub id that can be reached.
+        FileNotFoundError: neither a folder, a file, nor a hub id that can be reached.
         ValueError: not a Stable Diffusion 1.x, 2.x or XL base, or its weights are pickles.
+
+    Source: Lin et al. 2023, arXiv:2305.08891 (zero terminal SNR).
     """
-    reference = str(reference)
+    if prediction_type not in ("auto", "epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type {prediction_type!r} is unknown. Use 'auto', 'epsilon' or 'v_prediction'.")
+    base = _open(str(reference))
+    said = {} if prediction_type == "auto" else {"prediction_type": prediction_type}
+    said |= {"rescale_betas_zero_snr": True} if zero_terminal_snr else {}
+    return replace(base, configs=base.configs | {"scheduler": base.configs["scheduler"] | said}) if said else base
+
+
+def _open(reference: str) -> Base:
     folder = DEMO if reference == "demo" else Path(reference).expanduser()
     if folder.is_file():
-        _refuse_file(folder)
+        return _open_file(folder)
     name = "lorakit/demo" if reference == "demo" else reference if _is_hub_id(reference) else folder.resolve().name
     if not folder.is_dir():
         if not _is_hub_id(reference):
             raise FileNotFoundError(
-                f"There is no base {reference!r}. Give a diffusers folder, a hub id such as "
-                "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'demo'."
+                f"There is no base {reference!r}. Give a diffusers folder, a checkpoint's .safetensors file, a hub id "
+                "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'demo'."
             )
         folder = _fetch(reference, ["model_index.json", "*/*config.json"])
     configs = {}
@@ -137,16 +154,16 @@ def _is_hub_id(reference: str) -> bool:
     return reference.count("/") == 1 and not reference.startswith((".", "/", "~")) and "\\" not in reference
 
 
-def _refuse_file(file: Path) -> None:
+def _open_file(file: Path) -> Base:
     if file.suffix in (".ckpt", ".bin", ".pt", ".pth"):
         raise ValueError(
             f"{file.name} is a pickle: loading it can run any program hidden in it, so lorakit never does. "
             "Get the .safetensors form of the same model, or its diffusers folder."
         )
-    raise ValueError(
-        f"{file.name} is a single file. Give the model's diffusers folder or hub id "
-        "(diffusers' StableDiffusionPipeline.from_single_file(…).save_pretrained(…) makes one)."
-    )
+    short, schedule = original.recognise(file)
+    base = known(short)
+    configs = base.configs | {"scheduler": base.configs["scheduler"] | schedule}
+    return replace(base, name=file.name, configs=configs, file=file)
 
 
 def _read_json(path: Path) -> dict:
@@ -207,9 +224,13 @@ def component_folder(base: Base, component: str) -> Path:
 
 def fingerprint(base: Base, component: str) -> str:
     """A digest of a component's weights and config, hex: what caches made with it are keyed by."""
-    folder = component_folder(base, component)
     digest = hashlib.sha256(json.dumps(base.configs[component], sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors")):
+    if base.file:
+        for key, tensor in original.raw(base.file, base.family, component):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+    for file in sorted(component_folder(base, component).glob("*.safetensors")):
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
@@ -263,18 +284,51 @@ def _quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _load(cls, folder: Path, dtype: torch.dtype, device: torch.device):
+def _load(cls, base: Base, component: str, dtype: torch.dtype, device: torch.device):
     _quiet()
-    # `torch_dtype` is understood by every release; newer ones call it `dtype` and accept both.
-    model = cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    if base.file:
+        model = _load_from_file(cls, base, component, dtype, device)
+    else:
+        # `torch_dtype` is understood by every release; newer ones call it `dtype` and accept both.
+        folder = component_folder(base, component)
+        model = cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     return model.requires_grad_(False).eval().to(device)
+
+
+def _load_from_file(cls, base: Base, component: str, dtype: torch.dtype, device: torch.device):
+    """Make an empty model and give it its weights, converted and moved one by one.
+
+    Raises:
+        ValueError: the file lacks some, or has them in other shapes.
+    """
+    from accelerate import init_empty_weights
+
+    config = base.configs[component]
+    with init_empty_weights(include_buffers=False):
+        model = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class(**config))
+    inner = "text_model." if hasattr(model, "text_model") else ""  # newer transformers have no inner text_model
+    own = {name.removeprefix(inner): name for name, _ in model.named_parameters()}
+    shapes = {name: model.get_parameter(path).shape for name, path in own.items()}
+    # Copied, because what is only mapped is gone when the file is.
+    state = {
+        name: tensor.to(device, dtype, copy=True)
+        for name, tensor in original.tensors(base.file, base.family, component, shapes)
+    }
+    found = {name: tuple(state[name].shape) if name in state else "missing" for name in own}
+    if wrong := [f"{name} is {found[name]}, not {tuple(shapes[name])}" for name in own if found[name] != shapes[name]]:
+        raise ValueError(
+            f"{base.name} does not hold the {component} of {base.family}: {len(wrong)} of {len(own)} weights do not "
+            f"fit, first {wrong[0]}. It is damaged, or another kind of model; try its diffusers folder."
+        )
+    model.load_state_dict({own[name]: tensor for name, tensor in state.items()}, strict=False, assign=True)
+    return model
 
 
 def load_unet(base: Base, dtype: torch.dtype, device: torch.device):
     """The frozen UNet (diffusers' UNet2DConditionModel)."""
     from diffusers import UNet2DConditionModel
 
-    return _load(UNet2DConditionModel, component_folder(base, "unet"), dtype, device)
+    return _load(UNet2DConditionModel, base, "unet", dtype, device)
 
 
 def load_vae(base: Base, dtype: torch.dtype, device: torch.device):
@@ -283,7 +337,7 @@ def load_vae(base: Base, dtype: torch.dtype, device: torch.device):
 
     if dtype == torch.float16 and base.configs["vae"].get("force_upcast", True):
         dtype = torch.float32
-    return _load(AutoencoderKL, component_folder(base, "vae"), dtype, device)
+    return _load(AutoencoderKL, base, "vae", dtype, device)
 
 
 def load_text_encoder(base: Base, dtype: torch.dtype, device: torch.device, which: str = "text_encoder"):
@@ -295,7 +349,12 @@ def load_text_encoder(base: Base, dtype: torch.dtype, device: torch.device, whic
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     cls = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
-    encoder = _load(cls, component_folder(base, which), dtype, device)
+    encoder = _load(cls, base, which, dtype, device)
+    if base.file:
+        # OpenCLIP, which is in all but SD 1.x and the first of SDXL's two, fills up with token 0.
+        open_clip = base.family == "sd2" or which == "text_encoder_2"
+        padding = {"pad_token": "!"} if open_clip else {}
+        return encoder, CLIPTokenizer.from_pretrained(FAMILIES / "tokenizer", local_files_only=True, **padding)
     tokenizer_folder = base.folder / which.replace("text_encoder", "tokenizer")
     if not (tokenizer_folder / "vocab.json").is_file() and not (tokenizer_folder / "tokenizer.json").is_file():
         _fetch(base.name, [f"{tokenizer_folder.name}/*"])

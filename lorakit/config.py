@@ -23,7 +23,16 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # What is trained on what
-    base: str = Field(HUB_BASES["sd15"], description="diffusers folder, hub id, or 'demo' for the embedded base")
+    base: str = Field(
+        HUB_BASES["sd15"],
+        description="diffusers folder, a checkpoint's .safetensors file, hub id, or 'demo' for the embedded base",
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
+        "auto", description="what the base's UNet answers with; 'auto' takes what the base says of itself"
+    )
+    zero_terminal_snr: bool = Field(
+        False, description="the base learned on a noise schedule that ends in noise alone, and does not say so"
+    )
     dataset: str = Field("dataset", description="folder or zip with pictures and captions")
     name: str = Field("lora", pattern=r"^[\w][\w .+-]*$", description="name of the finished file, without suffix")
     kind: Kind = Field("character", description="what is taught; presets and advice depend on it")

@@ -32,55 +32,18 @@ from lorakit.adapter import Adapter
 from lorakit.base import Base
 from lorakit.config import Config
 from lorakit.dataset import Dataset
+from lorakit.original import adaptable
 
 FAMILIES = {"sd15": "SD 1.5", "sd2": "SD 2.x", "sdxl": "SDXL"}
 
 
-# ── Names ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Written down, not read off live classes: a renamed class has silently emptied LoRAs before.
-
-ATTENTION = (
-    "proj_in", "proj_out",
-    *(f"transformer_blocks.{k}.{attention}.{leaf}" for k in range(10) for attention in ("attn1", "attn2")
-      for leaf in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"transformer_blocks.{k}.ff.net.{leaf}" for k in range(10) for leaf in ("0.proj", "2")),
-)  # fmt: skip
-RESNET = {
-    "conv1": "in_layers.2", "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-OUTSIDE = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
-
-
-@cache
-def _originals() -> dict[str, str]:
-    """Every module of a Stable Diffusion UNet that a LoRA can sit on: diffusers' path → Stability's own path."""
-    names = dict(OUTSIDE)
-
-    def fill(block: str, j: int, attention: str, resnet: str) -> None:
-        names.update({f"{block}.attentions.{j}.{leaf}": f"{attention}.{leaf}" for leaf in ATTENTION})
-        names.update({f"{block}.resnets.{j}.{leaf}": f"{resnet}.{original}" for leaf, original in RESNET.items()})
-
-    for i in range(4):
-        for j in range(2):
-            fill(f"down_blocks.{i}", j, f"input_blocks.{3 * i + j + 1}.1", f"input_blocks.{3 * i + j + 1}.0")
-        for j in range(3):
-            fill(f"up_blocks.{i}", j, f"output_blocks.{3 * i + j}.1", f"output_blocks.{3 * i + j}.0")
-        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
-        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{3 * i + 2}.2.conv"
-    for j in range(2):
-        fill("mid_block", j, f"middle_block.{2 * j + 1}", f"middle_block.{2 * j}")
-    return names
+# ── Names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @cache
 def _modules_by_name() -> dict[str, str]:
     """kohya's name without prefix, in either naming → diffusers' path."""
-    return {name.replace(".", "_"): path for path, own in _originals().items() for name in (path, own)}
+    return {name.replace(".", "_"): path for path, own in adaptable().items() for name in (path, own)}
 
 
 def kohya_name(module: str, family: str) -> str:
@@ -89,9 +52,9 @@ def kohya_name(module: str, family: str) -> str:
     Raises:
         ValueError: no Stable Diffusion UNet has such a module.
     """
-    if module not in _originals():
+    if module not in adaptable():
         raise ValueError(f"{module} is no module of a Stable Diffusion UNet, so no other program would find it.")
-    return "lora_unet_" + (_originals()[module] if family == "sdxl" else module).replace(".", "_")
+    return "lora_unet_" + (adaptable()[module] if family == "sdxl" else module).replace(".", "_")
 
 
 # ── Writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -401,7 +364,7 @@ def _module(stem: str) -> str | None:
         return _modules_by_name().get(stem.removeprefix("lora_unet_"))
     path = stem.removeprefix("base_model.model.").removeprefix("unet.").replace(".processor.", ".")
     path += ".0" if path.endswith(".to_out") else ""
-    return path if path in _originals() else None
+    return path if path in adaptable() else None
 
 
 def _family(downs: dict[str, tuple[str, Sequence[int]]], metadata: dict[str, str]) -> str | None:

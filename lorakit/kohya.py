@@ -126,6 +126,7 @@ SAME = {  # sd-scripts' name -> ours, where the value means the same
     "train_batch_size": "batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_checkpointing": "gradient_checkpointing",
+    "zero_terminal_snr": "zero_terminal_snr",
     "network_dim": "rank",
     "network_alpha": "alpha",
     "conv_dim": "conv_rank",
@@ -178,7 +179,7 @@ NOT_NEEDED = {  # what each of them asks for is always so here, is found out, or
     **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn"), "torch's own fused attention is always used"),
     **dict.fromkeys(("enable_bucket", "min_bucket_reso", "max_bucket_reso"),
                     "buckets are always used; their sides follow from the resolution"),
-    **dict.fromkeys(("v2", "v_parameterization", "sdxl", "sdxl_checkbox"), "the base's own config tells its family"),
+    **dict.fromkeys(("v2", "sdxl", "sdxl_checkbox"), "the base itself tells its family"),
     **dict.fromkeys(("no_half_vae",), "a VAE that overflows in half precision is run in float32"),
     **dict.fromkeys(("save_model_as", "save_precision"), "`export` chooses format and precision; safetensors alone"),
     **dict.fromkeys(("output_dir", "logging_dir", "log_with", "log_prefix", "save_state", "save_last_n_steps"),
@@ -214,6 +215,8 @@ def convert(settings: dict[str, Any]) -> Imported:
         if value is not None or name == "min_snr_gamma":
             ours[name] = value
     ours |= _length(take, notes) | _rates(take, notes) | _size(take, notes) | _choices(take, notes)
+    if take("v_parameterization"):
+        ours["prediction_type"] = "v_prediction"
     if ours.get("conv_rank"):
         ours["targets"] = "attention+conv"
     algorithm = str(take("algo", "lora")).lower()

@@ -108,7 +108,7 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
     """
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
-    base = bases.open(config.base)
+    base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr)
     step = max(config.bucket_step, base.step)
     if step % base.step or config.resolution % step:
         raise ValueError(

@@ -37,6 +37,8 @@ def scheduler(name: str, base: bases.Base):
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler {name!r}. Use one of {', '.join(SCHEDULERS)}.")
     cls, options = SCHEDULERS[name]
+    if base.configs["scheduler"].get("rescale_betas_zero_snr"):
+        options = options | {"timestep_spacing": "trailing"}  # such a base must be asked at the last timestep
     return getattr(diffusers, cls).from_config(base.configs["scheduler"], **options)
 
 

@@ -31,7 +31,7 @@ def test_the_noise_schedule_is_the_bases_own(small_bases):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("model.ckpt", "is a pickle.*safetensors"), ("model.safetensors", "single file.*diffusers folder")],
+    [("model.ckpt", "is a pickle.*safetensors"), ("model.safetensors", "no whole safetensors file.*Download it again")],
 )
 def test_files_are_refused_with_the_way_out(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"x")

@@ -1,0 +1,242 @@
+"""Stability's own layout: what its files call the modules, and whole checkpoints in one `.safetensors` file.
+
+Such a file is recognised by its keys, without reading a weight. Its tensors are read one at a time and given
+diffusers' names, so that opening a component never holds more than that component.
+
+The names are written down, not read off live classes: a renamed class has silently emptied LoRAs before.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# ── Names ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ATTENTION = (
+    "proj_in", "proj_out",
+    *(f"transformer_blocks.{k}.{attention}.{leaf}" for k in range(10) for attention in ("attn1", "attn2")
+      for leaf in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"transformer_blocks.{k}.ff.net.{leaf}" for k in range(10) for leaf in ("0.proj", "2")),
+)  # fmt: skip
+RESNET = {
+    "conv1": "in_layers.2", "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+OUTSIDE = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+# Modules that no LoRA sits on.
+ATTENTION_NORMS = ("norm", *(f"transformer_blocks.{k}.norm{n}" for k in range(10) for n in (1, 2, 3)))
+RESNET_NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
+
+
+def _blocks() -> Iterator[tuple[str, str, str, str]]:
+    """(diffusers' block, number in it, Stability's attention, Stability's resnet) of a UNet of up to four levels."""
+    for i in range(4):
+        for j in range(2):
+            yield f"down_blocks.{i}", j, f"input_blocks.{3 * i + j + 1}.1", f"input_blocks.{3 * i + j + 1}.0"
+        for j in range(3):
+            yield f"up_blocks.{i}", j, f"output_blocks.{3 * i + j}.1", f"output_blocks.{3 * i + j}.0"
+    for j in range(2):
+        yield "mid_block", j, f"middle_block.{2 * j + 1}", f"middle_block.{2 * j}"
+
+
+@cache
+def adaptable() -> dict[str, str]:
+    """Every module of a Stable Diffusion UNet that a LoRA can sit on: diffusers' path → Stability's own path."""
+    names = dict(OUTSIDE)
+    for block, j, attention, resnet in _blocks():
+        names.update({f"{block}.attentions.{j}.{leaf}": f"{attention}.{leaf}" for leaf in ATTENTION})
+        names.update({f"{block}.resnets.{j}.{leaf}": f"{resnet}.{own}" for leaf, own in RESNET.items()})
+    for i in range(4):
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
+        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{3 * i + 2}.2.conv"
+    return names
+
+
+@cache
+def _unet() -> dict[str, str]:
+    """Stability's path of every module of a UNet → diffusers'."""
+    names = {own: path for path, own in adaptable().items()} | {"out.0": "conv_norm_out"}
+    for block, j, attention, resnet in _blocks():
+        names.update({f"{attention}.{leaf}": f"{block}.attentions.{j}.{leaf}" for leaf in ATTENTION_NORMS})
+        names.update({f"{resnet}.{own}": f"{block}.resnets.{j}.{leaf}" for leaf, own in RESNET_NORMS.items()})
+    for i in range(4):  # where a level has no attention, its sampler moves up
+        names[f"output_blocks.{3 * i + 2}.1.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
+    return names
+
+
+@cache
+def _vae() -> dict[str, str]:
+    """Stability's path of every module of an autoencoder → diffusers'."""
+    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    leaves = {leaf: leaf for leaf in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+    attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    for half, way, count in (("encoder", "down", 2), ("decoder", "up", 3)):
+        names |= {f"{half}.{leaf}": f"{half}.{leaf}" for leaf in ("conv_in", "conv_out")}
+        names[f"{half}.norm_out"] = f"{half}.conv_norm_out"
+        places = {f"mid.block_{j + 1}": f"mid_block.resnets.{j}" for j in range(2)}
+        for i in range(4):
+            level = i if way == "down" else 3 - i  # Stability counts both from the pixels inwards
+            places |= {f"{way}.{level}.block.{j}": f"{way}_blocks.{i}.resnets.{j}" for j in range(count)}
+            names[f"{half}.{way}.{level}.{way}sample.conv"] = f"{half}.{way}_blocks.{i}.{way}samplers.0.conv"
+        names |= {f"{half}.{a}.{x}": f"{half}.{b}.{y}" for a, b in places.items() for x, y in leaves.items()}
+        names |= {f"{half}.mid.attn_1.{x}": f"{half}.mid_block.attentions.0.{y}" for x, y in attention.items()}
+    return names
+
+
+# OpenCLIP's name → CLIP's in transformers, outside and inside of a layer.
+OPEN_CLIP = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+}  # fmt: skip
+OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}  # fmt: skip
+
+
+def _open_clip(key: str) -> list[str]:
+    """transformers' names for a tensor of OpenCLIP: three where queries, keys and values are one."""
+    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
+    if not layer:
+        return [OPEN_CLIP[key]] if key in OPEN_CLIP else []
+    number, leaf, kind = layer.groups()
+    parts = [f"self_attn.{x}_proj" for x in "qkv"] if leaf == "attn.in_proj" else [OPEN_CLIP_LAYER[leaf]]
+    return [f"encoder.layers.{number}.{part}.{kind}" for part in parts]
+
+
+# ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+ENCODERS = {  # by family: component → where its tensors stand; the longer prefix is that of older files
+    "sd15": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
+UNET_TENSORS = {"sd15": 686, "sd2": 686, "sdxl": 1680}
+OTHERS = {  # what a file with such a key is
+    r"^lora_|\.lora_": "a LoRA", r"double_blocks\.": "a Flux model", r"joint_blocks\.": "an SD 3 model",
+    r"^control_model\.": "a ControlNet", r"^edm_mean": "an EDM model",
+    r"^conditioner\.embedders\.0\.model\.": "the SDXL refiner",
+    r"^model\.diffusion_model\.": "a checkpoint without its text encoder",
+    r"^(down_blocks|up_blocks|text_model)\.": "one component of a diffusers folder",
+    r"^(first_stage_model\.)?(encoder|decoder)\.": "an autoencoder alone",
+}  # fmt: skip
+
+
+@contextmanager
+def opened(file: Path) -> Iterator:
+    """A safetensors file, mapped, not read.
+
+    Raises:
+        ValueError: damaged, cut off, or something else.
+    """
+    try:
+        with safe_open(file, "pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file.name} ({file.stat().st_size:,} bytes) is no whole safetensors file ({error}). Download it again."
+        ) from error
+
+
+def recognise(file: Path) -> tuple[str, dict]:
+    """What a checkpoint file is, by its keys.
+
+    Returns:
+        The name of the configs that fit ("sd15", "sd21", "sd21-base" or "sdxl"), and what of the scheduler's config
+        the file itself says: `prediction_type`, `rescale_betas_zero_snr`.
+
+    Raises:
+        ValueError: no whole checkpoint of a family that lorakit trains; says what it is, where that can be told.
+    """
+    with opened(file) as handle:
+        keys, metadata = set(handle.keys()), handle.metadata() or {}
+        first = f"{UNET}input_blocks.0.0.weight"
+        channels = handle.get_slice(first).get_shape()[1] if first in keys else 0
+    has = lambda prefix: any(key.startswith(prefix) for key in keys)  # noqa: E731
+    family = next((f for f, parts in ENCODERS.items() if all(map(has, parts.values()))), None)
+    if not (channels and family) or "edm_mean" in keys:
+        kinds = (kind for mark, kind in OTHERS.items() if any(re.search(mark, key) for key in keys))
+        raise ValueError(
+            f"{file.name} is {next(kinds, 'something else')}, not a checkpoint of SD 1.x, 2.x or XL. Give the model's "
+            "whole checkpoint (UNet, text encoder and VAE in one file), its diffusers folder or its hub id."
+        )
+    if channels != 4:
+        raise ValueError(
+            f"{file.name} takes {channels} channels, not the 4 of its latents: inpainting and depth checkpoints "
+            "cannot be trained. Use the plain text-to-image checkpoint."
+        )
+    if not has(VAE):
+        raise ValueError(f"{file.name} holds no VAE. Use the form of this checkpoint with the VAE baked in.")
+    count = sum(key.startswith(UNET) for key in keys)
+    if count != UNET_TENSORS[family]:
+        raise ValueError(
+            f"{file.name} has the keys of {family}, but {count} tensors in its UNet where {UNET_TENSORS[family]} "
+            "belong: a distilled or cut-down model, which cannot be trained from a single file. Give its diffusers "
+            "folder."
+        )
+    said = f"{metadata.get('modelspec.architecture', '')} {metadata.get('modelspec.prediction_type', '')}".lower()
+    epsilon = "epsilon" in said or "v2-512" in said
+    velocity = "v_pred" in keys or bool(re.search(r"768-v|\bv$|v_pred|velocity", said))
+    schedule = {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
+    if family == "sd2":  # nothing in the weights tells the two apart
+        return ("sd21-base" if epsilon else "sd21"), schedule
+    return family, schedule | ({"prediction_type": "v_prediction"} if velocity else {})
+
+
+def _prefix(family: str, component: str) -> str:
+    return {"unet": UNET, "vae": VAE}.get(component) or ENCODERS[family][component]
+
+
+def _names(prefix: str, key: str) -> list[str]:
+    """What diffusers and transformers call the tensor `key`, whose component's keys begin with `prefix`."""
+    own = key.removeprefix(prefix)
+    if prefix in (UNET, VAE):
+        module, _, leaf = own.rpartition(".")
+        path = (_unet() if prefix == UNET else _vae()).get(module)
+        return [f"{path}.{leaf}"] if path else []
+    return _open_clip(own) if prefix.endswith(".model.") else [own.removeprefix("text_model.")]
+
+
+def tensors(file: Path, family: str, component: str, wanted: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one component, one at a time, under diffusers' names (a text encoder's without `text_model.`).
+
+    Args:
+        wanted: name → shape of what the component's model holds; what else the file has is not read.
+    """
+    prefix = _prefix(family, component)
+    with opened(file) as handle:
+        for key in handle.keys():  # noqa: SIM118
+            names = _names(prefix, key) if key.startswith(prefix) else []
+            if not names or names[0] not in wanted:
+                continue
+            tensor = handle.get_tensor(key)
+            if key.endswith(".text_projection"):
+                tensor = tensor.T  # OpenCLIP multiplies from the other side
+            for name, part in zip(names, tensor.chunk(len(names)), strict=True):
+                flat = part.ndim > len(wanted[name]) and part.numel() == wanted[name].numel()
+                yield name, part.reshape(wanted[name]) if flat else part  # the VAE's attention was 1×1 convolutions
+
+
+def raw(file: Path, family: str, component: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one component as they stand in the file, in the order of their keys."""
+    prefix = _prefix(family, component)
+    with opened(file) as handle:
+        for key in sorted(handle.keys()):
+            if key.startswith(prefix):
+                yield key, handle.get_tensor(key)

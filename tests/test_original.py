@@ -1,0 +1,242 @@
+"""Single checkpoint files: written here in Stability's layout, read by lorakit and by diffusers' own reader."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit import base as bases
+from lorakit import original
+
+CPU = torch.device("cpu")
+WIDTHS = {"sd15": (768,), "sd2": (1024,), "sdxl": (768, 1280)}  # diffusers tells text encoders apart by these
+
+
+def write_folder(folder: Path, family: str) -> Path:
+    """A diffusers folder with the family's own levels and blocks, few channels and random weights."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers.schedulers import DDIMScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    published = bases.known({"sd2": "sd21"}.get(family, family)).configs
+    widths = WIDTHS[family]
+    levels = len(published["unet"]["block_out_channels"])
+    narrow = {"block_out_channels": (16, 32, 48, 48)[:levels], "norm_num_groups": 8, "attention_head_dim": 2}
+    if family == "sdxl":
+        narrow |= {"projection_class_embeddings_input_dim": 6 * 4 + widths[1], "addition_time_embed_dim": 4}
+    small = {"block_out_channels": (8, 8, 8, 16), "norm_num_groups": 4}
+    text = [
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            projection_dim=width,
+        )
+        for width in widths
+    ]  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(bases.FAMILIES / "tokenizer")
+    parts = {
+        "unet": UNet2DConditionModel.from_config(published["unet"] | narrow | {"sample_size": 8}),
+        "vae": AutoencoderKL.from_config(published["vae"] | small),
+        "scheduler": DDIMScheduler.from_config(published["scheduler"]),
+        "text_encoder": CLIPTextModel(text[0]),
+        "tokenizer": tokenizer,
+    }
+    if family == "sdxl":
+        parts |= {"text_encoder_2": CLIPTextModelWithProjection(text[1]), "tokenizer_2": tokenizer}
+        pipeline = StableDiffusionXLPipeline(**parts)
+    else:
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    return folder
+
+
+def weights(folder: Path, component: str) -> dict[str, torch.Tensor]:
+    """A component's tensors by diffusers' names; a text encoder's without `text_model.`, as old and new ones differ."""
+    (file,) = (folder / component).glob("*.safetensors")
+    return {name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
+
+
+def write_file(folder: Path, file: Path, family: str, *, leave_out: str = "", **more) -> Path:
+    """The weights of a diffusers folder as one file in Stability's layout."""
+    tensors = {}
+    for component, prefix, names in (
+        ("unet", original.UNET, original._unet()), ("vae", original.VAE, original._vae()),
+    ):  # fmt: skip
+        own = {}
+        for theirs, path in names.items():  # a sampler that has two names stands where its level leaves room
+            own.setdefault(path, []).append(theirs)
+        for name, tensor in weights(folder, component).items():
+            path, _, leaf = name.rpartition(".")
+            theirs = own[path][0]
+            if len(own[path]) > 1:
+                level = int(path.split(".")[1])
+                bare = f"up_blocks.{level}.attentions.0.proj_in.weight" not in weights(folder, "unet")
+                theirs = f"output_blocks.{3 * level + 2}.{1 if bare else 2}.conv"
+            if component == "vae" and ".attn_1." in theirs and leaf == "weight" and tensor.ndim == 2:
+                tensor = tensor[:, :, None, None]
+            tensors[f"{prefix}{theirs}.{leaf}"] = tensor
+    for component, prefix in original.ENCODERS[family].items():
+        state = weights(folder, component)
+        if not prefix.endswith(".model."):
+            tensors |= {f"{prefix}text_model.{name}": tensor for name, tensor in state.items()}
+            tensors[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(77)[None]  # older files have it
+            continue
+        outside = {theirs: name for name, theirs in original.OPEN_CLIP.items()}
+        inside = {theirs: name for name, theirs in original.OPEN_CLIP_LAYER.items()}
+        for name, tensor in state.items():
+            if name in outside:
+                tensors[prefix + outside[name]] = tensor.T if name.startswith("text_projection") else tensor
+            elif ".q_proj." in name:
+                joined = torch.cat([state[name.replace(".q_", f".{x}_")] for x in "qkv"])
+                layer, leaf = name.split(".")[2], name.rpartition(".")[2]
+                tensors[f"{prefix}transformer.resblocks.{layer}.attn.in_proj_{leaf}"] = joined
+            elif ".k_proj." not in name and ".v_proj." not in name:
+                _, _, layer, *leaf, kind = name.split(".")
+                tensors[f"{prefix}transformer.resblocks.{layer}.{inside['.'.join(leaf)]}.{kind}"] = tensor
+        tensors[f"{prefix}logit_scale"] = torch.tensor(4.6)
+    tensors |= {"model_ema.decay": torch.tensor(1.0), "alphas_cumprod": torch.rand(1000)}
+    tensors = {
+        key: x.contiguous().clone() for key, x in tensors.items() if not (leave_out and key.startswith(leave_out))
+    }
+    save_file(tensors | more.pop("tensors", {}), file, metadata=more or None)
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """family -> (diffusers folder, the same in one file); lorakit's configs of the families are as narrow meanwhile."""
+    root = tmp_path_factory.mktemp("original")
+    (root / "families").mkdir()
+    (root / "families" / "tokenizer").symlink_to(bases.FAMILIES / "tokenizer")
+    both = {}
+    for family in WIDTHS:
+        folder = write_folder(root / family, family)
+        components = ["unet", "vae", "scheduler", "text_encoder"] + ["text_encoder_2"] * (family == "sdxl")
+        configs = {
+            c: json.loads((folder / c / ("scheduler_config.json" if c == "scheduler" else "config.json")).read_text())
+            for c in components
+        }
+        for name in {"sd2": ("sd21", "sd21-base")}.get(family, (family,)):
+            said = {"prediction_type": "v_prediction" if name == "sd21" else "epsilon"}
+            narrow = configs | {"scheduler": configs["scheduler"] | said}
+            (root / "families" / f"{name}.json").write_text(json.dumps(narrow))
+        both[family] = folder, write_file(folder, root / f"{family}.safetensors", family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bases, "FAMILIES", root / "families")
+        yield both
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_diffusers_reads_what_these_tests_write(made, family):
+    """Else a mistake that reader and writer share would go unseen."""
+    import diffusers
+
+    folder, file = made[family]
+    kind = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    pipeline = getattr(diffusers, kind).from_single_file(
+        str(file), config=str(folder), torch_dtype=torch.float16, local_files_only=True
+    )
+    for component in ("unet", "vae", *bases.open(folder).text_encoders):
+        theirs = {name.removeprefix("text_model."): x for name, x in getattr(pipeline, component).state_dict().items()}
+        for name, tensor in weights(folder, component).items():
+            assert torch.equal(theirs[name], tensor), (component, name)
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_a_file_holds_what_its_folder_holds(made, family):
+    folder, file = made[family]
+    base, twin = bases.open(file), bases.open(folder)
+    assert (base.family, base.name) == (family, f"{family}.safetensors")
+    assert base.configs["unet"] == twin.configs["unet"]
+    for component in ("unet", "vae", *base.text_encoders):
+        load = {"unet": bases.load_unet, "vae": bases.load_vae}.get(component)
+        for dtype in (torch.float32, torch.bfloat16):
+            model, other = (
+                load(b, dtype, CPU) if load else bases.load_text_encoder(b, dtype, CPU, component)[0]
+                for b in (base, twin)
+            )
+            state, expected = model.state_dict(), other.state_dict()
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[name], expected[name]) for name in expected), component
+            assert not model.training and not any(weight.requires_grad for weight in model.parameters())
+            assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
+def test_prompts_fill_up_as_each_encoder_learned(made):
+    """OpenAI's CLIP repeats its last word, OpenCLIP has zeros."""
+    for family, which, filling in (
+        ("sd15", "text_encoder", 49407), ("sd2", "text_encoder", 0), ("sdxl", "text_encoder", 49407),
+        ("sdxl", "text_encoder_2", 0),
+    ):  # fmt: skip
+        _, tokenizer = bases.load_text_encoder(bases.open(made[family][1]), torch.float32, CPU, which)
+        ids = tokenizer("a photo of a cat", padding="max_length", max_length=77).input_ids
+        assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [filling] * 70
+
+
+def test_what_a_file_says_of_its_training(made, tmp_path):
+    folder, file = made["sdxl"]
+    assert bases.open(file).prediction_type == "epsilon"
+    marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    base = bases.open(write_file(folder, tmp_path / "v.safetensors", "sdxl", tensors=marks))
+    assert base.prediction_type == "v_prediction"
+    assert float(base.alphas_cumprod()[-1]) == 0
+    folder, file = made["sd2"]
+    assert bases.open(file).prediction_type == "v_prediction"  # the likelier of two that nothing tells apart
+    assert bases.open(file, "epsilon").prediction_type == "epsilon"
+    said = {"modelspec.architecture": "stable-diffusion-v2-512"}
+    assert bases.open(write_file(folder, tmp_path / "e.safetensors", "sd2", **said)).prediction_type == "epsilon"
+    assert float(bases.open(file, zero_terminal_snr=True).alphas_cumprod()[-1]) == 0
+    with pytest.raises(ValueError, match="prediction_type 'v' is unknown"):
+        bases.open(file, "v")
+
+
+def test_a_fingerprint_follows_one_component(made, tmp_path):
+    folder, file = made["sd15"]
+    key = original.VAE + "quant_conv.bias"
+    other = bases.open(write_file(folder, tmp_path / "o.safetensors", "sd15", tensors={key: torch.ones(8)}))
+    base = bases.open(file)
+    assert bases.fingerprint(base, "vae") != bases.fingerprint(other, "vae")
+    assert bases.fingerprint(base, "text_encoder") == bases.fingerprint(other, "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("cond_stage_model.", "a checkpoint without its text encoder, not a checkpoint of SD"),
+        ("first_stage_model.", "holds no VAE"),
+        ("model.diffusion_model.out.", "682 tensors in its UNet where 686 belong: a distilled"),
+        ("model.diffusion_model.", "an autoencoder alone"),
+    ],
+)
+def test_half_a_checkpoint_is_refused(made, tmp_path, left_out, message):
+    file = write_file(made["sd15"][0], tmp_path / "half.safetensors", "sd15", leave_out=left_out)
+    with pytest.raises(ValueError, match=rf"half\.safetensors .*{message}"):
+        bases.open(file)
+
+
+def test_other_files_are_named_for_what_they_are(made, tmp_path):
+    for key, kind in (
+        ("lora_unet_x.lora_down.weight", "a LoRA"), ("double_blocks.0.img.weight", "a Flux model"),
+        ("conditioner.embedders.0.model.ln_final.weight", "the SDXL refiner"), ("something", "something else"),
+        ("down_blocks.0.resnets.0.conv1.weight", "one component of a diffusers folder"),
+    ):  # fmt: skip
+        save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=f"is {kind}, not a checkpoint of SD 1.x"):
+            bases.open(tmp_path / "x.safetensors")
+    wide = {original.UNET + "input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}
+    with pytest.raises(ValueError, match="takes 9 channels.*inpainting"):
+        bases.open(write_file(made["sd15"][0], tmp_path / "paint.safetensors", "sd15", tensors=wide))
+    narrow = {original.UNET + "out.2.weight": torch.zeros(4, 8, 3, 3)}
+    base = bases.open(write_file(made["sd15"][0], tmp_path / "odd.safetensors", "sd15", tensors=narrow))
+    with pytest.raises(
+        ValueError, match=r"does not hold the unet of sd15: 1 of \d+ weights.*conv_out.weight is \(4, 8"
+    ):
+        bases.load_unet(base, torch.float32, CPU)
+    whole = (tmp_path / "odd.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.safetensors.*is no whole safetensors file.*Download it again"):
+        bases.open(tmp_path / "cut.safetensors")
