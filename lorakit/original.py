@@ -119,13 +119,11 @@ def _open_clip(key: str) -> list[str]:
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-ENCODERS = {  # by family: component → where its tensors stand; the longer prefix is that of older files
+CLIP_L, OPEN_CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+ENCODERS = {  # family → component → what the keys of its tensors begin with; OpenCLIP's end in "model."
     "sd15": {"text_encoder": "cond_stage_model.transformer."},
     "sd2": {"text_encoder": "cond_stage_model.model."},
-    "sdxl": {
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
+    "sdxl": {"text_encoder": CLIP_L, "text_encoder_2": OPEN_CLIP_G},
 }
 UNET_TENSORS = {"sd15": 686, "sd2": 686, "sdxl": 1680}
 OTHERS = {  # what a file with such a key is
