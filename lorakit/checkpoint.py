@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorakit import files
+from lorakit import files, optim
 from lorakit.train import State, Step
 
 FORMAT = "lorakit checkpoint 2"
@@ -120,6 +120,8 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
         for part in path[:-1]:
             place = place.setdefault(part, {})
         place[path[-1]] = value
+    if any("exp_avg_sq" in values for values in saved.values()) and optim.is_8bit(state.optimizer):
+        saved = optim.to_8bit(state.optimizer, saved)
     groups = state.optimizer.state_dict()["param_groups"]
     groups = [group | kept for group, kept in zip(groups, checkpoint.plain["groups"], strict=True)]
     state.optimizer.load_state_dict({"state": saved, "param_groups": groups})

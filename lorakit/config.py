@@ -110,6 +110,9 @@ class Config(BaseModel):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
+    fit_memory: bool = Field(
+        True, description="come down to settings that need less where the run does not fit, before it starts and later"
+    )
 
     # While it runs
     save_every: int = Field(500, ge=1, description="steps between checkpoints; all are kept")

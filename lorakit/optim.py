@@ -72,6 +72,41 @@ def _device(parameters: list) -> str:
     return first.device.type
 
 
+def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of bitsandbytes'."""
+    return type(optimizer).__module__.startswith("bitsandbytes")
+
+
+def to_8bit(optimizer: torch.optim.Optimizer, saved: dict[int, dict]) -> dict[int, dict]:
+    """AdamW's state as bitsandbytes' 8-bit optimizers hold it: the moments are rounded, not lost.
+
+    Args:
+        optimizer: a fresh AdamW8bit of the same parameters.
+        saved: parameter's number → {"step", "exp_avg", "exp_avg_sq"}.
+
+    Returns:
+        Parameter's number → state, as `optimizer.state_dict()` has it.
+    """
+    from bitsandbytes.functional import quantize_blockwise
+
+    places = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in range(len(group["params"]))]
+    for number, (g, p) in enumerate(places):
+        group = optimizer.param_groups[g]
+        weight = group["params"][p]
+        optimizer.init_state(group, weight, g, p)
+        state, before = optimizer.state[weight], saved[number]
+        state["step"] = int(before["step"])
+        for ours, theirs in ((1, "exp_avg"), (2, "exp_avg_sq")):
+            moment, kept = before[theirs].to(weight.device), state[f"state{ours}"]
+            if kept.dtype == torch.uint8:
+                quantize_blockwise(
+                    moment, code=state[f"qmap{ours}"], absmax=state[f"absmax{ours}"], out=kept, blocksize=256
+                )
+            else:  # small ones stay as they are
+                kept.copy_(moment)
+    return optimizer.state_dict()["state"]
+
+
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step can be called off by a tensor (torch's fused kernels), without waiting for the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -58,7 +59,18 @@ class Plan:
         return f"fits, {peak} predicted" + (f", with: {'; '.join(self.changes)}" if self.changes else "")
 
 
-def rungs(config: Config, smallest: int = LOWEST) -> Iterator[tuple[Config, tuple[str, ...]]]:
+def ladder(config: Config) -> list[Config]:
+    """What a run may come down to for want of memory, each needing less than the one before; first the config itself.
+
+    Where the config asks for pictures smaller than LOWEST, as the embedded base does, they are at most halved.
+    """
+    if not config.fit_memory:
+        return [config]
+    eight_bit = find_spec("bitsandbytes") is not None
+    return [lower for lower, _ in rungs(config, max(32, min(LOWEST, config.resolution // 2)), eight_bit)]
+
+
+def rungs(config: Config, smallest: int = LOWEST, eight_bit: bool = True) -> Iterator[tuple[Config, tuple[str, ...]]]:
     """Settings that need less and less memory, the fastest first, each with what was changed.
 
     Checkpointing, then 8-bit moments, then the batch in parts (the same learning), then a lower resolution.
@@ -69,7 +81,7 @@ def rungs(config: Config, smallest: int = LOWEST) -> Iterator[tuple[Config, tupl
         config = config.with_(gradient_checkpointing=True)
         changes["checkpointing"] = "gradient checkpointing (a third more work)"
         yield config, tuple(changes.values())
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" and eight_bit:
         config = config.with_(optimizer="adamw8bit")
         changes["optimizer"] = "optimizer adamw8bit"
         yield config, tuple(changes.values())
@@ -125,7 +137,7 @@ def predict(
         "config": {
             name: getattr(config, name)
             for name in ("rank", "targets", "conv_rank", "batch_size", "optimizer", "loss",
-                         "gradient_accumulation_steps", "gradient_checkpointing")
+                         "gradient_accumulation_steps", "gradient_checkpointing", "asks_class")
         },
         "versions": [version(name) for name in ("torch", "diffusers", "peft")],
         "code": [hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in (memory, adapter)],

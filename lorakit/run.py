@@ -6,6 +6,7 @@
 Starting on a folder that already holds a run resumes it from the newest checkpoint whose digest holds.
 """
 
+import gc
 import hashlib
 import json
 import math
@@ -33,6 +34,7 @@ from lorakit import (
     export,
     files,
     memory,
+    plan,
     plots,
     sample,
     train,
@@ -50,6 +52,7 @@ FREE = {
     "name",
     "trigger",
     "device",
+    "fit_memory",
     "save_every",
     "validate_every",
     "sample_every",
@@ -77,6 +80,7 @@ class Result:
 class Prepared:
     """Everything the loop needs but the UNet."""
 
+    config: Config  # as asked for, or what the run came down to for want of memory
     base: bases.Base
     dataset: dataset.Dataset
     pictures: list[Encoded]  # trained on, regularisation pictures last
@@ -101,6 +105,8 @@ def scan(config: Config) -> dataset.Dataset:
 
 def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool = True) -> Prepared:
     """Check everything that can be checked, then encode pictures and captions into the run's cache.
+
+    Where the run is predicted not to fit, it comes down to settings that do, if the config lets it.
 
     Raises:
         ValueError: settings that do not suit the base, or no usable picture.
@@ -140,17 +146,9 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
         bare = [p.path.name for p, mask in zip(pictures.pictures, masks, strict=False) if mask is None]
         say(f"masks     {len(pictures) - len(bare)} of {len(pictures)} pictures have one" + "; not: " * bool(bare)
             + ", ".join(bare[:5]) + " …" * (len(bare) > 5))  # fmt: skip
-    sizes = buckets.sizes(config.resolution, step=step)
-    fits = [buckets.fit(p.width, p.height, sizes) for p in everything]
-    used = sorted({fit.size for fit in fits})
-    counts = [f"{w}×{h}: {sum(fit.size == (w, h) for fit in fits)}" for w, h in used]
-    say(f"buckets   {', '.join(counts)}")
-    batches = buckets.steps_per_epoch([fits[place].size for place in kept], repeats, config.batch_size)
-    say("length    " + length(len(pictures) - len(held_out), repeats, batches, config))
-    prediction = memory.predict(base, config, size=max(used, key=lambda s: s[0] * s[1])[::-1], dtype=dtype)
-    say("memory    " + prediction.describe().replace("\n", "\n          "))
-    say("          " + str(memory.verdict(prediction, memory.available(device))).replace("\n", "\n          "))
-
+    config, fits, batches = _fitting(
+        config, base, everything, kept, repeats, len(pictures) - len(held_out), step, device, dtype, say
+    )
     prompts = list(config.sample_prompts) or [p.caption for p in pictures.pictures[:4]]
     began = time.monotonic()
     with bar(progress) as show:
@@ -170,9 +168,48 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
         )
     say(f"cache     {len(encoded)} pictures and {len(texts)} texts ready in {time.monotonic() - began:.1f} s")
     return Prepared(
-        base, pictures, [encoded[i] for i in kept], [encoded[i] for i in held_out],
+        config, base, pictures, [encoded[i] for i in kept], [encoded[i] for i in held_out],
         [everything[i].path.name for i in kept], texts, repeats, prompts, batches, contents,
     )  # fmt: skip
+
+
+def _fitting(
+    config: Config, base: bases.Base, everything: Sequence, kept: Sequence[int], repeats: Sequence[int], own: int,
+    step: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None],
+) -> tuple[Config, list[buckets.Fit], int]:  # fmt: skip
+    """The first settings down the ladder that are predicted to fit; none does: those asked for.
+
+    Returns:
+        The settings, each picture's bucket, and the batches of an epoch.
+    """
+    free, tried = memory.available(device), []
+    for lower in plan.ladder(config):
+        sizes = buckets.sizes(lower.resolution, step=step)
+        fits = [buckets.fit(p.width, p.height, sizes) for p in everything]
+        largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
+        store = plan.default_store()
+        prediction = plan.predict(base, lower, size=largest, dtype=dtype, device=device.type, store=store)
+        tried.append((lower, fits, prediction, memory.verdict(prediction, free)))
+        if tried[-1][-1].fits is not False:
+            break
+    asked, chosen = tried[0], tried[-1] if tried[-1][-1].fits is not False else tried[0]
+    lower, fits, prediction, verdict = chosen
+    used = sorted({fit.size for fit in fits})
+    counts = [f"{w}×{h}: {sum(fit.size == (w, h) for fit in fits)}" for w, h in used]
+    say(f"buckets   {', '.join(counts)}")
+    batches = buckets.steps_per_epoch([fits[place].size for place in kept], repeats, lower.batch_size)
+    say("length    " + length(own, repeats, batches, lower))
+    if chosen is not asked:
+        peak = memory.readable(asked[2].peak)
+        say(f"memory    {peak} predicted as asked for, which does not fit. Comes down to {_changes(config, lower)}")
+    say("memory    " + prediction.describe().replace("\n", "\n          "))
+    say("          " + str(verdict).replace("\n", "\n          "))
+    return lower, fits, batches
+
+
+def _changes(asked: Config, lower: Config) -> str:
+    before, after = asked.model_dump(), lower.model_dump()
+    return ", ".join(f"{name} {after[name]}" for name in after if after[name] != before[name])
 
 
 def length(pictures: int, repeats: Sequence[int], batches: int, config: Config) -> str:
@@ -224,6 +261,15 @@ def settings(config: Config, prepared: Prepared) -> dict:
     return values | {"base": prepared.base.name, "dataset": pictures} | prepared.contents
 
 
+def _come_down(config: Config, prepared: Prepared, saved: dict) -> Config:
+    """The lower of what is predicted to fit now and what a run had come down to when it was saved."""
+    ladder = plan.ladder(config)
+    for place, lower in enumerate(ladder):
+        if settings(lower, prepared) == saved:
+            return ladder[max(place, ladder.index(prepared.config))]
+    return prepared.config
+
+
 def _same(saved: dict, wanted: dict, folder: Path) -> None:
     """Refuse to go on with other settings than a run was begun with."""
     changed = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
@@ -259,14 +305,15 @@ class Log:
     Args:
         names: of the pictures, to tell which ones a skipped step saw.
         on_board: draws the same curves in TensorBoard, where that is installed.
+        losses: gets each step's, by its number.
     """
 
     def __init__(
         self, file: Path, resumed_at: int, names: Sequence[str], show: Callable[[Step, float], None],
-        say: Callable[[str], None], on_board: board.Board | None,
+        say: Callable[[str], None], on_board: board.Board | None, losses: dict[int, float],
     ):  # fmt: skip
         self.file, self.names, self.show, self.say, self.board = file, names, show, say, on_board
-        self.waiting, self.losses, self.marks = [], [], {}
+        self.waiting, self.losses, self.marks = [], losses, {}
         self.began = time.monotonic()
         kept = [line for line in plots.read_log(file) if line["step"] <= resumed_at] if file.exists() else []
         with files.replacing(file) as partial:  # steps after the checkpoint are trained again
@@ -296,7 +343,7 @@ class Log:
                     self.board.figures(step.number, **curves)
         if self.board:
             self.board.flush()
-        self.losses += losses
+        self.losses.update((step.number, value) for (step, _), value in zip(self.waiting, losses, strict=True))
         self.show(self.waiting[-1][0], losses[-1])
         self.waiting = []
 
@@ -363,12 +410,16 @@ def start(
     claim(folder)
     (folder / "STOP").unlink(missing_ok=True)
     prepared = prepare(config, folder, say=say, progress=progress)
-    decided = settings(config, prepared)
     saved = checkpoint.newest(folder / "checkpoints", warn=lambda text: say(f"resume    {text}"))
     if saved:
-        _same(saved.settings, decided, folder)
-    with files.replacing(folder / "config.json") as partial:
-        partial.write_text(config.to_json(), encoding="utf-8")
+        lower = _come_down(config, prepared, saved.settings)
+        if saved.settings not in [settings(above, prepared) for above in plan.ladder(config)]:
+            _same(saved.settings, settings(prepared.config, prepared), folder)
+        if lower != prepared.config:
+            say(f"memory    goes on with {_changes(config, lower)}, which the run had come down to")
+            prepared = prepare(lower, folder, say=say, progress=progress)
+    config, decided = prepared.config, settings(prepared.config, prepared)
+    _write(config, folder)
 
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
@@ -377,10 +428,16 @@ def start(
     if saved:
         say(f"resume    at step {state.step}, from {saved.path.name}")
     per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
+    losses: dict[int, float] = {}
     while True:
+        full = None
         try:
-            losses = _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners)
+            _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners, losses)
             break
+        except RuntimeError as error:
+            if not train.out_of_memory(error) or len(plan.ladder(config)) == 1:
+                raise
+            full = str(error).splitlines()[0].split(". ")[0]  # the error itself holds on to what the step allocated
         except train.Diverged as error:
             factor = state.rate_factor / 2
             saved = _last_good(folder / "checkpoints", config.save_every)
@@ -390,11 +447,26 @@ def start(
             state = _state(unet, config, device, dtype, saved)
             state.rate_factor = factor
             say(f"back      {error} Going on from step {back} with {factor:g} of the learning rate.")
+        if full:
+            lower = plan.ladder(config)[1]
+            saved = _saved_anyhow(folder / "checkpoints", state, settings(lower, prepared))
+            del unet, state
+            gc.collect()
+            cache.free(device)
+            back = f"step {saved.step}" if saved else "the beginning"
+            say(f"memory    none left ({full}). Going on from {back} with {_changes(config, lower)}.")
+            prepared = prepare(lower, folder, say=say, progress=progress)
+            config, decided = prepared.config, settings(prepared.config, prepared)
+            _write(config, folder)
+            per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
+            unet = bases.load_unet(prepared.base, dtype, device)
+            state = _state(unet, config, device, dtype, saved)
     adapter = state.adapter
     _draw_loss(folder, config)
     if state.step < total:
         say(f"stopped   at step {state.step} of {total}, saved. Start again to go on from there.")
-        return Result(folder, config, state.step, total, losses, None, None, best_checkpoint(folder)[0])
+        done = [losses[step] for step in sorted(losses)]
+        return Result(folder, config, state.step, total, done, None, None, best_checkpoint(folder)[0])
 
     metadata = export.run_metadata(
         config, prepared.base, prepared.dataset, steps=total, epochs=-(-total // per_epoch), started=started,
@@ -413,7 +485,19 @@ def start(
     cache.free(device)
     comparison = compare(prepared.base, lora, prepared.prompts, config, folder / "comparison.png", progress=progress)
     say(f"look      {comparison.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
-    return Result(folder, config, total, total, losses, lora, comparison, best)
+    return Result(folder, config, total, total, [losses[step] for step in sorted(losses)], lora, comparison, best)
+
+
+def _write(config: Config, folder: Path) -> None:
+    with files.replacing(folder / "config.json") as partial:
+        partial.write_text(config.to_json(), encoding="utf-8")
+
+
+def _saved_anyhow(folder: Path, state: train.State, decided: dict) -> checkpoint.Checkpoint | None:
+    """A checkpoint of the last whole step, written now; where an update was cut in its midst, the newest there is."""
+    if state.updating:
+        return checkpoint.newest(folder)
+    return checkpoint.read(checkpoint.save(folder / checkpoint.name(state.step), state, decided))
 
 
 def _state(unet, config: Config, device, dtype, saved: checkpoint.Checkpoint | None) -> train.State:
@@ -453,8 +537,10 @@ def _hopeless(error: Exception, config: Config) -> str:
     )
 
 
-def _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners) -> list[float]:
-    """The training itself, with the run's own listeners; saves where it is stopped."""
+def _drain(
+    unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners, losses: dict[int, float]
+) -> None:
+    """The training itself, with the run's own listeners; saves where it is stopped, puts down each step's loss."""
     stop_file = folder / "STOP"
 
     def watch(step: Step) -> None:
@@ -468,7 +554,7 @@ def _drain(unet, prepared, state, config, folder, decided, total, say, progress,
             line.update(step.number - line.n)
 
         on_board = _board(folder / "tensorboard", state.step, say)
-        log = Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board)
+        log = Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses)
         loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config)
         keep = checkpoint.every(config.save_every, folder / "checkpoints", state, decided)
         try:
@@ -487,7 +573,6 @@ def _drain(unet, prepared, state, config, folder, decided, total, say, progress,
                 on_board.close()
         if done and done[-1].number < total:
             checkpoint.save(folder / "checkpoints" / checkpoint.name(state.step), state, decided)
-    return log.losses
 
 
 def _board(folder: Path, resumed_at: int, say: Callable[[str], None]) -> board.Board | None:

@@ -29,6 +29,7 @@ from lorakit.config import Config
 LOOK = 10  # steps between two looks at whether steps were skipped
 TOO_MANY = 3  # skipped steps in a row
 Item = TypeVar("Item")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 class Diverged(FloatingPointError):
@@ -46,6 +47,7 @@ class State:
     ema: optim.Ema | None = None
     step: int = 0  # optimizer updates done, skipped ones too
     rate_factor: float = 1.0  # halved whenever the run had to go back
+    updating: bool = False  # in the midst of an update: what an error leaves then is neither the old state nor the new
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -279,11 +281,13 @@ def steps(
             summed += value.detach()
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
+        state.updating = True
         finite = _update(state, summed, norm)
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         if state.ema:
             state.ema.update(state.step)
+        state.updating = False
         examples = tuple(index for indices in group for index in indices)
         yield Step(state.step, total, (state.step - 1) // per_epoch + 1, summed, rate, examples, finite)
 
@@ -330,6 +334,13 @@ def _update(state: State, loss: Tensor, norm: Tensor) -> Tensor:
     row = (state.skipped[0] + 1) * ~finite
     state.skipped = torch.stack([row, torch.maximum(row, state.skipped[1])])
     return finite
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the computer has no memory left, as each of them says it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )
 
 
 @contextmanager

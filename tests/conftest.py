@@ -15,6 +15,13 @@ THREADS = min(2, max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIS
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory):
+    """Predictions are kept for one session of tests, not among the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 TOKENIZER = Path(__file__).parent.parent / "lorakit" / "demo" / "base" / "tokenizer"
 
 

@@ -72,3 +72,28 @@ def test_warm_up_as_a_share_of_the_run():
     assert [optim.factor("cosine", s, 200, 0.05) for s in range(200)] == [
         optim.factor("cosine", s, 200, 10) for s in range(200)
     ]
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
+def test_adamws_moments_go_over_into_8_bit(name):
+    from bitsandbytes.functional import dequantize_blockwise
+
+    parameters = [*weights(), torch.nn.Parameter(torch.linspace(0, 1, 16))]  # the second is too small to be rounded
+    before = optim.optimizer("adamw", parameters, 0.01, weight_decay=0.0)
+    for _ in range(3):
+        sum(weight.pow(3).sum() for weight in parameters).backward()
+        before.step()
+    saved = before.state_dict()["state"]
+    after = optim.optimizer(name, parameters, 0.01, weight_decay=0.0)
+    optim.to_8bit(after, saved)
+    large, small = (after.state[weight] for weight in parameters)
+    for ours, theirs in (("1", "exp_avg"), ("2", "exp_avg_sq")):
+        assert large[f"state{ours}"].dtype == torch.uint8
+        back = dequantize_blockwise(
+            large[f"state{ours}"], code=large[f"qmap{ours}"], absmax=large[f"absmax{ours}"], blocksize=256
+        )
+        wanted = saved[0][theirs]
+        assert (back - wanted).abs().max() < 0.02 * wanted.abs().max() and back.abs().max() > 0
+        assert torch.equal(small[f"state{ours}"], saved[1][theirs])
+    assert large["step"] == small["step"] == 3
+    after.step()  # and it goes on

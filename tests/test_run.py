@@ -181,3 +181,110 @@ def test_a_run_that_always_diverges_ends_with_advice(settings, tmp_path, monkeyp
     monkeypatch.setattr(train, "batch_loss", lambda *args: real(*args) * float("inf"))
     with pytest.raises(FloatingPointError, match=r"halved 3 times, and it happened again. Start anew with a lower"):
         run.start(settings.with_(steps=30), tmp_path / "run", say=lambda _: None, progress=False)
+
+
+# ── Memory that is not there ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def starved(monkeypatch, at: int, times: int = 1, message: str = "CUDA out of memory. Tried to allocate 2 GiB"):
+    """Let the forward pass after `at` good ones run out of memory, as often as said."""
+    whole, done, left = train.batch_loss, [0], [times]
+
+    def batch_loss(*arguments):
+        if done[0] >= at and left[0]:
+            left[0] -= 1
+            raise torch.cuda.OutOfMemoryError(message)
+        done[0] += 1
+        return whole(*arguments)
+
+    monkeypatch.setattr(train, "batch_loss", batch_loss)
+
+
+def test_out_of_memory_goes_on_with_less_from_the_last_step(settings, tmp_path, monkeypatch):
+    """Down the ladder one rung at a time: checkpointing, 8-bit moments, smaller batches; all steps are done once."""
+    uncut = run.start(settings, tmp_path / "uncut", say=lambda _: None, progress=False)
+    starved(monkeypatch, at=4, times=3)
+    said = []
+    result = run.start(settings, tmp_path / "run", say=said.append, progress=False)
+    begins = "memory    none left (CUDA out of memory). Going on from step 4 with "
+    assert [line.removeprefix(begins) for line in said if "none left" in line] == [
+        "gradient_checkpointing True.",
+        "optimizer adamw8bit.",
+        "batch_size 1, gradient_accumulation_steps 2.",
+    ]
+    assert result.steps == 6 and len(result.losses) == 6 and result.lora.is_file()
+    assert result.losses[:4] == uncut.losses[:4]
+    assert result.losses[4] == pytest.approx(uncut.losses[4], rel=0.05)  # other pictures may share the update
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    # What it came down to stays: with the settings first asked for, the folder is still the same run.
+    monkeypatch.undo()
+    said.clear()
+    again = run.start(settings, tmp_path / "run", say=said.append, progress=False)
+    assert again.steps == 6 and again.config.batch_size == 1
+    assert any("goes on with" in line and "adamw8bit" in line for line in said)
+
+
+def test_checkpointing_alone_changes_nothing_that_is_learned(settings, tmp_path, monkeypatch):
+    uncut = run.start(settings, tmp_path / "uncut", say=lambda _: None, progress=False)
+    starved(monkeypatch, at=2)
+    result = run.start(settings, tmp_path / "run", say=lambda _: None, progress=False)
+    assert result.config.gradient_checkpointing
+    assert result.losses == pytest.approx(uncut.losses, rel=1e-6)
+
+
+def test_out_of_memory_in_the_midst_of_an_update_goes_back_to_a_checkpoint(settings, tmp_path, monkeypatch):
+    update, calls = train._update, []
+
+    def starve(state, *rest):
+        calls.append(state.step)
+        if calls == [0, 1, 2, 3, 4]:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return update(state, *rest)
+
+    monkeypatch.setattr(train, "_update", starve)
+    said = []
+    result = run.start(settings, tmp_path / "run", say=said.append, progress=False)
+    assert calls == [0, 1, 2, 3, 4, 3, 4, 5]  # saved every 3 steps
+    assert any("Going on from step 3 with gradient_checkpointing True" in line for line in said)
+    assert result.steps == 6 and len(result.losses) == 6
+
+
+def test_memory_may_be_told_to_be_as_it_is(settings, tmp_path, monkeypatch):
+    starved(monkeypatch, at=1)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="2 GiB"):
+        run.start(settings.with_(fit_memory=False), tmp_path / "run", say=lambda _: None, progress=False)
+
+
+def test_nothing_left_to_give_up_is_an_error(settings, tmp_path, monkeypatch):
+    starved(monkeypatch, at=1, times=99, message="DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        run.start(settings, tmp_path / "run", say=lambda _: None, progress=False)
+
+
+def test_what_is_predicted_not_to_fit_comes_down_before_it_starts(settings, tmp_path, monkeypatch):
+    said = []
+    whole = run.prepare(settings, tmp_path / "a", say=said.append, progress=False)
+    assert whole.config == settings
+    asked = next(line for line in said if "peak" in line)
+    for free, expected in ((10**9, {}), (1, {})):  # all of it, and so little that nothing helps
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        assert run.prepare(settings, tmp_path / "b", say=said.append, progress=False).config == settings.with_(
+            **expected
+        )
+    predict = run.plan.predict
+    peaks = {}
+
+    def remember(base, config, **rest):
+        peaks[config.gradient_checkpointing, config.optimizer] = predict(base, config, **rest).peak
+        return predict(base, config, **rest)
+
+    monkeypatch.setattr(run.plan, "predict", remember)
+    run.prepare(settings, tmp_path / "c", say=said.append, progress=False)
+    enough = int(peaks[True, "adamw"] / (1 - memory.MARGIN)) + 1000
+    assert peaks[True, "adamw"] < peaks[False, "adamw"]
+    monkeypatch.setattr(memory, "available", lambda device: enough)
+    said.clear()
+    down = run.prepare(settings, tmp_path / "d", say=said.append, progress=False)
+    assert down.config == settings.with_(gradient_checkpointing=True)
+    assert any("which does not fit. Comes down to gradient_checkpointing True" in line for line in said), asked
