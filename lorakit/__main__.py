@@ -81,6 +81,7 @@ def plan(
     batch_size: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(help="of the run")] = None,  # noqa: UP045
     card: Annotated[Optional[list[str]], typer.Option(help="T4, 3060, 3090, 4090, A100; all when left out")] = None,  # noqa: UP045
+    methods: Annotated[bool, typer.Option(help="compare DreamBooth and textual inversion of the same base")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Predict memory, file size and time for a card, and choose settings that fit; nothing is downloaded."""
@@ -98,6 +99,21 @@ def plan(
     asked = {key: value for key, value in asked.items() if value is not None}
     if rank is not None and config is None:
         asked["alpha"] = rank / 2
+    if methods:
+        import torch
+
+        found = plans.methods(opened, settings.with_(**asked), dtype=torch.float16, store=plans.default_store())
+        facts = [
+            {"method": m.name, "peak_gib": round(m.peak / 2**30, 3), "file_mb": round(m.file_size / 1e6, 3)}
+            for m in found
+        ]
+        if as_json:
+            print(json.dumps(facts, indent=2))
+            return
+        print("The same base, pictures, batch, optimizer and checkpointing; predicted:")
+        for row in facts:
+            print(f"{row['method']:<18}{row['peak_gib']:>8.2f} GiB   leaves a file of {row['file_mb']:,.2f} MB")
+        return
     planned = plans.table(opened, settings.with_(**asked), card)
     if as_json:
         print(json.dumps([row.facts() for row in planned], indent=2, ensure_ascii=False))

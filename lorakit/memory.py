@@ -127,8 +127,100 @@ def predict(
     )  # fmt: skip
 
 
-def _build(base: bases.Base, config: Config, dtype: torch.dtype, fake: FakeTensorMode, norms_in_float32: bool):
-    """The UNet and its adapter as fake CPU tensors, ready to train.
+WORDS = 16  # vectors of a textual inversion's file, as people make them for a character
+
+
+@dataclass(frozen=True)
+class Method:
+    """What another way of teaching a base something would take, beside a LoRA: bytes."""
+
+    name: str
+    peak: int
+    file_size: int  # of what is handed on afterwards, in fp16; textual inversion's in float32, as it is usual
+
+
+def dreambooth(base: bases.Base, config: Config, *, size: tuple[int, int], dtype: torch.dtype) -> Method:
+    """Full fine-tuning of the UNet: float32 weights under autocast, a whole checkpoint as the result.
+
+    Args:
+        config: its optimizer, batch and checkpointing are taken, as of a LoRA.
+        size, dtype: as for `predict`; dtype is autocast's.
+
+    Source: Ruiz et al. 2022, arXiv:2208.12242; weights and optimizer as diffusers' `train_dreambooth.py` has them.
+    """
+    counted = torch.bfloat16 if dtype != torch.float32 else dtype
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    unet, _ = _build(base, config, torch.float32, fake, norms_in_float32=False, adapted=False)
+    weights = list(unet.requires_grad_(True).parameters())
+    ledger = _ledger(unet, weights)
+    with fake, ledger:
+        _forward_and_backward(unet, base, config, size, counted)
+    own = sum(weight.nbytes for weight in weights)
+    state = sum(optimizer_state(config.optimizer, weight.shape) for weight in weights)
+    # The update needs all gradients, the step all activations: the two peaks are not at one moment.
+    peak = own + state + max(ledger.peak, own)
+    return Method("DreamBooth", peak, 2 * sum(map(_numbers, _parts(base))))
+
+
+def textual_inversion(base: bases.Base, config: Config, *, size: tuple[int, int], dtype: torch.dtype) -> Method:
+    """Training new words alone: UNet and text encoders frozen, every word's vector in float32 with its moments.
+
+    Args:
+        size, dtype: as for `predict`.
+
+    Source: Gal et al. 2022, arXiv:2208.01618; the whole matrix of vectors gets gradients, as in diffusers'
+    `textual_inversion.py`.
+    """
+    counted = torch.bfloat16 if dtype != torch.float32 else dtype
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    unet, _ = _build(base, config, counted, fake, norms_in_float32=False, adapted=False)
+    ledger = _ledger(unet.requires_grad_(False), [])
+    with fake, ledger:
+        _forward_and_backward(unet, base, config, size, counted, words_learn=True)
+    _, _, *encoders = _parts(base)
+    vectors = [encoder.get_input_embeddings().weight for encoder in encoders]
+    trained = sum(8 * x.numel() + optimizer_state(config.optimizer, x.shape) for x in vectors)
+    frozen = sum(
+        counted.itemsize * (_numbers(encoder) - x.numel()) for encoder, x in zip(encoders, vectors, strict=True)
+    )
+    own = sum(weight.nbytes for weight in unet.parameters())
+    width = sum(x.shape[1] for x in vectors)
+    return Method("textual inversion", own + frozen + trained + ledger.peak, 4 * WORDS * width)
+
+
+def _ledger(unet, trained: list) -> "_Ledger":
+    ledger = _Ledger(unet.parameters())
+    for weight in trained:
+        weight.register_post_accumulate_grad_hook(ledger.gradient_arrived)
+    return ledger
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _parts(base: bases.Base) -> list[nn.Module]:
+    """UNet, VAE and text encoders on the meta device: shapes alone."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        parts = [UNet2DConditionModel.from_config(base.configs["unet"]), AutoencoderKL.from_config(base.configs["vae"])]
+        for which in base.text_encoders:
+            kind = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
+            parts.append(kind(CLIPTextConfig(**base.configs[which])))
+    return parts
+
+
+def _build(
+    base: bases.Base,
+    config: Config,
+    dtype: torch.dtype,
+    fake: FakeTensorMode,
+    norms_in_float32: bool,
+    adapted: bool = True,
+):
+    """The UNet and its adapter as fake CPU tensors, ready to train; without one where the UNet is not `adapted`.
 
     Built on the meta device first: PEFT cannot move new layers of fake tensors, and it is faster.
 
@@ -142,8 +234,17 @@ def _build(base: bases.Base, config: Config, dtype: torch.dtype, fake: FakeTenso
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(base.configs["unet"])
         nn.Module.to(unet, dtype)  # diffusers' own `to` warns about what only matters to real weights
-        adapter = adapters.inject(
-            unet, config.rank, config.alpha, config.targets, conv_rank=config.conv_rank, conv_alpha=config.conv_alpha
+        adapter = (
+            adapters.inject(
+                unet,
+                config.rank,
+                config.alpha,
+                config.targets,
+                conv_rank=config.conv_rank,
+                conv_alpha=config.conv_alpha,
+            )
+            if adapted
+            else None
         )
     for module in unet.modules() if norms_in_float32 else ():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -155,13 +256,15 @@ def _build(base: bases.Base, config: Config, dtype: torch.dtype, fake: FakeTenso
     return unet.train(), adapter
 
 
-def _forward_and_backward(unet, base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype) -> None:
-    """What `train` does with a micro-batch, on tensors without contents."""
+def _forward_and_backward(
+    unet, base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype, words_learn: bool = False
+) -> None:
+    """What `train` does with a micro-batch, on tensors without contents; `words_learn`: gradients reach the text."""
     batch, settings, text = config.batch_size, base.configs["unet"], base.configs["text_encoder"]
     latents = torch.empty(batch, base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
     noise = torch.empty_like(latents)
     tokens, width = text.get("max_position_embeddings", 77), settings["cross_attention_dim"]
-    embeddings = torch.empty(batch, tokens, width, dtype=dtype)
+    embeddings = torch.empty(batch, tokens, width, dtype=dtype, requires_grad=words_learn)
     conditions = None
     if base.family == "sdxl":
         pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]

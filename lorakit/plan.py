@@ -215,6 +215,17 @@ class Row:
         }  # fmt: skip
 
 
+def methods(base: bases.Base, config: Config, *, dtype: torch.dtype, store: Path | None = None) -> list[memory.Method]:
+    """LoRA, DreamBooth and textual inversion of one base at the same settings: what each takes and leaves."""
+    size = (config.resolution, config.resolution)
+    lora = predict(base, config, size=size, dtype=dtype, device="cuda", store=store)
+    return [
+        memory.Method("LoRA", lora.peak, lora.file_size),
+        memory.dreambooth(base, config, size=size, dtype=dtype),
+        memory.textual_inversion(base, config, size=size, dtype=dtype),
+    ]
+
+
 def table(base: bases.Base, config: Config, cards: list[str] | None = None, store: Path | None = None) -> list[Row]:
     """A plan for each card, and for the one that is here.
 

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from lorakit import adapter, base, loss, memory, optim
+from lorakit import adapter, base, loss, memory, optim, plan
 from lorakit.config import Config
 
 CHANNELS = {"in_channels": 4, "out_channels": 4}
@@ -315,3 +316,45 @@ def test_a_container_may_have_less_than_the_machine(tmp_path):
     assert memory._container_limits(tmp_path) == [1300]
     write(tmp_path, memory_dot_max="max\n")
     assert memory._container_limits(tmp_path) == [2500]
+
+
+# ── Other ways of teaching a base ───────────────────────────────────────────────────────────────────────────────────
+
+
+class FullStep(RealStep):
+    """DreamBooth's: no adapter, all weights learn."""
+
+    def __init__(self, config: Config):
+        from diffusers import UNet2DConditionModel
+
+        torch.manual_seed(0)
+        self.base, self.config, self.dtype = base.open("demo"), config, torch.float32
+        self.unet = UNet2DConditionModel.from_config(self.base.configs["unet"]).train()
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.weights = list(self.unet.parameters())
+        self.optimizer = optim.optimizer(config.optimizer, self.weights, 1e-4, 0.01)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"batch_size": 4, "gradient_checkpointing": True}])
+def test_dreambooth_takes_what_a_real_step_takes(settings):
+    config = make_config(**settings)
+    predicted = memory.dreambooth(base.open("demo"), config, size=(64, 64), dtype=torch.float32)
+    step = FullStep(config)
+    step(64)  # the first has no moments yet
+    real = step.resident() + step.peak(64)
+    assert predicted.peak == pytest.approx(real, rel=0.05)
+    assert predicted.file_size == sum(
+        tensor.nbytes
+        for file in base.DEMO.rglob("*.safetensors")
+        for tensor in safetensors.torch.load_file(file).values()
+    )
+
+
+def test_the_guides_comparison_of_methods():
+    """A LoRA and new words fit where DreamBooth does not, and leave megabytes and kilobytes instead of gigabytes."""
+    config = make_config(rank=32, alpha=16, resolution=512, gradient_checkpointing=True)
+    lora, full, words = plan.methods(base.known("sd15"), config, dtype=torch.float16)
+    assert lora.peak < 2.5 * 2**30 < words.peak + 2**30 and full.peak > 12 * 2**30
+    assert words.peak < 6 * 2**30
+    assert 10e6 < lora.file_size < 150e6 and 2e9 < full.file_size < 4e9 and 30e3 < words.file_size < 100e3
