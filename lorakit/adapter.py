@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.config import Config
+
 NAME = "default"
 TRANSFORMER = re.compile(
     r"(^|\.)attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
@@ -166,6 +168,46 @@ def inject(
             weight.data = weight.data.float()
             weight.requires_grad_(True)
     return Adapter(unet, layers, ranks, alphas, targets)
+
+
+def fresh(unet: nn.Module, config: Config) -> Adapter:
+    """`inject` what a run's settings ask for.
+
+    Raises:
+        ValueError: `block_ranks` names a place that the UNet does not have, or leaves nothing to train.
+        RuntimeError: as `inject`.
+    """
+    modules = target_names(unet, config.targets)
+    known(config.block_ranks, modules, "block_ranks")
+    ranks = {name: of_place(config.block_ranks, name) for name in modules}
+    modules = [name for name in modules if ranks[name] != 0]
+    if not modules:
+        raise ValueError("block_ranks leaves no module to train. Give some place a rank above 0.")
+    ranks = {name: rank for name, rank in ranks.items() if rank}
+    # The scale stays what it is elsewhere.
+    linear, wide = config.alpha / config.rank, (config.conv_alpha or config.alpha) / (config.conv_rank or config.rank)
+    kernels = {name: getattr(unet.get_submodule(name), "kernel_size", (1, 1)) for name in ranks}
+    alphas = {name: rank * (linear if kernels[name] == (1, 1) else wide) for name, rank in ranks.items()}
+    return inject(
+        unet, config.rank, config.alpha, config.targets, conv_rank=config.conv_rank, conv_alpha=config.conv_alpha,
+        modules=modules, ranks=ranks, alphas=alphas, seed=config.seed,
+    )  # fmt: skip
+
+
+def of_place(values: dict, module: str):
+    """What is given for a module: by the longest path in `values` that leads to it; None where none does."""
+    paths = [path for path in values if module == path or module.startswith(path + ".")]
+    return values[max(paths, key=len)] if paths else None
+
+
+def known(values: dict, modules: Sequence[str], setting: str) -> None:
+    """Raise ValueError where a setting by place names one that no adapted module is in."""
+    for path in values:
+        if not any(of_place({path: 1}, module) for module in modules):
+            places = sorted({".".join(m.split(".")[: 1 if m.startswith("mid") else 2]) for m in modules})
+            raise ValueError(
+                f"{setting}: nothing is adapted at {path!r}. The places are {', '.join(places)}, and below."
+            )
 
 
 def eject(unet: nn.Module) -> None:

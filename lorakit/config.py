@@ -5,7 +5,16 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Kind = Literal["character", "style", "object", "clothing"]
 Family = Literal["sd15", "sd2", "sdxl"]
@@ -70,6 +79,10 @@ class Config(BaseModel):
     )
     conv_rank: int | None = Field(None, ge=1, description="rank of the convolutions; None takes `rank`")
     conv_alpha: float | None = Field(None, gt=0, description="alpha of the convolutions; None takes `alpha`")
+    block_ranks: dict[str, NonNegativeInt] = Field(
+        {}, description="other ranks by place in the UNet, {'mid_block': 8, 'up_blocks.1': 64}; 0 leaves it as it is"
+    )
+    start_from: str | None = Field(None, description="a LoRA file to go on from, with the same modules and ranks")
 
     # The updates
     steps: int | None = Field(None, ge=1, description="optimizer updates; exactly one of steps and epochs")
@@ -82,6 +95,9 @@ class Config(BaseModel):
         "adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "lion", "adamw_schedulefree"
     ] = "adamw"
     weight_decay: float = Field(0.01, ge=0)
+    block_rates: dict[str, NonNegativeFloat] = Field(
+        {}, description="factors on the learning rate by place in the UNet, {'down_blocks': 0.5}"
+    )
     schedule: Literal["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"] = (
         "constant"
     )
@@ -119,6 +135,7 @@ class Config(BaseModel):
     validation_share: float = Field(
         0.0, ge=0, le=0.5, description="share of the pictures kept from training to judge it"
     )
+    validation_pictures: tuple[str, ...] = Field((), description="file names of pictures kept from training as well")
     validate_every: int = Field(100, ge=1, description="steps between validations")
     sample_every: int = Field(500, ge=1, description="steps between sample pictures")
     sample_prompts: tuple[str, ...] = ()
@@ -215,7 +232,7 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not the settings of a run in {{…}}.")
-    for key in ("base", "dataset", "mask", "regularisation"):
+    for key in ("base", "dataset", "mask", "regularisation", "start_from"):
         beside = path.parent / str(settings.get(key, ""))
         if settings.get(key) and not Path(settings[key]).exists() and beside.exists():
             settings[key] = str(beside)

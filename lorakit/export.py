@@ -464,6 +464,31 @@ def inject(unet: nn.Module, base: Base, lora: Lora | str | Path) -> Adapter:
     return adapter
 
 
+@torch.no_grad()
+def begin_from(adapter: Adapter, base: Base, lora: Lora | str | Path) -> None:
+    """Let a fresh adapter do what a file's LoRA does, to train it further. Another alpha is worked into the weights.
+
+    Raises:
+        ValueError: a LoRA of another family, or with other modules or ranks than the adapter's; nothing is changed.
+    """
+    lora = lora if isinstance(lora, Lora) else load(lora)
+    if lora.family not in (None, base.family):
+        raise ValueError(f"{lora.name} is an {FAMILIES[lora.family]} LoRA, the base is {FAMILIES[base.family]}.")
+    ranks = {module: down.shape[0] for module, (down, _, _) in lora.modules.items()}
+    if ranks != adapter.ranks:
+        odd = [m for m in sorted(ranks.keys() | adapter.ranks.keys()) if ranks.get(m) != adapter.ranks.get(m)]
+        raise ValueError(
+            f"{lora.name} has {len(ranks)} modules of ranks {sorted(set(ranks.values()))}, the run's settings ask for "
+            f"{len(adapter.ranks)} of ranks {sorted(set(adapter.ranks.values()))}; first difference: {odd[0]}. "
+            "Set rank, targets, conv_rank and block_ranks as the file has them."
+        )
+    state, own = {}, adapter.state()
+    for module, (down, up, alpha) in lora.modules.items():
+        state[f"{module}.down"] = down.float().reshape(own[f"{module}.down"].shape)
+        state[f"{module}.up"] = (up.float() * (alpha / adapter.alphas[module])).reshape(own[f"{module}.up"].shape)
+    adapter.load(state)
+
+
 # ── Proof ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -127,6 +127,7 @@ SAME = {  # sd-scripts' name -> ours, where the value means the same
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_checkpointing": "gradient_checkpointing",
     "zero_terminal_snr": "zero_terminal_snr",
+    "network_weights": "start_from",
     "network_dim": "rank",
     "network_alpha": "alpha",
     "conv_dim": "conv_rank",
@@ -208,7 +209,7 @@ def convert(settings: dict[str, Any]) -> Imported:
 
     for key, name in SAME.items():
         value = take(key)
-        if name in ("base", "dataset", "name", "regularisation") and value is not None:
+        if name in ("base", "dataset", "name", "regularisation", "start_from") and value is not None:
             value = str(value)
         if value == 0 and name in OFF_AT_0:
             value = None

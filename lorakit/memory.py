@@ -234,18 +234,7 @@ def _build(
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(base.configs["unet"])
         nn.Module.to(unet, dtype)  # diffusers' own `to` warns about what only matters to real weights
-        adapter = (
-            adapters.inject(
-                unet,
-                config.rank,
-                config.alpha,
-                config.targets,
-                conv_rank=config.conv_rank,
-                conv_alpha=config.conv_alpha,
-            )
-            if adapted
-            else None
-        )
+        adapter = adapters.fresh(unet, config) if adapted else None
     for module in unet.modules() if norms_in_float32 else ():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))

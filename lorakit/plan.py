@@ -136,7 +136,7 @@ def predict(
         "family": base.family, "size": size, "dtype": str(dtype), "device": device,
         "config": {
             name: getattr(config, name)
-            for name in ("rank", "targets", "conv_rank", "batch_size", "optimizer", "loss",
+            for name in ("rank", "targets", "conv_rank", "block_ranks", "batch_size", "optimizer", "loss",
                          "gradient_accumulation_steps", "gradient_checkpointing", "asks_class")
         },
         "versions": [version(name) for name in ("torch", "diffusers", "peft")],

@@ -125,6 +125,7 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
     pictures = scan(config)
     say("pictures  " + pictures.describe().replace("\n", "\n          "))
     held_out = evaluate.hold_out([p.digest for p in pictures.pictures], config.validation_share, config.seed)
+    held_out = sorted({*held_out, *_named(config.validation_pictures, pictures)})
     kept = [place for place in range(len(pictures)) if place not in held_out]
     if held_out:
         names = [pictures.pictures[place].path.name for place in held_out]
@@ -138,6 +139,11 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
         everything += prior.pictures
         repeats += evenly(sum(repeats), len(prior))
         contents["regularisation"] = _digest([[p.digest, p.caption] for p in prior.pictures])
+    if config.start_from:
+        file = Path(config.start_from)
+        if not file.is_file():
+            raise FileNotFoundError(f"start_from: there is no file {file.name}. Give a LoRA's .safetensors file.")
+        contents["start_from"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     masks = []
     if config.mask:
         masks = dataset.masks(pictures.pictures, config.mask, pictures.root)
@@ -232,6 +238,23 @@ def length(pictures: int, repeats: Sequence[int], batches: int, config: Config) 
 def evenly(wanted: int, pictures: int) -> list[int]:
     """Repeats that show so many pictures `wanted` times in all, as sd-scripts balances regularisation pictures."""
     return [wanted // pictures + (place < wanted % pictures) for place in range(pictures)]
+
+
+def _named(names: Sequence[str], pictures: dataset.Dataset) -> list[int]:
+    """The places of pictures by their file names, with or without suffix.
+
+    Raises:
+        ValueError: no such picture, or nothing is left to train on.
+    """
+    places = []
+    for name in names:
+        found = [i for i, p in enumerate(pictures.pictures) if name in (p.path.name, p.path.stem)]
+        if not found:
+            raise ValueError(f"validation_pictures: {pictures.root.name} holds no picture {name!r}.")
+        places += found
+    if len(set(places)) == len(pictures):
+        raise ValueError("validation_pictures names all pictures: none is left to train on.")
+    return places
 
 
 def _digest(values) -> str:
@@ -424,7 +447,7 @@ def start(
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
     unet = bases.load_unet(prepared.base, dtype, device)
-    state = _state(unet, config, device, dtype, saved)
+    state = _state(unet, prepared.base, config, device, dtype, saved)
     if saved:
         say(f"resume    at step {state.step}, from {saved.path.name}")
     per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
@@ -444,7 +467,7 @@ def start(
             back = saved.step if saved else 0
             if factor < LEAST_FACTOR:
                 raise FloatingPointError(_hopeless(error, config)) from error
-            state = _state(unet, config, device, dtype, saved)
+            state = _state(unet, prepared.base, config, device, dtype, saved)
             state.rate_factor = factor
             say(f"back      {error} Going on from step {back} with {factor:g} of the learning rate.")
         if full:
@@ -460,7 +483,7 @@ def start(
             _write(config, folder)
             per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
             unet = bases.load_unet(prepared.base, dtype, device)
-            state = _state(unet, config, device, dtype, saved)
+            state = _state(unet, prepared.base, config, device, dtype, saved)
     adapter = state.adapter
     _draw_loss(folder, config)
     if state.step < total:
@@ -500,13 +523,12 @@ def _saved_anyhow(folder: Path, state: train.State, decided: dict) -> checkpoint
     return checkpoint.read(checkpoint.save(folder / checkpoint.name(state.step), state, decided))
 
 
-def _state(unet, config: Config, device, dtype, saved: checkpoint.Checkpoint | None) -> train.State:
+def _state(unet, base: bases.Base, config: Config, device, dtype, saved: checkpoint.Checkpoint | None) -> train.State:
     """A fresh adapter in the UNet, in place of any that is there, and the state around it as `saved` has it."""
     adapters.eject(unet)
-    adapter = adapters.inject(
-        unet, config.rank, config.alpha, config.targets, conv_rank=config.conv_rank, conv_alpha=config.conv_alpha,
-        seed=config.seed,
-    )  # fmt: skip
+    adapter = adapters.fresh(unet, config)
+    if config.start_from and not saved:
+        export.begin_from(adapter, base, config.start_from)
     state = train.start(adapter, config, device, dtype)
     if saved:
         checkpoint.restore(state, saved)

@@ -83,15 +83,19 @@ def start(adapter: Adapter, config: Config, device: torch.device, dtype: torch.d
 def groups(adapter: Adapter, config: Config) -> list[dict]:
     """Parameter groups; `ratio` is what their rate is of the run's.
 
+    Raises:
+        ValueError: `block_rates` names a place where nothing is adapted.
+
     Source: Hayou et al. 2024, arXiv:2402.12354 (LoRA+: the up matrices learn faster).
     """
-    if config.learning_rate_ratio == 1:
-        return [{"params": adapter.parameters(), "ratio": 1.0}]
-    ratios = {"down": 1.0, "up": config.learning_rate_ratio}
-    return [
-        {"params": [w for name, w in adapter.state().items() if name.endswith(f".{part}")], "ratio": ratio}
-        for part, ratio in ratios.items()
-    ]
+    adapters.known(config.block_rates, list(adapter.layers), "block_rates")
+    found: dict[float, list[Tensor]] = {}
+    for name, weight in adapter.state().items():
+        module, _, part = name.rpartition(".")
+        factor = adapters.of_place(config.block_rates, module)
+        ratio = (1.0 if factor is None else factor) * (config.learning_rate_ratio if part == "up" else 1.0)
+        found.setdefault(ratio, []).append(weight)
+    return [{"params": weights, "ratio": ratio} for ratio, weights in found.items()]
 
 
 def prompts(pictures: Sequence[Encoded], config: Config) -> list[str]:

@@ -17,6 +17,6 @@ def prepared(settings, folder):
 def begin(settings, ready):
     """A fresh adapter in the base's UNet: the UNet, the state before the first step, and the loop."""
     unet = bases.load_unet(ready.base, torch.float32, CPU)
-    adapter = adapters.inject(unet, settings.rank, settings.alpha, settings.targets, seed=settings.seed)
+    adapter = adapters.fresh(unet, settings)
     state = train.start(adapter, settings, CPU, torch.float32)
     return unet, state, train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)

@@ -175,3 +175,39 @@ def test_a_renamed_class_is_noticed(unet):
     del block.to_q
     with pytest.raises(RuntimeError, match="belong there"):
         adapters.target_names(unet)
+
+
+# ── Ranks and rates by place ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_place(unet, **changes):
+    from lorakit.config import Config
+
+    return adapters.fresh(unet, Config(steps=1, rank=4, alpha=2, targets="attention+conv", **changes))
+
+
+def test_the_longest_path_decides_the_rank_and_the_scale_stays(small_bases):
+    unet = bases.load_unet(bases.open(small_bases["sd15"]), torch.float32, CPU)
+    adapter = by_place(unet, block_ranks={"down_blocks": 8, "down_blocks.1.attentions": 2, "mid_block": 0}, conv_rank=1)
+    ranks = {
+        place: {rank for name, rank in adapter.ranks.items() if name.startswith(place)}
+        for place in ("down_blocks.0", "down_blocks.1.attentions", "down_blocks.1.resnets", "mid_block", "up_blocks")
+    }
+    assert ranks == {
+        "down_blocks.0": {8}, "down_blocks.1.attentions": {2}, "down_blocks.1.resnets": {8}, "mid_block": set(),
+        "up_blocks": {1, 4},
+    }  # fmt: skip
+    scales = {name: adapter.alphas[name] / rank for name, rank in adapter.ranks.items()}
+    wide = {name for name, layer in adapter.layers.items() if getattr(layer, "kernel_size", (1, 1)) != (1, 1)}
+    assert wide and {scales[name] for name in wide} == {2.0}  # alpha 2 / conv_rank 1
+    assert {scale for name, scale in scales.items() if name not in wide} == {0.5}
+    for name, layer in adapter.layers.items():
+        assert layer.lora_A["default"].weight.shape[0] == adapter.ranks[name]
+
+
+def test_places_that_are_not_there_are_named(small_bases):
+    unet = bases.load_unet(bases.open(small_bases["sd15"]), torch.float32, CPU)
+    with pytest.raises(ValueError, match=r"block_ranks: nothing is adapted at 'middle'. The places are down_blocks.0"):
+        by_place(unet, block_ranks={"middle": 8})
+    with pytest.raises(ValueError, match="leaves no module to train"):
+        by_place(unet, block_ranks={"down_blocks": 0, "mid_block": 0, "up_blocks": 0})

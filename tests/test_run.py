@@ -288,3 +288,38 @@ def test_what_is_predicted_not_to_fit_comes_down_before_it_starts(settings, tmp_
     down = run.prepare(settings, tmp_path / "d", say=said.append, progress=False)
     assert down.config == settings.with_(gradient_checkpointing=True)
     assert any("which does not fit. Comes down to gradient_checkpointing True" in line for line in said), asked
+
+
+# ── Where it begins, and what is held out by name ───────────────────────────────────────────────────────────────────
+
+
+def test_a_run_may_begin_from_a_file(settings, tmp_path):
+    """What the file does is what the run starts with, whatever its alpha; going on needs the file's contents."""
+    first = run.start(settings, tmp_path / "first", **QUIET)
+    more = settings.with_(start_from=str(first.lora), alpha=4, learning_rate=1e-12, steps=1, weight_decay=0)
+    second = run.start(more, tmp_path / "second", **QUIET)
+    base = bases.open(settings.base)
+    for ours, theirs in zip(*(export.load(result.lora).modules.values() for result in (second, first)), strict=True):
+        mine, before = (up.float().flatten(1) @ down.float().flatten(1) * alpha for down, up, alpha in (ours, theirs))
+        assert torch.allclose(mine, before, atol=1e-3 * float(before.abs().max()))
+    assert str(tmp_path) not in json.dumps(checkpoint.newest(tmp_path / "second" / "checkpoints").settings)
+    assert run.start(more, tmp_path / "second", **QUIET).steps == 1
+    other = run.start(settings.with_(seed=1), tmp_path / "other", **QUIET)
+    with pytest.raises(ValueError, match="second was begun with other settings: start_from"):
+        run.start(more.with_(start_from=str(other.lora)), tmp_path / "second", **QUIET)
+    with pytest.raises(
+        ValueError, match=r"thing.safetensors has \d+ modules of ranks \[4\].*ask for \d+ of ranks \[8\]"
+    ):
+        run.start(more.with_(rank=8), tmp_path / "third", **QUIET)
+    with pytest.raises(FileNotFoundError, match="there is no file nowhere.safetensors"):
+        run.start(more.with_(start_from="nowhere.safetensors"), tmp_path / "fourth", **QUIET)
+    assert base.family == "sd15"
+
+
+def test_pictures_are_held_out_by_name(settings, tmp_path):
+    ready = run.prepare(settings.with_(validation_pictures=("0.png", "3")), tmp_path, **QUIET)
+    assert ready.names == ["1.png", "2.png", "4.png", "5.png"] and len(ready.held_out) == 2
+    with pytest.raises(ValueError, match="pictures holds no picture '9'"):
+        run.prepare(settings.with_(validation_pictures=("9",)), tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="none is left to train on"):
+        run.prepare(settings.with_(validation_pictures=tuple("012345")), tmp_path, **QUIET)

@@ -395,3 +395,18 @@ def test_captions_change_their_order_from_step_to_step(settings, pictures, tmp_p
     assert 4 <= len({x.sum().item() for x in seen}) <= 8
     again = train.batch(ready.pictures, ready.texts, [0], 7, 0, shuffled).embeddings
     assert torch.equal(again, seen[7])
+
+
+def test_rates_by_place_multiply_with_lora_plus(settings, tmp_path):
+    ready = prepared(settings, tmp_path)
+    changed = settings.with_(block_rates={"down_blocks": 0.5, "down_blocks.1": 0.0}, learning_rate_ratio=4)
+    _, state, loop = begin(changed, ready)
+    before = {name: weight.detach().clone() for name, weight in state.adapter.state().items()}
+    found = {group["ratio"]: len(group["params"]) for group in state.optimizer.param_groups}
+    assert set(found) == {1.0, 4.0, 0.5, 2.0, 0.0} and sum(found.values()) == len(before)
+    for step, _ in zip(loop, range(2), strict=False):
+        assert step.finite
+    for name, weight in state.adapter.state().items():
+        assert torch.equal(weight, before[name]) == name.startswith("down_blocks.1"), name
+    with pytest.raises(ValueError, match="block_rates: nothing is adapted at 'up'"):
+        begin(settings.with_(block_rates={"up": 0.5}), ready)
