@@ -176,6 +176,8 @@ def fresh(unet: nn.Module, config: Config) -> Adapter:
     Raises:
         ValueError: `block_ranks` names a place that the UNet does not have, or leaves nothing to train.
         RuntimeError: as `inject`.
+
+    Source: Kalajdzievski 2023, arXiv:2312.03732 (rsLoRA). Its scale goes into the alphas, and so into every file.
     """
     modules = target_names(unet, config.targets)
     known(config.block_ranks, modules, "block_ranks")
@@ -183,15 +185,18 @@ def fresh(unet: nn.Module, config: Config) -> Adapter:
     modules = [name for name in modules if ranks[name] != 0]
     if not modules:
         raise ValueError("block_ranks leaves no module to train. Give some place a rank above 0.")
-    ranks = {name: rank for name, rank in ranks.items() if rank}
-    # The scale stays what it is elsewhere.
-    linear, wide = config.alpha / config.rank, (config.conv_alpha or config.alpha) / (config.conv_rank or config.rank)
-    kernels = {name: getattr(unet.get_submodule(name), "kernel_size", (1, 1)) for name in ranks}
-    alphas = {name: rank * (linear if kernels[name] == (1, 1) else wide) for name, rank in ranks.items()}
+    alphas = {}
+    for name in modules:
+        wide = getattr(unet.get_submodule(name), "kernel_size", (1, 1)) != (1, 1)
+        rank = (wide and config.conv_rank) or config.rank
+        alpha = (wide and config.conv_alpha) or config.alpha
+        ranks[name] = ranks[name] or rank
+        # Where a place has a rank of its own, the scale stays what it is elsewhere.
+        alphas[name] = alpha * (ranks[name] ** 0.5 if config.rank_stabilized else ranks[name] / rank)
+    ranks = {name: ranks[name] for name in modules}
     return inject(
-        unet, config.rank, config.alpha, config.targets, conv_rank=config.conv_rank, conv_alpha=config.conv_alpha,
-        modules=modules, ranks=ranks, alphas=alphas, seed=config.seed,
-    )  # fmt: skip
+        unet, config.rank, config.alpha, config.targets, modules=modules, ranks=ranks, alphas=alphas, seed=config.seed
+    )
 
 
 def of_place(values: dict, module: str):

@@ -74,6 +74,7 @@ class Config(BaseModel):
     # The adapter
     rank: int = Field(32, ge=1, le=1024)
     alpha: float = Field(16, gt=0, description="scale is alpha / rank")
+    rank_stabilized: bool = Field(False, description="rsLoRA: scale is alpha / √rank, for high ranks")
     targets: Literal["attention", "attention+conv"] = Field(
         "attention", description="kohya's default modules, or the ResNet convolutions too (LoCon)"
     )

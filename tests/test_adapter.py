@@ -198,11 +198,22 @@ def test_the_longest_path_decides_the_rank_and_the_scale_stays(small_bases):
         "up_blocks": {1, 4},
     }  # fmt: skip
     scales = {name: adapter.alphas[name] / rank for name, rank in adapter.ranks.items()}
-    wide = {name for name, layer in adapter.layers.items() if getattr(layer, "kernel_size", (1, 1)) != (1, 1)}
+    kernels = {n: getattr(layer.get_base_layer(), "kernel_size", (1, 1)) for n, layer in adapter.layers.items()}
+    wide = {name for name, kernel in kernels.items() if kernel != (1, 1)}
     assert wide and {scales[name] for name in wide} == {2.0}  # alpha 2 / conv_rank 1
     assert {scale for name, scale in scales.items() if name not in wide} == {0.5}
     for name, layer in adapter.layers.items():
         assert layer.lora_A["default"].weight.shape[0] == adapter.ranks[name]
+
+
+def test_a_rank_stabilized_adapter_has_its_scale_in_its_alphas(small_bases):
+    unet = bases.load_unet(bases.open(small_bases["sd15"]), torch.float32, CPU)
+    adapter = by_place(unet, rank_stabilized=True, block_ranks={"mid_block": 16})
+    assert {name for name, rank in adapter.ranks.items() if rank == 16}
+    for name, layer in adapter.layers.items():
+        scale = 2 / adapter.ranks[name] ** 0.5  # alpha / √rank
+        assert layer.scaling["default"] == pytest.approx(scale)
+        assert adapter.alphas[name] / adapter.ranks[name] == pytest.approx(scale)  # what every file's reader computes
 
 
 def test_places_that_are_not_there_are_named(small_bases):
