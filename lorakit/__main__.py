@@ -81,6 +81,7 @@ def plan(
     batch_size: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(help="of the run")] = None,  # noqa: UP045
     card: Annotated[Optional[list[str]], typer.Option(help="T4, 3060, 3090, 4090, A100; all when left out")] = None,  # noqa: UP045
+    quantize: Annotated[str, typer.Option(help="none, nf4 or int8: the frozen base in fewer bits")] = "none",
     methods: Annotated[bool, typer.Option(help="compare DreamBooth and textual inversion of the same base")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
@@ -97,6 +98,8 @@ def plan(
     )
     asked = {"resolution": resolution, "rank": rank, "batch_size": batch_size, "steps": steps}
     asked = {key: value for key, value in asked.items() if value is not None}
+    if quantize != "none":
+        asked["quantize"] = quantize
     if rank is not None and config is None:
         asked["alpha"] = rank / 2
     if methods:

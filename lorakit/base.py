@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit import original
+from lorakit import quantize as quantized
 from lorakit.config import HUB_BASES
 
 DEMO = Path(__file__).parent / "demo" / "base"
@@ -324,11 +325,20 @@ def _load_from_file(cls, base: Base, component: str, dtype: torch.dtype, device:
     return model
 
 
-def load_unet(base: Base, dtype: torch.dtype, device: torch.device):
-    """The frozen UNet (diffusers' UNet2DConditionModel)."""
+def load_unet(base: Base, dtype: torch.dtype, device: torch.device, quantize: str = "none"):
+    """The frozen UNet (diffusers' UNet2DConditionModel).
+
+    Args:
+        quantize: "nf4" or "int8" holds its transformers' linear layers in so many bits.
+
+    Raises:
+        ValueError, ImportError: that cannot be done here.
+    """
     from diffusers import UNet2DConditionModel
 
-    return _load(UNet2DConditionModel, base, "unet", dtype, device)
+    if quantize == "none":
+        return _load(UNet2DConditionModel, base, "unet", dtype, device)
+    return quantized.hold(_load(UNet2DConditionModel, base, "unet", dtype, torch.device("cpu")), quantize, device)
 
 
 def load_vae(base: Base, dtype: torch.dtype, device: torch.device):

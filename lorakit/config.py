@@ -127,6 +127,10 @@ class Config(BaseModel):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="hold the base's transformers in fewer bits (bitsandbytes): less memory, a little less exact",
+    )
     fit_memory: bool = Field(
         True, description="come down to settings that need less where the run does not fit, before it starts and later"
     )

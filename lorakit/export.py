@@ -27,7 +27,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from lorakit import adapter as adapters
-from lorakit import buckets, files, optim
+from lorakit import buckets, files, optim, quantize
 from lorakit.adapter import Adapter
 from lorakit.base import Base
 from lorakit.config import Config
@@ -440,14 +440,14 @@ def inject(unet: nn.Module, base: Base, lora: Lora | str | Path) -> Adapter:
         raise ValueError(f"{lora.name} adapts the text encoder alone and the UNet not at all: it cannot be used here.")
     layers, state, wrong = dict(unet.named_modules()), {}, []
     for module, (down, up, _) in lora.modules.items():
-        weight = getattr(layers.get(module), "weight", None)
+        shape = quantize.shape(layers[module]) if hasattr(layers.get(module), "weight") else None
         theirs = (up.shape[0], down[0].numel())
-        if weight is None or theirs != (weight.shape[0], weight[0].numel()):
-            ours = "missing here" if weight is None else f"{weight.shape[0]}×{weight[0].numel()} here"
+        if shape is None or theirs != (shape[0], math.prod(shape[1:])):
+            ours = "missing here" if shape is None else f"{shape[0]}×{math.prod(shape[1:])} here"
             wrong.append(f"{module} is {theirs[0]}×{theirs[1]} in the file, {ours}")
             continue
-        state[f"{module}.down"] = down.reshape(-1, *weight.shape[1:])
-        state[f"{module}.up"] = up.reshape(*up.shape[:2], *[1] * (weight.ndim - 2))
+        state[f"{module}.down"] = down.reshape(-1, *shape[1:])
+        state[f"{module}.up"] = up.reshape(*up.shape[:2], *[1] * (len(shape) - 2))
     if wrong:
         raise ValueError(
             f"{lora.name} does not fit {base.name} in {len(wrong)} of {len(lora.modules)} modules: "

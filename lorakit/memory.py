@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import loss, optim
+from lorakit import loss, optim, quantize
 from lorakit.config import Config
 
 MARGIN = 0.1  # share of the free memory left to the driver, the kernels' workspaces and fragmentation
@@ -105,7 +106,9 @@ def predict(
     attention = sdpa_kernel(SDPBackend.MATH) if kind == "mps" else nullcontext()
     weights = adapter.parameters()
     trained = sum(weight.numel() for weight in weights)
-    frozen = sum(weight.numel() for weight in unet.parameters()) - trained
+    held = [module.weight for module in unet.modules() if isinstance(module, _Held)]
+    frozen = counted.itemsize * (_numbers(unet) - trained - sum(weight.numel() for weight in held))
+    frozen += sum(quantize.size(weight.shape, config.quantize) for weight in held)
 
     ledger = _Ledger(unet.parameters())
     hooks = [weight.register_post_accumulate_grad_hook(ledger.gradient_arrived) for weight in weights]
@@ -119,7 +122,7 @@ def predict(
         if config.gradient_accumulation_steps > 1 or config.asks_class:  # from the second on, all gradients are there
             _forward_and_backward(unet, base, config, size, counted)
     return Prediction(
-        weights=frozen * counted.itemsize, adapter=4 * trained, gradients=ledger.gradients_at_peak,
+        weights=frozen, adapter=4 * trained, gradients=ledger.gradients_at_peak,
         optimizer=sum(optimizer_state(config.optimizer, weight.shape) for weight in weights),
         activations=ledger.peak - ledger.gradients_at_peak, file_size=2 * trained + 4 * len(adapter.layers),
         flops=flops, seconds=time.perf_counter() - began, size=tuple(size), batch_size=config.batch_size,
@@ -234,6 +237,10 @@ def _build(
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(base.configs["unet"])
         nn.Module.to(unet, dtype)  # diffusers' own `to` warns about what only matters to real weights
+        for name, layer in quantize.layers(unet) if config.quantize != "none" else ():
+            parent, _, child = name.rpartition(".")
+            held = _Held(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
+            setattr(unet.get_submodule(parent), child, held)
         adapter = adapters.fresh(unet, config) if adapted else None
     for module in unet.modules() if norms_in_float32 else ():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -295,6 +302,27 @@ _FLOPS = flop_registry | {  # torch counts the attention kernels of cards alone
         _aten._scaled_dot_product_flash_attention_backward
     ],
 }
+
+
+class _Dequantized(torch.autograd.Function):
+    """A linear layer whose weight is made anew from its few bits, for the way there and for the way back."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return F.linear(x, torch.empty_like(weight), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return gradient @ torch.empty_like(weight), None, None
+
+
+class _Held(nn.Linear):
+    """What `quantize.hold` puts into a UNet, as far as memory goes."""
+
+    def forward(self, x):
+        return _Dequantized.apply(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 class _Ledger(TorchDispatchMode):
@@ -399,7 +427,8 @@ def verdict(prediction: Prediction, free: int | None, margin: float = MARGIN) ->
         return Verdict(True, f"Fits: {peak} predicted, {readable(free)} free ({left_out}).")
     said = f"Does not fit: {peak} predicted, {readable(free)} free ({left_out}). "
     if prediction.weights > usable:
-        return Verdict(False, f"{said}The frozen base alone is {readable(prediction.weights)}: use a larger card.")
+        way_out = "hold it in fewer bits (quantize 'nf4'), or use a larger card"
+        return Verdict(False, f"{said}The frozen base alone is {readable(prediction.weights)}: {way_out}.")
     changes = []
     if not prediction.gradient_checkpointing:
         changes.append("gradient_checkpointing true (a third more work, most activations gone)")

@@ -66,14 +66,18 @@ def ladder(config: Config) -> list[Config]:
     """
     if not config.fit_memory:
         return [config]
-    eight_bit = find_spec("bitsandbytes") is not None
-    return [lower for lower, _ in rungs(config, max(32, min(LOWEST, config.resolution // 2)), eight_bit)]
+    bits = find_spec("bitsandbytes") is not None and config.device != "mps"
+    return [lower for lower, _ in rungs(config, max(32, min(LOWEST, config.resolution // 2)), bits)]
 
 
-def rungs(config: Config, smallest: int = LOWEST, eight_bit: bool = True) -> Iterator[tuple[Config, tuple[str, ...]]]:
+def rungs(config: Config, smallest: int = LOWEST, bits: bool = True) -> Iterator[tuple[Config, tuple[str, ...]]]:
     """Settings that need less and less memory, the fastest first, each with what was changed.
 
-    Checkpointing, then 8-bit moments, then the batch in parts (the same learning), then a lower resolution.
+    Checkpointing, then 8-bit moments, a base in 4 bits, the batch in parts (the same learning), a lower resolution.
+
+    Args:
+        smallest: pixels below which no picture goes.
+        bits: whether bitsandbytes is there to do with fewer of them.
     """
     changes: dict[str, str] = {}
     yield config, ()
@@ -81,9 +85,13 @@ def rungs(config: Config, smallest: int = LOWEST, eight_bit: bool = True) -> Ite
         config = config.with_(gradient_checkpointing=True)
         changes["checkpointing"] = "gradient checkpointing (a third more work)"
         yield config, tuple(changes.values())
-    if config.optimizer == "adamw" and eight_bit:
+    if config.optimizer == "adamw" and bits:
         config = config.with_(optimizer="adamw8bit")
         changes["optimizer"] = "optimizer adamw8bit"
+        yield config, tuple(changes.values())
+    if config.quantize == "none" and bits:
+        config = config.with_(quantize="nf4")
+        changes["base"] = "the base held in NF4"
         yield config, tuple(changes.values())
     while config.batch_size > 1:
         parts = -(-config.batch_size // 2)
@@ -115,8 +123,9 @@ def choose(
         prediction = predict(base, settings, size=size, dtype=dtype, device=device, store=store)
         fits = memory.verdict(prediction, free, margin).fits
         plan = Plan(settings, prediction, fits, changes)
-        if fits is not False or prediction.weights > (free or 0) * (1 - margin):
-            break  # no rung makes the frozen base smaller
+        packed = settings.quantize != "none" or settings.device == "mps"
+        if fits is not False or (packed and prediction.weights > (free or 0) * (1 - margin)):
+            break  # no further rung makes the frozen base smaller
     return plan
 
 
@@ -137,7 +146,7 @@ def predict(
         "config": {
             name: getattr(config, name)
             for name in ("rank", "targets", "conv_rank", "block_ranks", "batch_size", "optimizer", "loss",
-                         "gradient_accumulation_steps", "gradient_checkpointing", "asks_class")
+                         "gradient_accumulation_steps", "gradient_checkpointing", "asks_class", "quantize")
         },
         "versions": [version(name) for name in ("torch", "diffusers", "peft")],
         "code": [hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in (memory, adapter)],

@@ -446,7 +446,7 @@ def start(
 
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
-    unet = bases.load_unet(prepared.base, dtype, device)
+    unet = bases.load_unet(prepared.base, dtype, device, config.quantize)
     state = _state(unet, prepared.base, config, device, dtype, saved)
     if saved:
         say(f"resume    at step {state.step}, from {saved.path.name}")
@@ -482,7 +482,7 @@ def start(
             config, decided = prepared.config, settings(prepared.config, prepared)
             _write(config, folder)
             per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
-            unet = bases.load_unet(prepared.base, dtype, device)
+            unet = bases.load_unet(prepared.base, dtype, device, config.quantize)
             state = _state(unet, prepared.base, config, device, dtype, saved)
     adapter = state.adapter
     _draw_loss(folder, config)
@@ -638,7 +638,7 @@ def compare(
             base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
             attach=lambda unet: export.inject(unet, base, lora), steps=config.sample_steps,
             guidance=config.sample_guidance, clip_skip=config.clip_skip, device=config.device,
-            precision=config.mixed_precision, batch=_at_once(config),
+            precision=config.mixed_precision, quantize=config.quantize, batch=_at_once(config),
             on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)),
         )  # fmt: skip
     labels = ["base" if s == 0 else f"strength {s:g}" for s in strengths]

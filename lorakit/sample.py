@@ -132,7 +132,7 @@ def generate(
     base: bases.Base, prompts: Sequence[str], *, negative: str = "", seeds: Sequence[int] | int = 0,
     size: tuple[int, int] | None = None, strengths: Sequence[float] = (1.0,), attach: Callable | None = None,
     steps: int = 25, guidance: float = 7.0, scheduler_name: str = "dpm++_2m_karras", clip_skip: int = 1,
-    device: str = "auto", precision: str = "auto", batch: int = 4, folder: Path | None = None,
+    device: str = "auto", precision: str = "auto", quantize: str = "none", batch: int = 4, folder: Path | None = None,
     on_picture: Callable[[int], None] | None = None,
 ) -> list[list[Image.Image]]:  # fmt: skip
     """Pictures for prompts, at one strength or several, loading one component of the base at a time.
@@ -141,6 +141,7 @@ def generate(
         seeds: one for each prompt, or the first of a row of them.
         size: (height, width) in pixels; None is the base's own.
         attach: called with the UNet, returns the adapter it put there; None samples the bare base.
+        quantize: as for `base.load_unet`.
         folder: where text embeddings are kept; None keeps none.
         on_picture: told how many pictures are done.
 
@@ -162,7 +163,7 @@ def generate(
         texts = cache.encode_texts(
             base, [*prompts, negative], folder or Path(scratch), device=target, dtype=dtype, clip_skip=clip_skip
         )
-    unet = bases.load_unet(base, dtype, target)
+    unet = bases.load_unet(base, dtype, target, quantize)
     adapter = attach(unet) if attach else None
     columns, total = [], len(prompts)
     for number, value in enumerate(strengths):

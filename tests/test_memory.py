@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from lorakit import adapter, base, loss, memory, optim, plan
+from lorakit import adapter, base, loss, memory, optim, plan, quantize
 from lorakit.config import Config
 
 CHANNELS = {"in_channels": 4, "out_channels": 4}
@@ -84,6 +84,8 @@ class RealStep:
         torch.manual_seed(0)
         self.base, self.config, self.dtype = make_base(name), config, dtype
         self.unet = nn.Module.to(UNet2DConditionModel.from_config(self.base.configs["unet"]), dtype)
+        if config.quantize != "none":
+            quantize.hold(self.unet, config.quantize, torch.device("cpu"))
         self.adapter = adapter.inject(self.unet, config.rank, config.alpha, config.targets)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -113,6 +115,9 @@ class RealStep:
     def resident(self) -> int:
         """Bytes that stay between two steps."""
         state = [value for of_weight in self.optimizer.state.values() for value in of_weight.values()]
+        for weight in self.unet.parameters():
+            if scales := getattr(weight, "quant_state", None):  # what NF4 keeps beside the weights
+                state += [scales.absmax, scales.code, scales.offset, scales.state2.absmax, scales.state2.code]
         return sum(tensor.nbytes for tensor in [*self.unet.parameters(), *state])
 
     def peak(self, side: int) -> int:
@@ -151,6 +156,14 @@ def test_predicted_peak_is_the_real_peak(name, side, batch, dtype, checkpointing
     config = make_config(batch_size=batch, gradient_checkpointing=checkpointing)
     predicted = memory.predict(make_base(name), config, size=(side, side), dtype=dtype, device="cpu")
     check(predicted, RealStep(name, dtype, config), side)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_a_base_in_four_bits(checkpointing):
+    config = make_config(quantize="nf4", gradient_checkpointing=checkpointing)
+    predicted = memory.predict(make_base("narrow sdxl"), config, size=(256, 256), dtype=torch.float32, device="cpu")
+    check(predicted, RealStep("narrow sdxl", torch.float32, config), 256)
+    assert predicted.weights < 0.7 * predict("narrow sdxl").weights
 
 
 def test_gradients_wait_for_the_last_micro_batch():

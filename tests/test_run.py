@@ -201,15 +201,16 @@ def starved(monkeypatch, at: int, times: int = 1, message: str = "CUDA out of me
 
 
 def test_out_of_memory_goes_on_with_less_from_the_last_step(settings, tmp_path, monkeypatch):
-    """Down the ladder one rung at a time: checkpointing, 8-bit moments, smaller batches; all steps are done once."""
+    """Down the ladder a rung at a time: checkpointing, 8-bit moments, NF4, smaller batches; all steps done once."""
     uncut = run.start(settings, tmp_path / "uncut", say=lambda _: None, progress=False)
-    starved(monkeypatch, at=4, times=3)
+    starved(monkeypatch, at=4, times=4)
     said = []
     result = run.start(settings, tmp_path / "run", say=said.append, progress=False)
     begins = "memory    none left (CUDA out of memory). Going on from step 4 with "
     assert [line.removeprefix(begins) for line in said if "none left" in line] == [
         "gradient_checkpointing True.",
         "optimizer adamw8bit.",
+        "quantize nf4.",
         "batch_size 1, gradient_accumulation_steps 2.",
     ]
     assert result.steps == 6 and len(result.losses) == 6 and result.lora.is_file()

@@ -1,0 +1,74 @@
+"""A frozen UNet held in fewer bits: the linear layers of its transformers in NF4 or int8, all else as it was.
+
+They are most of SDXL's weights. What is trained beside them stays float32.
+
+Source: Dettmers et al. 2023, arXiv:2305.14314 (NF4, double quantization); 2022, arXiv:2208.07339 (int8); bitsandbytes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale in NF4; scales that share a scale of their own
+
+
+def layers(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that are held in fewer bits, by their path."""
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, nn.Linear) and ".attentions." in f".{name}":
+            yield name, module
+
+
+def hold(unet: nn.Module, kind: str, device: torch.device) -> nn.Module:
+    """Exchange those layers (in place) one by one, each quantized on the device, then move the rest there.
+
+    Args:
+        kind: "nf4" or "int8".
+        device: what computes; it never holds more than one layer twice.
+
+    Raises:
+        ValueError: unknown kind, or bitsandbytes cannot do it there.
+        ImportError: bitsandbytes is missing.
+    """
+    if kind not in ("nf4", "int8"):
+        raise ValueError(f"quantize {kind!r} is unknown. Use 'none', 'nf4' or 'int8'.")
+    if device.type == "mps":
+        raise ValueError("quantize: bitsandbytes does not work on Apple's devices. Use 'none'.")
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ImportError(
+            f"quantize {kind!r} needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or use 'none'."
+        ) from error
+    for name, layer in layers(unet):
+        form = {"bias": layer.bias is not None, "device": "meta"}
+        if kind == "nf4":
+            held = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, compute_dtype=layer.weight.dtype, quant_type="nf4", **form
+            )
+            weight = bnb.nn.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4", blocksize=BLOCK, compress_statistics=True
+            )
+        else:
+            held = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, **form)
+            weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        held.weight, held.bias = weight.to(device), layer.bias
+        parent, _, child = name.rpartition(".")
+        setattr(unet.get_submodule(parent), child, held)
+    return unet.to(device)
+
+
+def shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight as it was before it was packed."""
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+
+
+def size(weight: Sequence[int], kind: str) -> int:
+    """Bytes of a linear layer's weight of shape (out, in)."""
+    count = weight[0] * weight[1]
+    if kind == "int8":
+        return count + 4 * weight[0]  # a scale a row
+    scales = -(-count // BLOCK)
+    tables = 4 * (16 + 256 + 1)  # what the codes stand for, and the scales' mean
+    return -(-count // 2) + scales + 4 * -(-scales // OUTER_BLOCK) + tables
