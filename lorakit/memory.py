@@ -113,14 +113,19 @@ def predict(
     ledger = _Ledger(unet.parameters())
     hooks = [weight.register_post_accumulate_grad_hook(ledger.gradient_arrived) for weight in weights]
     with fake, ledger, attention:
-        _forward_and_backward(unet, base, config, size, counted)
-        flops = ledger.flops * config.gradient_accumulation_steps
+        value = _forward(unet, base, config, size, counted)
+        answer = ledger.flops
+        value.backward()
+        flops = ledger.flops
         for hook in hooks:
             hook.remove()
         if config.asks_class:
-            flops += ledger.flops  # as much again for the class: a step of its own
+            flops += ledger.flops  # as much again for the class
+        if config.prior_prediction:
+            flops += answer  # and what the bare base says of it
+        flops *= config.gradient_accumulation_steps
         if config.gradient_accumulation_steps > 1 or config.asks_class:  # from the second on, all gradients are there
-            _forward_and_backward(unet, base, config, size, counted)
+            _forward(unet, base, config, size, counted).backward()
     return Prediction(
         weights=frozen, adapter=4 * trained, gradients=ledger.gradients_at_peak,
         optimizer=sum(optimizer_state(config.optimizer, weight.shape) for weight in weights),
@@ -157,7 +162,7 @@ def dreambooth(base: bases.Base, config: Config, *, size: tuple[int, int], dtype
     weights = list(unet.requires_grad_(True).parameters())
     ledger = _ledger(unet, weights)
     with fake, ledger:
-        _forward_and_backward(unet, base, config, size, counted)
+        _forward(unet, base, config, size, counted).backward()
     own = sum(weight.nbytes for weight in weights)
     state = sum(optimizer_state(config.optimizer, weight.shape) for weight in weights)
     # The update needs all gradients, the step all activations: the two peaks are not at one moment.
@@ -179,7 +184,7 @@ def textual_inversion(base: bases.Base, config: Config, *, size: tuple[int, int]
     unet, _ = _build(base, config, counted, fake, norms_in_float32=False, adapted=False)
     ledger = _ledger(unet.requires_grad_(False), [])
     with fake, ledger:
-        _forward_and_backward(unet, base, config, size, counted, words_learn=True)
+        _forward(unet, base, config, size, counted, words_learn=True).backward()
     _, _, *encoders = _parts(base)
     vectors = [encoder.get_input_embeddings().weight for encoder in encoders]
     trained = sum(8 * x.numel() + optimizer_state(config.optimizer, x.shape) for x in vectors)
@@ -252,10 +257,10 @@ def _build(
     return unet.train(), adapter
 
 
-def _forward_and_backward(
+def _forward(
     unet, base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype, words_learn: bool = False
-) -> None:
-    """What `train` does with a micro-batch, on tensors without contents; `words_learn`: gradients reach the text."""
+) -> Tensor:
+    """The loss that `train` makes of a micro-batch, of tensors without contents; `words_learn`: text gets gradients."""
     batch, settings, text = config.batch_size, base.configs["unet"], base.configs["text_encoder"]
     latents = torch.empty(batch, base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
     noise = torch.empty_like(latents)
@@ -271,7 +276,7 @@ def _forward_and_backward(
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         predicted = unet(noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
     wanted = loss.target(base.prediction_type, latents, noise, alpha_bar)
-    loss.error(predicted, wanted, alpha_bar, config.loss, config.huber_delta).backward()
+    return loss.error(predicted, wanted, alpha_bar, config.loss, config.huber_delta)
 
 
 def optimizer_state(name: str, shape: Sequence[int]) -> int:

@@ -146,7 +146,8 @@ def predict(
         "config": {
             name: getattr(config, name)
             for name in ("rank", "targets", "conv_rank", "block_ranks", "batch_size", "optimizer", "loss",
-                         "gradient_accumulation_steps", "gradient_checkpointing", "asks_class", "quantize")
+                         "gradient_accumulation_steps", "gradient_checkpointing", "asks_class", "prior_prediction",
+                         "quantize")
         },
         "versions": [version(name) for name in ("torch", "diffusers", "peft")],
         "code": [hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in (memory, adapter)],

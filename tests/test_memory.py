@@ -371,3 +371,13 @@ def test_the_guides_comparison_of_methods():
     assert lora.peak < 2.5 * 2**30 < words.peak + 2**30 and full.peak > 12 * 2**30
     assert words.peak < 6 * 2**30
     assert 10e6 < lora.file_size < 150e6 and 2e9 < full.file_size < 4e9 and 30e3 < words.file_size < 100e3
+
+
+def test_the_classs_share_of_the_work_is_counted():
+    plain = predict("demo", 32).flops
+    trained = {"regularisation": "class", "prior_prediction": True}
+    of_class = {"trigger": "sks", "class_word": "cat", "prior_prediction": True}
+    answer = predict("demo", 32, **trained).flops - plain  # the bare base's, forward alone
+    assert 0.25 * plain < answer < 0.5 * plain
+    assert predict("demo", 32, **of_class).flops == 2 * plain + answer
+    assert predict("demo", 32, gradient_accumulation_steps=2, **of_class).flops == 2 * (2 * plain + answer)
