@@ -53,7 +53,7 @@ def train(
 def finish(result) -> None:
     if result.lora:
         print(f"done      {result.lora}")
-    else:
+    elif result.steps < result.total:
         sys.exit(130)
 
 

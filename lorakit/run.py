@@ -36,6 +36,7 @@ from lorakit import (
     memory,
     plan,
     plots,
+    processes,
     sample,
     train,
 )
@@ -103,10 +104,15 @@ def scan(config: Config) -> dataset.Dataset:
     return dataset.scan(DEMO if config.dataset == "demo" else config.dataset, repeats=config.repeats)
 
 
-def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool = True) -> Prepared:
+def prepare(
+    config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool = True, shared_by: int = 1
+) -> Prepared:
     """Check everything that can be checked, then encode pictures and captions into the run's cache.
 
     Where the run is predicted not to fit, it comes down to settings that do, if the config lets it.
+
+    Args:
+        shared_by: processes that share each batch.
 
     Raises:
         ValueError: settings that do not suit the base, or no usable picture.
@@ -153,8 +159,9 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
         say(f"masks     {len(pictures) - len(bare)} of {len(pictures)} pictures have one" + "; not: " * bool(bare)
             + ", ".join(bare[:5]) + " …" * (len(bare) > 5))  # fmt: skip
     config, fits, batches = _fitting(
-        config, base, everything, kept, repeats, len(pictures) - len(held_out), step, device, dtype, say
-    )
+        config, base, everything, kept, repeats, len(pictures) - len(held_out), step, device, dtype, say,
+        shared_by,
+    )  # fmt: skip
     prompts = list(config.sample_prompts) or [p.caption for p in pictures.pictures[:4]]
     began = time.monotonic()
     with bar(progress) as show:
@@ -181,7 +188,7 @@ def prepare(config: Config, folder: Path, *, say: Callable[[str], None] = print,
 
 def _fitting(
     config: Config, base: bases.Base, everything: Sequence, kept: Sequence[int], repeats: Sequence[int], own: int,
-    step: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None],
+    step: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None], shared_by: int,
 ) -> tuple[Config, list[buckets.Fit], int]:  # fmt: skip
     """The first settings down the ladder that are predicted to fit; none does: those asked for.
 
@@ -194,7 +201,8 @@ def _fitting(
         fits = [buckets.fit(p.width, p.height, sizes) for p in everything]
         largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
         store = plan.default_store()
-        prediction = plan.predict(base, lower, size=largest, dtype=dtype, device=device.type, store=store)
+        share = lower.with_(batch_size=-(-lower.batch_size // shared_by))
+        prediction = plan.predict(base, share, size=largest, dtype=dtype, device=device.type, store=store)
         tried.append((lower, fits, prediction, memory.verdict(prediction, free)))
         if tried[-1][-1].fits is not False:
             break
@@ -428,21 +436,29 @@ def start(
 
     Raises:
         ValueError, FileNotFoundError, OSError, FloatingPointError: what is wrong and what to do.
+
+    Of several processes (`accelerate launch`) every one calls this; each batch is shared out among them, and the first
+    alone speaks, listens, writes and returns the finished file.
     """
-    folder, started, stop = Path(folder), time.time(), stop or threading.Event()
-    claim(folder)
-    (folder / "STOP").unlink(missing_ok=True)
-    prepared = prepare(config, folder, say=say, progress=progress)
-    saved = checkpoint.newest(folder / "checkpoints", warn=lambda text: say(f"resume    {text}"))
-    if saved:
-        lower = _come_down(config, prepared, saved.settings)
-        if saved.settings not in [settings(above, prepared) for above in plan.ladder(config)]:
-            _same(saved.settings, settings(prepared.config, prepared), folder)
-        if lower != prepared.config:
-            say(f"memory    goes on with {_changes(config, lower)}, which the run had come down to")
-            prepared = prepare(lower, folder, say=say, progress=progress)
+    folder, started, stop, team = Path(folder), time.time(), stop or threading.Event(), processes.join(config.device)
+    if config.batch_size < team.size:
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared out among {team.size} processes: "
+            f"set it to {team.size} or a multiple, with as much less gradient_accumulation_steps."
+        )
+    if not team.first:
+        say, progress, listeners = lambda _: None, False, ()
+    with team.in_turn():
+        if team.first:
+            claim(folder)
+            (folder / "STOP").unlink(missing_ok=True)
+            prepared, saved = _ready(config, folder, team, say, progress)
+        else:  # as the first one has decided, from what it has encoded
+            config = configs.load(folder / "config.json")
+            prepared = prepare(config.with_(fit_memory=False), folder, say=say, progress=False)
+            prepared = replace(prepared, config=config)
+            saved = checkpoint.newest(folder / "checkpoints", warn=say)
     config, decided = prepared.config, settings(prepared.config, prepared)
-    _write(config, folder)
 
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
@@ -455,15 +471,16 @@ def start(
     while True:
         full = None
         try:
-            _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners, losses)
+            _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners, losses, team)
             break
         except RuntimeError as error:
-            if not train.out_of_memory(error) or len(plan.ladder(config)) == 1:
+            if not train.out_of_memory(error) or len(plan.ladder(config)) == 1 or team.size > 1:
                 raise
             full = str(error).splitlines()[0].split(". ")[0]  # the error itself holds on to what the step allocated
         except train.Diverged as error:
             factor = state.rate_factor / 2
-            saved = _last_good(folder / "checkpoints", config.save_every)
+            with team.in_turn():
+                saved = _last_good(folder / "checkpoints", config.save_every)
             back = saved.step if saved else 0
             if factor < LEAST_FACTOR:
                 raise FloatingPointError(_hopeless(error, config)) from error
@@ -484,6 +501,8 @@ def start(
             per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
             unet = bases.load_unet(prepared.base, dtype, device, config.quantize)
             state = _state(unet, prepared.base, config, device, dtype, saved)
+    if not team.first:
+        return Result(folder, config, state.step, total, [], None, None)
     adapter = state.adapter
     _draw_loss(folder, config)
     if state.step < total:
@@ -509,6 +528,23 @@ def start(
     comparison = compare(prepared.base, lora, prepared.prompts, config, folder / "comparison.png", progress=progress)
     say(f"look      {comparison.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
     return Result(folder, config, total, total, [losses[step] for step in sorted(losses)], lora, comparison, best)
+
+
+def _ready(
+    config: Config, folder: Path, team: processes.Team, say: Callable[[str], None], progress: bool
+) -> tuple[Prepared, checkpoint.Checkpoint | None]:
+    """Prepare a run, or find where it goes on, and write down the settings it has."""
+    prepared = prepare(config, folder, say=say, progress=progress, shared_by=team.size)
+    saved = checkpoint.newest(folder / "checkpoints", warn=lambda text: say(f"resume    {text}"))
+    if saved:
+        lower = _come_down(config, prepared, saved.settings)
+        if saved.settings not in [settings(above, prepared) for above in plan.ladder(config)]:
+            _same(saved.settings, settings(prepared.config, prepared), folder)
+        if lower != prepared.config:
+            say(f"memory    goes on with {_changes(config, lower)}, which the run had come down to")
+            prepared = prepare(lower, folder, say=say, progress=progress, shared_by=team.size)
+    _write(prepared.config, folder)
+    return prepared, saved
 
 
 def _write(config: Config, folder: Path) -> None:
@@ -560,9 +596,25 @@ def _hopeless(error: Exception, config: Config) -> str:
 
 
 def _drain(
-    unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners, losses: dict[int, float]
+    unet,
+    prepared,
+    state,
+    config,
+    folder,
+    decided,
+    total,
+    say,
+    progress,
+    stop,
+    listeners,
+    losses: dict[int, float],
+    team: processes.Team,
 ) -> None:
     """The training itself, with the run's own listeners; saves where it is stopped, puts down each step's loss."""
+    loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config, team)
+    if not team.first:
+        train.run(loop, stop=stop, team=team)
+        return
     stop_file = folder / "STOP"
 
     def watch(step: Step) -> None:
@@ -577,7 +629,6 @@ def _drain(
 
         on_board = _board(folder / "tensorboard", state.step, say)
         log = Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses)
-        loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config)
         keep = checkpoint.every(config.save_every, folder / "checkpoints", state, decided)
         try:
             own = [log, keep, sampler(unet, state, prepared, config, folder, say, on_board), watch]
@@ -588,7 +639,7 @@ def _drain(
                     config, lambda mark: log.marks.update({mark.step: mark.facts()}),
                 )  # fmt: skip
                 own.insert(0, judge)  # before the log, which writes the marks down
-            done = train.run(loop, *own, *listeners, stop=stop)
+            done = train.run(loop, *own, *listeners, stop=stop, team=team)
         finally:
             log.flush()
             if on_board:

@@ -25,6 +25,7 @@ from lorakit.adapter import Adapter
 from lorakit.base import Base
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
+from lorakit.processes import ALONE, Team
 
 LOOK = 10  # steps between two looks at whether steps were skipped
 TOO_MANY = 3  # skipped steps in a row
@@ -238,7 +239,7 @@ def batch_loss(
 
 def steps(
     unet, base: Base, state: State, pictures: Sequence[Encoded], repeats: Sequence[int], texts: dict[str, Text],
-    config: Config,
+    config: Config, team: Team = ALONE,
 ) -> Iterator[Step]:  # fmt: skip
     """Train the adapter on the frozen base, yielding after each optimizer update.
 
@@ -246,6 +247,7 @@ def steps(
         unet: the base's UNet that holds `state.adapter`.
         repeats: times each picture counts in an epoch.
         texts: embeddings of every caption, as `prompts` lists them.
+        team: the processes that share each batch; every one of them goes through the same steps.
 
     Yields:
         A Step for each update from `state.step` to the end; `state` is up to date then.
@@ -262,11 +264,16 @@ def steps(
     unet.train()
     order = lru_cache(2)(lambda epoch: _batches(sizes, repeats, config, epoch))
 
-    def work(step: int) -> tuple[list[list[int]], list[Batch]]:
+    def work(step: int) -> tuple[list[list[int]], list[tuple[Batch, float]]]:
+        """The pictures of a step in batches, and this process's part of each with its share of the mean."""
         group, items, offset = order(step // per_epoch)[step % per_epoch], [], 0
         for indices in group:
+            mine = team.share(len(indices))
+            part, place = indices[mine], offset + mine.start
             for of_class in (False, True) if config.asks_class else (False,):
-                items.append(batch(pictures, texts, indices, step, offset, config, of_class=of_class))
+                if part:
+                    item = batch(pictures, texts, part, step, place, config, of_class=of_class)
+                    items.append((item, len(part) / len(indices)))
             offset += len(indices)
         return group, items
 
@@ -279,10 +286,14 @@ def steps(
         for settings in state.optimizer.param_groups:
             settings["lr"] = rate * settings["ratio"]
         summed = torch.zeros((), device=unet.device)
-        for item in items:
-            value = batch_loss(unet, base, alphas_cumprod, item, config, state.adapter) / len(group)
+        for item, share in items:
+            value = batch_loss(unet, base, alphas_cumprod, item, config, state.adapter) * share / len(group)
             state.scaler.scale(value).backward()
             summed += value.detach()
+        if team.size > 1:
+            for weight in parameters:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            team.add_up([*(weight.grad for weight in parameters), summed])
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
         state.updating = True
@@ -369,8 +380,13 @@ def interruptible(stop: threading.Event) -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def run(loop: Iterable[Step], *listeners: Callable[[Step], None], stop: threading.Event | None = None) -> list[Step]:
+def run(
+    loop: Iterable[Step], *listeners: Callable[[Step], None], stop: threading.Event | None = None, team: Team = ALONE
+) -> list[Step]:
     """Drain the loop, showing listeners every step. An Interrupt, or `stop` set by anyone, ends it after the step.
+
+    Args:
+        team: processes that run the same loop; where one of them is stopped, all stop after the same step.
 
     Returns:
         The steps that were done.
@@ -381,6 +397,6 @@ def run(loop: Iterable[Step], *listeners: Callable[[Step], None], stop: threadin
             done.append(step)
             for listener in listeners:
                 listener(step)
-            if stop.is_set():
+            if team.any(stop.is_set()):
                 break
     return done

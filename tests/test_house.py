@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "lorakit"
 FLOORS = [
-    {"config", "files", "original", "quantize"},
+    {"config", "files", "original", "processes", "quantize"},
     {"dataset", "captions", "buckets", "kohya"},
     {"base", "adapter", "optim", "loss"},
     {"cache", "memory"},
