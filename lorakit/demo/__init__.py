@@ -22,8 +22,9 @@ def config(**changes) -> Config:
     """The demo's settings: the style preset's rank and alpha, with the pace of a model this small."""
     settings = dict(
         base="demo", dataset="demo", kind="style", name="flatto", trigger=TRIGGER, resolution=64, bucket_step=16,
-        rank=32, alpha=16, batch_size=4, steps=500, learning_rate=4e-3, schedule="cosine", warmup_steps=20,
+        targets="attention+conv",  # the finest level has no attention, and flat or shaded is settled there
+        rank=32, alpha=16, batch_size=4, steps=400, learning_rate=1e-3, schedule="cosine", warmup_steps=20,
         min_snr_gamma=None,  # it all but leaves out the noisy timesteps, where a subject and a style are settled
-        save_every=100, sample_every=200, sample_prompts=PROMPTS, sample_steps=20, sample_guidance=4.0,
+        save_every=100, sample_every=200, sample_prompts=PROMPTS, sample_steps=20, sample_guidance=2.0,
     )  # fmt: skip
     return Config(**(settings | changes))

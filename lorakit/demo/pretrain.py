@@ -5,8 +5,9 @@ picture in its variations once, train the UNet with its text encoder, write a di
 about a quarter of an hour for the autoencoder and two hours for the UNet.
 
 The base that ships was made in parts: 3,200 steps towards the noise with attention on every level, 100 towards the
-velocity, then without attention on the first level 4,350 steps of what is below and 380 more (`--peak 8e-4`) with
-made-up words among the captions. It was made before `emoji.FINISHES` were.
+velocity, then without attention on the first level 4,350 steps and 380 more (`--peak 8e-4`) with made-up words among
+the captions, 5,000 (`--peak 1.2e-3`) with `emoji.FINISHES` in equal shares, and 3,400 (`--peak 1.2e-3`) of what is
+below.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch import Tensor
 from lorakit.demo import emoji
 
 CHANNELS_LAST = torch.channels_last
+SEEN = 400  # timestep below which a picture shows through the noise, and is to be believed more than its caption
 TOKENS = 32  # of a caption, padding counted: CLIP's 77 would be padding for the most part, and cost a tenth more
 
 
@@ -294,7 +296,9 @@ def variation(random: np.random.Generator, style: str) -> dict:
         look["hue"] = str(random.choice(list(emoji.HUES)))
     if random.random() < 0.5 and style != "ink":
         # Fluent in flat colours would be all but the new style, which stays unseen.
-        look["finish"] = str(random.choice(emoji.FINISHES[style == "fluent" :]))
+        flat = 0.5 * (style != "fluent")
+        others = (1 - flat) / (len(emoji.FINISHES) - 1)
+        look["finish"] = str(random.choice(emoji.FINISHES, p=[flat] + [others] * (len(emoji.FINISHES) - 1)))
     look["mirrored"] = bool(random.random() < 0.2)
     if random.random() < 0.25:
         look["size"] = "small"
@@ -367,13 +371,13 @@ def encode_pictures(work: Path, sets: dict, subjects: list, variations: int) -> 
 PHRASES = ("{}", "{}", "{}", "{}", "{}", "{}", "a {}", "a {}", "a picture of {}", "a photo of a {}")
 
 
-def training_caption(subject: str, style: str, look: dict, random: np.random.Generator) -> str:
-    """One caption for a picture: now and then without the style, the white background, or any word at all.
+def training_caption(subject: str, style: str, look: dict, random: np.random.Generator, dropped: float = 0.08) -> str:
+    """One caption for a picture: now and then without the style, the white background, or (`dropped`) any word at all.
 
     In one of five the style is a made-up word. It stands with every style alike, so words that the base never saw come
     to mean none of them and leave the subject alone, as they do in a real base: a trigger is such a word.
     """
-    if random.random() < 0.08:
+    if random.random() < dropped:
         return ""
     named = random.random()
     if named < 0.2:
@@ -477,15 +481,20 @@ def hold_then_decay(step: int, steps: int, peak: float, warmup: int = 100, decay
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def mostly_noisy(size: int, random: torch.Generator) -> Tensor:
+def at_both_ends(size: int, random: torch.Generator) -> Tensor:
     """Timesteps, shape (size,), most of them where there is something to learn.
 
-    Half are logit-normal around 0.62 (Esser et al. 2024, arXiv:2403.03206), because on so few latent cells a subject is
-    settled early in sampling; half are uniform, for what low noise leaves to do: edges, and surfaces without smears.
+    A quarter are logit-normal around 0.62 (Esser et al. 2024, arXiv:2403.03206), because on so few latent cells a
+    subject is settled early in sampling; half are around 0.2, for what low noise leaves to do: edges, and surfaces
+    without smears; the others are uniform.
     """
-    noisy = torch.sigmoid(0.5 + torch.randn(size, generator=random))
+    normal = torch.randn(size, generator=random)
     uniform = torch.rand(size, generator=random)
-    return (torch.where(torch.arange(size) % 2 > 0, noisy, uniform) * 1000).long().clamp(0, 999)
+    kind = torch.arange(size) % 4
+    share = torch.where(
+        kind == 0, torch.sigmoid(0.5 + normal), torch.where(kind == 1, uniform, (normal - 1.4).sigmoid())
+    )
+    return (share * 1000).long().clamp(0, 999)
 
 
 def train_unet(
@@ -534,14 +543,17 @@ def train_unet(
         draws = np.random.default_rng([3, step])
         random = generator(3, step)
         picks = draws.integers(len(rows), size=batch)
-        kinds = np.where(draws.random(batch) < 0.5, 0, draws.integers(latents.shape[1], size=batch))
-        captions = [training_caption(*rows[p][:2], rows[p][2][k], draws) for p, k in zip(picks, kinds, strict=True)]
+        kinds = np.where(draws.random(batch) < 0.4, 0, draws.integers(latents.shape[1], size=batch))
+        timesteps = at_both_ends(batch, random)
+        captions = [
+            training_caption(*rows[p][:2], rows[p][2][k], draws, dropped=0.5 if t < SEEN else 0.08)
+            for p, k, t in zip(picks, kinds, timesteps.tolist(), strict=True)
+        ]
         tokens = tokenizer(
             captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).input_ids
         clean = latents[picks, kinds].float()
         noise = torch.randn(clean.shape, generator=random)
-        timesteps = mostly_noisy(batch, random)
         a = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * clean + (1 - a).sqrt() * noise).to(memory_format=CHANNELS_LAST)
         for group in optimizer.param_groups:
