@@ -245,6 +245,7 @@ def _build(
         for name, layer in quantize.layers(unet) if config.quantize != "none" else ():
             parent, _, child = name.rpartition(".")
             held = _Held(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
+            held.kind = config.quantize
             setattr(unet.get_submodule(parent), child, held)
         adapter = adapters.fresh(unet, config) if adapted else None
     for module in unet.modules() if norms_in_float32 else ():
@@ -310,24 +311,33 @@ _FLOPS = flop_registry | {  # torch counts the attention kernels of cards alone
 
 
 class _Dequantized(torch.autograd.Function):
-    """A linear layer whose weight is made anew from its few bits, for the way there and for the way back."""
+    """A linear layer whose weight is made anew from its few bits for the way back; NF4's for the way there as well."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, kind):
         ctx.save_for_backward(weight)
-        return F.linear(x, torch.empty_like(weight), bias)
+        if kind == "nf4":
+            return F.linear(x, torch.empty_like(weight), bias)
+        # int8 multiplies int8 pictures of the input: bitsandbytes makes those by way of float16, and int32 of them.
+        picture = torch.empty_like(x.to(torch.float16), dtype=torch.int8)
+        product = torch.empty(*picture.shape[:-1], weight.shape[0], dtype=torch.int32)
+        result = F.linear(x, weight, bias)
+        del product
+        return result
 
     @staticmethod
     def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
-        return gradient @ torch.empty_like(weight), None, None
+        return gradient @ torch.empty_like(weight), None, None, None
 
 
 class _Held(nn.Linear):
     """What `quantize.hold` puts into a UNet, as far as memory goes."""
 
+    kind: str
+
     def forward(self, x):
-        return _Dequantized.apply(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+        return _Dequantized.apply(x.to(self.weight.dtype), self.weight, self.bias, self.kind).to(x.dtype)
 
 
 class _Ledger(TorchDispatchMode):

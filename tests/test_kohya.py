@@ -111,7 +111,7 @@ def test_the_guis_preset(tmp_path):
         ({"lr_warmup_steps": 50}, "left out, as sd-scripts ignores it"),
         ({"network_module": "networks.oft"}, "network_module=networks.oft: lorakit trains LoRA and LoCon"),
         ({"network_module": "lycoris.kohya", "network_args": ["algo=lokr"]}, "algo=lokr: lorakit trains LoRA"),
-        ({"network_weights": "old.safetensors"}, "network_weights=old.safetensors: lorakit has no such setting"),
+        ({"optimizer_state": "old.pt"}, "optimizer_state=old.pt: lorakit has no such setting"),
         ({"bucket_no_upscale": True}, "bucket_no_upscale: small pictures are scaled up here"),
     ],
 )

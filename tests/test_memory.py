@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit import adapter, base, loss, memory, optim, plan, quantize
 from lorakit.config import Config
@@ -118,6 +119,7 @@ class RealStep:
         for weight in self.unet.parameters():
             if scales := getattr(weight, "quant_state", None):  # what NF4 keeps beside the weights
                 state += [scales.absmax, scales.code, scales.offset, scales.state2.absmax, scales.state2.code]
+        state += [module.state.SCB for module in self.unet.modules() if hasattr(module, "state")]  # int8's scales
         return sum(tensor.nbytes for tensor in [*self.unet.parameters(), *state])
 
     def peak(self, side: int) -> int:
@@ -138,8 +140,8 @@ def check(predicted: memory.Prediction, step: RealStep, side: int) -> None:
     resident, moment = step.resident(), step.peak(side)
     assert predicted.weights + predicted.adapter + predicted.optimizer == resident
     assert predicted.peak == pytest.approx(resident + moment, rel=0.05)
-    # The kernels' own scratch, which the prediction does not know, is a tenth of a MiB here and a trifle on a card.
-    assert predicted.gradients + predicted.activations == pytest.approx(moment, rel=0.05, abs=200_000)
+    # What the CPU's convolutions keep for themselves on the way back, a second copy of their result, is not predicted.
+    assert predicted.gradients + predicted.activations == pytest.approx(moment, rel=0.05, abs=400_000)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
@@ -164,6 +166,18 @@ def test_a_base_in_four_bits(checkpointing):
     predicted = memory.predict(make_base("narrow sdxl"), config, size=(256, 256), dtype=torch.float32, device="cpu")
     check(predicted, RealStep("narrow sdxl", torch.float32, config), 256)
     assert predicted.weights < 0.7 * predict("narrow sdxl").weights
+
+
+def test_a_base_in_eight_bits():
+    # The CPU multiplies floats where a card multiplies integers: what stays is compared, the moment is not.
+    config = make_config(quantize="int8", gradient_checkpointing=True)
+    predicted = memory.predict(make_base("narrow sdxl"), config, size=(256, 256), dtype=torch.bfloat16, device="cuda")
+    step = RealStep("narrow sdxl", torch.bfloat16, config)
+    step(256)
+    assert predicted.weights + predicted.adapter + predicted.optimizer == step.resident()
+    four = predict("narrow sdxl", 256, torch.bfloat16, "cuda", quantize="nf4", gradient_checkpointing=True)
+    assert four.weights < predicted.weights < predict("narrow sdxl", 256, torch.bfloat16, "cuda").weights
+    assert predicted.activations >= four.activations
 
 
 def test_gradients_wait_for_the_last_micro_batch():
@@ -373,11 +387,22 @@ def test_the_guides_comparison_of_methods():
     assert 10e6 < lora.file_size < 150e6 and 2e9 < full.file_size < 4e9 and 30e3 < words.file_size < 100e3
 
 
+def bare_answer(name: str, side: int) -> int:
+    """Floating-point operations of a real UNet without an adapter, the way there alone."""
+    step = RealStep(name, torch.float32, make_config())
+    adapter.eject(step.unet)
+    cells, width = side // step.base.vae_factor, step.base.configs["unet"]["cross_attention_dim"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step.unet(torch.randn(1, 4, cells, cells), 1, torch.randn(1, 77, width))
+    return counter.get_total_flops()
+
+
 def test_the_classs_share_of_the_work_is_counted():
     plain = predict("demo", 32).flops
     trained = {"regularisation": "class", "prior_prediction": True}
     of_class = {"trigger": "sks", "class_word": "cat", "prior_prediction": True}
-    answer = predict("demo", 32, **trained).flops - plain  # the bare base's, forward alone
-    assert 0.25 * plain < answer < 0.5 * plain
+    answer = predict("demo", 32, **trained).flops - plain
+    bare = bare_answer("demo", 32)
+    assert bare <= answer < 1.1 * bare  # the adapter's share is a few hundredths
     assert predict("demo", 32, **of_class).flops == 2 * plain + answer
     assert predict("demo", 32, gradient_accumulation_steps=2, **of_class).flops == 2 * (2 * plain + answer)
