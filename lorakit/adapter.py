@@ -1,18 +1,24 @@
-"""LoRA layers on a frozen UNet: inject, set their strength, read and load their weights, eject.
+"""Adapter layers on a frozen UNet: inject, set their strength, read and load their weights, eject.
 
 PEFT makes the layers; the names and their number are checked here against what the UNet's config says there must be,
 because a renamed class would otherwise train half of a LoRA in silence.
+
+What a layer learns are its parts, under the names that files give them: "down" and "up" of a LoRA, "dora_scale" beside
+them in DoRA, "hada_w1_a" … of LoHa, "lokr_w1" … of LoKr. `change` is the one place that says what they mean.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.config import Config
+from lorakit import quantize
+from lorakit.config import WHOLE, Config
 
 NAME = "default"
 TRANSFORMER = re.compile(
@@ -26,25 +32,22 @@ RESNET = re.compile(
 
 @dataclass
 class Adapter:
-    """LoRA layers that sit in a UNet."""
+    """Adapter layers that sit in a UNet."""
 
     unet: nn.Module
     layers: dict[str, nn.Module]  # module path in the UNet -> PEFT's layer around the frozen one
     ranks: dict[str, int]
     alphas: dict[str, float]
     targets: str
+    algorithm: str = "lora"
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable weights, in a fixed order."""
-        return [weight for layer in self.layers.values() for weight in _pair(layer)]
+        return list(self.state().values())
 
-    def state(self) -> dict[str, Tensor]:
-        """The live weights by name: `<module>.down` (r, in[, k, k]) and `<module>.up` (out, r[, 1, 1])."""
-        return {
-            f"{name}.{part}": weight
-            for name, layer in self.layers.items()
-            for part, weight in zip(("down", "up"), _pair(layer), strict=True)
-        }
+    def state(self) -> dict[str, nn.Parameter]:
+        """The live weights by name, `<module>.<part>`: `….down` (r, in[, k, k]), `….up` (out, r[, 1, 1]) and so on."""
+        return {f"{name}.{part}": w for name, layer in self.layers.items() for part, w in parts(layer).items()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -58,15 +61,184 @@ class Adapter:
         wrong += [f"{k} {tuple(state[k].shape)}" for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
         if wrong:
             raise ValueError(
-                f"{len(wrong)} weights do not fit this adapter (rank {max(self.ranks.values())}, {self.targets}): "
-                f"{', '.join(wrong[:4])}{' …' if len(wrong) > 4 else ''}. They are another run's or base's."
+                f"{len(wrong)} weights do not fit this adapter ({self.algorithm}, rank {max(self.ranks.values())}, "
+                f"{self.targets}): {', '.join(wrong[:4])}{' …' if len(wrong) > 4 else ''}. "
+                "They are another run's or base's."
             )
         for name, weight in own.items():
             weight.copy_(state[name])
 
 
-def _pair(layer) -> tuple[nn.Parameter, nn.Parameter]:
-    return layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+# ── What a layer learns, and what it means ──────────────────────────────────────────────────────────────────────────
+
+
+def parts(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """What a layer learns, by the names its file uses."""
+    if hasattr(layer, "lora_A"):
+        found = {"down": layer.lora_A[NAME].weight, "up": layer.lora_B[NAME].weight}
+        return found | ({"dora_scale": layer.dora_scale} if hasattr(layer, "dora_scale") else {})
+    return {name: getattr(layer, name)[NAME] for name in layer.adapter_layer_names if NAME in getattr(layer, name, ())}
+
+
+def algorithm(names: Iterable[str]) -> str:
+    """What parts of these names make: "lora", "dora", "loha" or "lokr"."""
+    names = set(names)
+    if names == {"down", "up"}:
+        return "lora"
+    if names == {"down", "up", "dora_scale"}:
+        return "dora"
+    if names == {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}:
+        return "loha"
+    pairs = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}), ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
+    if any(names == one | two for one in pairs[0] for two in pairs[1]):
+        return "lokr"
+    raise ValueError(f"{', '.join(sorted(names))} make no adapter")
+
+
+def rank_of(parts: Mapping[str, Tensor]) -> int | None:
+    """The rank of a layer's parts; None of a LoKr that has nothing of low rank, and no scale either then."""
+    for name in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        if name in parts:
+            return parts[name].shape[0]
+    return None
+
+
+def size(parts: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(out, in · k · k) of the weight that a layer's parts change.
+
+    Raises:
+        ValueError: they are of no known algorithm, or do not go together.
+    """
+    kind = algorithm(parts)
+
+    def product(a: Tensor, b: Tensor) -> tuple[int, int]:
+        if a.shape[1] != b.shape[0] or any(n != 1 for n in a.shape[2:]):
+            raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} do not match")
+        return a.shape[0], b[0].numel()
+
+    if kind in ("lora", "dora"):
+        if parts["down"].ndim != parts["up"].ndim:
+            raise ValueError(f"shapes {tuple(parts['up'].shape)} and {tuple(parts['down'].shape)} do not match")
+        return product(parts["up"], parts["down"])
+    prefix = {"loha": "hada", "lokr": "lokr"}[kind]
+    one, two = (
+        (parts[whole].shape[0], parts[whole][0].numel())
+        if (whole := f"{prefix}_w{n}") in parts
+        else product(parts[f"{whole}_a"], parts[f"{whole}_b"])
+        for n in (1, 2)
+    )
+    if kind == "lokr":
+        return one[0] * two[0], one[1] * two[1]
+    if one != two:
+        raise ValueError(f"shapes {one} and {two} do not match")
+    return one
+
+
+def change(parts: Mapping[str, Tensor], alpha: float, weight: Tensor | None = None) -> Tensor:
+    """What a layer's parts add to a weight at strength 1: (out, in · k · k), float32.
+
+    Args:
+        weight: the frozen one, (out, in[, k, k]); asked of DoRA alone, whose change depends on it.
+
+    Source: as `inject`; LoHa's and LoKr's layout as LyCORIS writes it.
+    """
+    parts = {name: part.float() for name, part in parts.items()}
+    kind, rank = algorithm(parts), rank_of(parts)
+    if kind in ("lora", "dora"):
+        product = parts["up"].flatten(1) @ parts["down"].flatten(1)
+    elif kind == "loha":
+        product = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    else:
+        one, two = (
+            parts[whole].flatten(1)
+            if (whole := f"lokr_w{n}") in parts
+            else parts[f"{whole}_a"] @ parts[f"{whole}_b"].flatten(1)
+            for n in (1, 2)
+        )
+        product = torch.kron(one, two)
+    product = product * (alpha / rank if rank else 1.0)
+    if kind != "dora":
+        return product
+    before = weight.float()
+    merged = before + product.view_as(before)
+    return (merged * (parts["dora_scale"].reshape(_row(before)) / _column_norm(merged)) - before).flatten(1)
+
+
+def _row(weight: Tensor) -> tuple[int, ...]:
+    """The shape that holds a number for each input of a weight: (1, in[, 1, 1])."""
+    return (1, weight.shape[1], *[1] * (weight.ndim - 2))
+
+
+def _column_norm(weight: Tensor) -> Tensor:
+    """The length of what each input contributes to all outputs: (1, in[, 1, 1])."""
+    return weight.square().sum(dim=[0, *range(2, weight.ndim)], keepdim=True).sqrt()
+
+
+def delta(adapter: Adapter, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the adapter adds to a module's weight at strength 1, in the weight's shape, float32.
+
+    Args:
+        dtype: what the parts are rounded to first, as a file does.
+    """
+    layer = adapter.layers[name]
+    frozen = layer.get_base_layer()
+    rounded = {part: weight.detach().to(dtype) for part, weight in parts(layer).items()}
+    weight = quantize.weight(frozen) if adapter.algorithm == "dora" else None
+    return change(rounded, adapter.alphas[name], weight).view(quantize.shape(frozen))
+
+
+# ── DoRA ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _make_dora(layer: nn.Module) -> None:
+    """Let a LoRA layer (in place) learn the length of each column of its weight beside the direction.
+
+    A column is an input's: the paper's reading, and the one on which A1111, Forge, ComfyUI and LyCORIS agree; PEFT
+    takes rows, which they read differently from each other. Scaling a column is scaling that input, so no merged
+    weight is ever made.
+
+    Source: Liu et al. 2024, arXiv:2402.09353; its 4.3 for the norm that counts as a constant in the gradient.
+    """
+    weight = quantize.weight(layer.get_base_layer()).float()
+    layer.register_buffer("column_squares", weight.square().sum(dim=[0, *range(2, weight.ndim)]), persistent=False)
+    layer.dora_scale = nn.Parameter(layer.column_squares.sqrt().view(_row(weight)))
+    layer.strength = 1.0
+    layer.forward = MethodType(_dora_forward, layer)
+
+
+def _dora_forward(layer, x: Tensor, *args, **kwargs) -> Tensor:
+    if layer.strength == 0:
+        return layer.base_layer(x, *args, **kwargs)
+    share = layer.dora_scale / _merged_norm(layer).view_as(layer.dora_scale) - 1  # small, so rounding it loses little
+    full = type(layer).forward(layer, torch.addcmul(x, x, share.to(x.dtype)), *args, **kwargs)
+    return full if layer.strength == 1 else torch.lerp(layer.base_layer(x, *args, **kwargs), full, layer.strength)
+
+
+@torch.no_grad()
+def _merged_norm(layer) -> Tensor:
+    """‖W + s·B·A‖ of each column, (in,), float32: the square multiplied out, so that B·A is never made."""
+    weight = quantize.weight(layer.base_layer)
+    down, up, scale = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight.flatten(1), layer.scaling[NAME]
+    flat = down.flatten(1)
+    with torch.autocast(weight.device.type, enabled=False):
+        across = (up.T.to(weight.dtype) @ weight.flatten(1)).float() * flat
+        own = ((up.T @ up) @ flat) * flat
+    summed = (2 * scale * across + scale**2 * own).sum(0)
+    return (layer.column_squares + summed.view(down.shape[1], -1).sum(1)).clamp(min=1e-12).sqrt()
+
+
+# ── LoHa and LoKr ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _whole_forward(layer, x: Tensor) -> Tensor:
+    """In place of PEFT's own, which asks the random numbers at each call whether to be left out."""
+    frozen, added = layer.base_layer, layer.get_delta_weight(NAME).to(x.dtype)
+    if isinstance(frozen, nn.Conv2d):
+        return frozen(x) + F.conv2d(x, added, None, frozen.stride, frozen.padding, frozen.dilation, frozen.groups)
+    return frozen(x) + F.linear(x, added)
+
+
+# ── Into the UNet and out of it ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def target_names(unet: nn.Module, targets: str = "attention") -> list[str]:
@@ -123,11 +295,14 @@ def inject(
     modules: Sequence[str] | None = None,
     ranks: dict[str, int] | None = None,
     alphas: dict[str, float] | None = None,
+    algorithm: str = "lora",
+    factor: int | None = None,
+    decompose_both: bool = False,
     seed: int = 0,
 ) -> Adapter:
-    """Put fresh LoRA layers into the UNet (in place) and freeze everything else. `eject` is the inverse.
+    """Put fresh adapter layers into the UNet (in place) and freeze everything else. `eject` is the inverse.
 
-    The up matrices are zero, so the UNet's output is unchanged until training; weights are float32 whatever the
+    One part of each is zero, so the UNet's output is unchanged until training; weights are float32 whatever the
     base's dtype (GradScaler cannot unscale half-precision gradients).
 
     Args:
@@ -135,39 +310,60 @@ def inject(
         conv_rank, conv_alpha: of the 3×3 convolutions, the same when None.
         modules: adapt these instead of what `targets` names (an adapter read from a file).
         ranks, alphas: by module, over the ones above.
-        seed: of the down matrices.
+        algorithm: "lora"; "dora" (direction and length apart); "loha" (the product, place by place, of two LoRAs);
+            "lokr" (a small matrix and a LoRA, or two matrices, multiplied block by block).
+        factor: of LoKr, the size of the small matrix; None makes the two as equal as can be.
+        decompose_both: of LoKr, the small matrix is of low rank as well.
+        seed: of the parts that are not zero.
 
     Raises:
         RuntimeError: an adapter is already there.
+        ValueError: LoHa or LoKr on a quantized base.
 
-    Source: Hu et al. 2021, arXiv:2106.09685; Yeh et al. 2023, arXiv:2309.14859 for the convolutions.
+    Source: Hu et al. 2021, arXiv:2106.09685 (LoRA); Yeh et al. 2023, arXiv:2309.14859 (LoCon, LoHa, LoKr); Hyeon-Woo
+    et al. 2021, arXiv:2108.06098 (LoHa); Liu et al. 2024, arXiv:2402.09353 (DoRA).
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if any(isinstance(module, BaseTunerLayer) for module in unet.modules()):
         raise RuntimeError("This UNet already holds an adapter. Call adapter.eject(unet) first.")
     names = list(modules) if modules is not None else target_names(unet, targets)
     kernels = {name: unet.get_submodule(name) for name in names}
+    if algorithm in WHOLE and any(quantize.held(kernel) for kernel in kernels.values()):
+        raise ValueError(f"algorithm {algorithm!r} needs a base that is not quantized. Use 'lora' or 'dora'.")
     wide = {n for n, m in kernels.items() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)}
     ranks = {n: (conv_rank or rank) if n in wide else rank for n in names} | (ranks or {})
     alphas = {n: float((conv_alpha or alpha) if n in wide else alpha) for n in names} | (alphas or {})
     exact = {f"^{re.escape(n)}$": n for n in names}
-    settings = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights=True,
-        rank_pattern={p: ranks[n] for p, n in exact.items() if ranks[n] != rank},
-        alpha_pattern={p: alphas[n] for p, n in exact.items() if alphas[n] != alpha},
-    )  # fmt: skip
+    common = {
+        "r": rank, "target_modules": names, "rank_pattern": {p: ranks[n] for p, n in exact.items() if ranks[n] != rank},
+        "alpha_pattern": {p: alphas[n] for p, n in exact.items() if alphas[n] != alpha},
+    }  # fmt: skip
+    if algorithm in ("lora", "dora"):
+        settings = LoraConfig(lora_alpha=alpha, init_lora_weights=True, **common)
+    elif algorithm == "loha":
+        settings = LoHaConfig(alpha=alpha, **common)
+    elif algorithm == "lokr":
+        settings = LoKrConfig(alpha=alpha, decompose_factor=factor or -1, decompose_both=decompose_both, **common)
+    else:
+        raise ValueError(f"algorithm {algorithm!r} is unknown. Use 'lora', 'dora', 'loha' or 'lokr'.")
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, unet, NAME)
     layers = {name: unet.get_submodule(name) for name in names}
-    for layer in layers.values():
-        for weight in _pair(layer):
+    for name, layer in layers.items():
+        if algorithm == "dora":
+            _make_dora(layer)
+        elif algorithm in WHOLE:
+            layer.forward = MethodType(_whole_forward, layer)
+        for weight in parts(layer).values():
             weight.data = weight.data.float()
             weight.requires_grad_(True)
-    return Adapter(unet, layers, ranks, alphas, targets)
+        if rank_of(parts(layer)) is None:  # LyCORIS, and all who read its files, give it no scale
+            alphas[name], layer.scaling[NAME] = float(ranks[name]), 1.0
+    return Adapter(unet, layers, ranks, alphas, targets, algorithm)
 
 
 def fresh(unet: nn.Module, config: Config) -> Adapter:
@@ -195,8 +391,9 @@ def fresh(unet: nn.Module, config: Config) -> Adapter:
         alphas[name] = alpha * (ranks[name] ** 0.5 if config.rank_stabilized else ranks[name] / rank)
     ranks = {name: ranks[name] for name in modules}
     return inject(
-        unet, config.rank, config.alpha, config.targets, modules=modules, ranks=ranks, alphas=alphas, seed=config.seed
-    )
+        unet, config.rank, config.alpha, config.targets, modules=modules, ranks=ranks, alphas=alphas, seed=config.seed,
+        algorithm=config.algorithm, factor=config.lokr_factor,
+    )  # fmt: skip
 
 
 def of_place(values: dict, module: str):
@@ -229,19 +426,23 @@ def eject(unet: nn.Module) -> None:
 
 @contextmanager
 def strength(adapter: Adapter, value: float) -> Iterator[None]:
-    """Use the adapter at a strength (1 is as trained, 0 is the bare base) inside a `with` block."""
-    before = {name: layer.scaling[NAME] for name, layer in adapter.layers.items()}
+    """Use the adapter at a strength (1 is as trained, 0 is the bare base) inside a `with` block.
+
+    In between a weight is in between too: W + value · ΔW, as the programs that read the files do it.
+    """
+    dora = adapter.algorithm == "dora"
+    before = {name: layer.strength if dora else layer.scaling[NAME] for name, layer in adapter.layers.items()}
+
+    def put(layer, number: float) -> None:
+        if dora:
+            layer.strength = number
+        else:
+            layer.scaling[NAME] = number
+
     try:
         for name, layer in adapter.layers.items():
-            layer.scaling[NAME] = value * adapter.alphas[name] / adapter.ranks[name]
+            put(layer, value if dora else value * adapter.alphas[name] / adapter.ranks[name])
         yield
     finally:
         for name, layer in adapter.layers.items():
-            layer.scaling[NAME] = before[name]
-
-
-def delta(adapter: Adapter, name: str) -> Tensor:
-    """What the adapter adds to a module's weight at strength 1: (alpha / rank) · up · down, in the weight's shape."""
-    down, up = _pair(adapter.layers[name])
-    product = up.flatten(1).float() @ down.flatten(1).float()
-    return product.view(up.shape[0], *down.shape[1:]) * (adapter.alphas[name] / adapter.ranks[name])
+            put(layer, before[name])

@@ -18,6 +18,7 @@ from pydantic import (
 
 Kind = Literal["character", "style", "object", "clothing"]
 Family = Literal["sd15", "sd2", "sdxl"]
+WHOLE = ("loha", "lokr")  # algorithms that need the base's weights as they are, not in fewer bits
 
 HUB_BASES: dict[str, str] = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -72,6 +73,12 @@ class Config(BaseModel):
     class_word: str = Field("", description="what the trigger is one of ('woman'), for prior_prediction")
 
     # The adapter
+    algorithm: Literal["lora", "dora", "loha", "lokr"] = Field(
+        "lora", description="what is trained; A1111, Forge and ComfyUI read all of them, diffusers 'lora' alone"
+    )
+    lokr_factor: int | None = Field(
+        None, ge=2, description="of 'lokr': side of the small matrix; None makes both as equal as can be"
+    )
     rank: int = Field(32, ge=1, le=1024)
     alpha: float = Field(16, gt=0, description="scale is alpha / rank")
     rank_stabilized: bool = Field(False, description="rsLoRA: scale is alpha / √rank, for high ranks")
@@ -188,6 +195,11 @@ class Config(BaseModel):
             raise ValueError(
                 "prior_prediction without regularisation pictures asks the base about each caption with the trigger "
                 f"exchanged for class_word: set both (trigger is {self.trigger!r}, class_word {self.class_word!r})."
+            )
+        if self.quantize != "none" and self.algorithm in WHOLE:
+            raise ValueError(
+                f"algorithm {self.algorithm!r} needs the whole weights of the base: set quantize to 'none', or use "
+                "'lora' or 'dora'."
             )
         if self.min_timestep >= self.max_timestep:
             raise ValueError(f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.")

@@ -57,6 +57,9 @@ def kohya_name(module: str, family: str) -> str:
     return "lora_unet_" + (adaptable()[module] if family == "sdxl" else module).replace(".", "_")
 
 
+KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight"}  # what LyCORIS adds is called in files as it is here
+
+
 # ── Writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -82,13 +85,13 @@ def save(
     path = Path(path)
     if layout != "kohya" or path.suffix != ".safetensors":
         raise ValueError(f"layout {layout!r} in {path.name}: LoRAs are written in layout 'kohya' as .safetensors.")
-    state, tensors = adapter.state(), {}
-    for module in adapter.layers:
+    tensors = {}
+    for module, layer in adapter.layers.items():
         name = kohya_name(module, base.family)
         # A float32 alpha keeps scales such as 0.3 exact; every reader takes it with .item().
         tensors[f"{name}.alpha"] = torch.tensor(adapter.alphas[module], dtype=torch.float32)
-        tensors[f"{name}.lora_down.weight"] = state[f"{module}.down"].detach().to("cpu", dtype).contiguous()
-        tensors[f"{name}.lora_up.weight"] = state[f"{module}.up"].detach().to("cpu", dtype).contiguous()
+        for part, weight in adapters.parts(layer).items():
+            tensors[f"{name}.{KOHYA.get(part, part)}"] = weight.detach().to("cpu", dtype).contiguous()
     _finite(tensors, path.name, f"Training diverged, or they exceed {dtype}: use an earlier checkpoint, or float32")
     metadata = {"modelspec.title": path.stem} | _facts(adapter, base) | (metadata or {})
     _private(metadata)
@@ -155,26 +158,32 @@ def _facts(adapter: Adapter, base: Base) -> dict[str, str]:
     v, xl = base.prediction_type == "v_prediction", base.family == "sdxl"
     version = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[base.family]
     architecture = {"sd15": "v1", "sd2": "v2-768-v" if v else "v2-512", "sdxl": "xl-v1-base"}[base.family]
-    shapes = {name.removesuffix(".down"): weight.shape for name, weight in adapter.state().items()}
+    shapes = {module: quantize.shape(layer.get_base_layer()) for module, layer in adapter.layers.items()}
     wide = [module for module in adapter.layers if _wide(shapes[module])]
     narrow = [module for module in adapter.layers if not _wide(shapes[module])] or wide
+    lycoris = {"lora": {}, "dora": {"algo": "lora", "dora_wd": "True"}}.get(
+        adapter.algorithm, {"algo": adapter.algorithm}
+    )
     facts = {
         "ss_base_model_version": version + "_v" * (v and not xl), "ss_v2": str(base.family == "sd2"),
-        "ss_sd_model_name": base.name, "ss_network_module": "networks.lora",
+        "ss_sd_model_name": base.name, "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
         "ss_network_dim": f"{_usual(adapter.ranks[m] for m in narrow)}",
         "ss_network_alpha": f"{_usual(adapter.alphas[m] for m in narrow):g}",
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-{architecture}/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if xl else "diffusers",
         "modelspec.prediction_type": "v" if v else base.prediction_type,
     }  # fmt: skip
+    arguments = lycoris
     if wide:
         dim, alpha = _usual(adapter.ranks[m] for m in wide), _usual(adapter.alphas[m] for m in wide)
-        facts["ss_network_args"] = json.dumps({"conv_dim": f"{dim}", "conv_alpha": f"{alpha:g}"})
+        arguments = arguments | {"conv_dim": f"{dim}", "conv_alpha": f"{alpha:g}"}
+    if arguments:
+        facts["ss_network_args"] = json.dumps(arguments)
     return facts
 
 
 def _wide(shape: Sequence[int]) -> bool:
-    """Whether a down matrix is that of a convolution over more than one pixel."""
+    """Whether a weight or down matrix is that of a convolution over more than one pixel."""
     return max(shape[2:], default=1) > 1
 
 
@@ -286,11 +295,13 @@ PARTS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up",  # PEFT, diffusers
     ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers before PEFT
     "_lora.down.weight": "down", "_lora.up.weight": "up",  # its attention processors
+    **{f".{part}": part for part in ("dora_scale", *(f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"),
+                                     *(f"lokr_w{n}{side}" for n in (1, 2) for side in ("", "_a", "_b")))},  # LyCORIS
 }  # fmt: skip
 TEXT = re.compile(r"lora_te\d?_|text_encoder|(base_model\.model\.)?text_model|bundle_emb")
 OTHERS = {
-    "dora_scale": "DoRA", "lora_magnitude": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
-    "lora_mid": "CP-LoCon",
+    "lora_magnitude": "PEFT's DoRA", "hada_t": "Tucker LoHa", "lokr_t": "Tucker LoKr", "oft_": "OFT",
+    "lora_mid": "Tucker LoCon",
 }  # fmt: skip
 DISGUISES = {
     b"PK": "a zip or a PyTorch pickle", b"\x80": "a pickle", b"<": "a web page: the download was refused",
@@ -305,9 +316,19 @@ class Lora:
     name: str  # of the file
     family: str | None  # "sd15", "sd2" or "sdxl" by its keys and shapes, else by its metadata
     metadata: dict[str, str] = field(repr=False)
-    modules: dict[str, tuple[Tensor, Tensor, float]] = field(repr=False)
-    """diffusers' path in the UNet → down (r, in[, k, k]), up (out, r[, 1, 1]), alpha."""
+    modules: dict[str, tuple[dict[str, Tensor], float]] = field(repr=False)
+    """diffusers' path in the UNet → its parts, as `adapter.parts` names them, and its alpha."""
     text_encoder: dict[str, Tensor] = field(repr=False)  # set aside as they are: only UNets are adapted
+
+    @property
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The modules' parts without their alphas."""
+        return {module: parts for module, (parts, _) in self.modules.items()}
+
+    @property
+    def algorithm(self) -> str:
+        """ "lora", "dora", "loha" or "lokr"; of several the one that most modules have."""
+        return _usual(adapters.algorithm(parts) for parts in self.parts.values()) if self.modules else "lora"
 
 
 @contextmanager
@@ -332,12 +353,12 @@ def _sort(keys: Sequence[str], name: str) -> tuple[dict[str, dict[str, str]], li
     """{module: {"down": key, "up": key, "alpha": key}} of the UNet, and the keys of text encoders.
 
     Raises:
-        ValueError: no LoRA, or one of another method or kind of model; a module without both matrices.
+        ValueError: no LoRA, or one of another method or kind of model; a module without all its parts.
     """
     modules, text, unknown = defaultdict(dict), [], []
     for key in keys:
         if method := next((method for mark, method in OTHERS.items() if mark in key), None):
-            raise ValueError(f"{name} is a {method} file; lorakit reads plain LoRA and LoCon.")
+            raise ValueError(f"{name} is a {method} file; lorakit reads LoRA, LoCon, DoRA, LoHa and LoKr.")
         suffix = next((suffix for suffix in PARTS if key.endswith(suffix)), "")
         module = _module(key.removesuffix(suffix)) if suffix else None
         if TEXT.match(key):
@@ -353,8 +374,10 @@ def _sort(keys: Sequence[str], name: str) -> tuple[dict[str, dict[str, str]], li
         some = f"{len(unknown)} of its weights are something else, first {unknown[0]}" if unknown else "it is empty"
         raise ValueError(f"{name} is no LoRA: {some}.")
     for module, parts in modules.items():
-        if not {"down", "up"} <= parts.keys():
-            raise ValueError(f"{name} is damaged: of {module} it holds {', '.join(sorted(parts))} alone.")
+        try:
+            adapters.algorithm(parts.keys() - {"alpha"})
+        except ValueError:
+            raise ValueError(f"{name} is damaged: of {module} it holds {', '.join(sorted(parts))} alone.") from None
     return dict(modules), text
 
 
@@ -367,18 +390,18 @@ def _module(stem: str) -> str | None:
     return path if path in adaptable() else None
 
 
-def _family(downs: dict[str, tuple[str, Sequence[int]]], metadata: dict[str, str]) -> str | None:
+def _family(modules: dict[str, tuple[str, int]], metadata: dict[str, str]) -> str | None:
     """Which family a LoRA is for: by what only one has, else by what the file says of itself.
 
     Args:
-        downs: module → key and shape of its down matrix.
+        modules: module → one of its keys, and the inputs of the weight that it changes.
     """
-    if any("transformer_blocks.1." in module for module in downs):
+    if any("transformer_blocks.1." in module for module in modules):
         return "sdxl"
-    for module, (_, shape) in downs.items():
-        if module.endswith(("attn2.to_k", "attn2.to_v")) and shape[1] in (768, 1024, 2048):  # width of the text
-            return {768: "sd15", 1024: "sd2", 2048: "sdxl"}[shape[1]]
-    if any(re.search(r"(input|output)_blocks_|middle_block_", key) for key, _ in downs.values()):
+    for module, (_, inputs) in modules.items():
+        if module.endswith(("attn2.to_k", "attn2.to_v")) and inputs in (768, 1024, 2048):  # width of the text
+            return {768: "sd15", 1024: "sd2", 2048: "sdxl"}[inputs]
+    if any(re.search(r"(input|output)_blocks_|middle_block_", key) for key, _ in modules.values()):
         return "sdxl"
     said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
     found = re.search(r"(?:sd_|stable-diffusion-)(v1|v2|xl)|sdxl", said)
@@ -403,23 +426,28 @@ def load(path: str | Path) -> Lora:
         ValueError: no safetensors file, cut off, damaged, no LoRA, or of a method that is not read.
         FloatingPointError: it holds NaN.
     """
-    path, modules = Path(path), {}
+    path, modules, known = Path(path), {}, {}
     with _opened(path) as file:
         metadata = file.metadata() or {}
         keys, text = _sort(file.keys(), path.name)
-        for module, parts in keys.items():
-            tensors = {part: file.get_tensor(key) for part, key in parts.items()}
-            down, up = tensors["down"], tensors["up"]
-            rank = down.shape[0] if down.ndim == up.ndim and up.ndim in (2, 4) else 0
-            if not rank or up.shape[1:] != (rank, *[1] * (up.ndim - 2)):
-                shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-                raise ValueError(f"{path.name} is damaged: the matrices of {module}, {shapes}, do not match.")
+        for module, own in keys.items():
+            tensors = {part: file.get_tensor(key) for part, key in own.items()}
+            parts = {part: tensor for part, tensor in tensors.items() if part != "alpha"}
+            try:
+                known[module] = next(iter(own.values())), adapters.size(parts)[1]
+            except (ValueError, IndexError) as error:
+                raise ValueError(f"{path.name} is damaged: the matrices of {module} do not match ({error}).") from None
+            if "dora_scale" in parts and parts["dora_scale"].shape[0] != 1:
+                raise ValueError(
+                    f"{path.name} is a DoRA file whose lengths are those of rows. Programs disagree on what they mean; "
+                    "lorakit reads and writes those of columns, on which they agree."
+                )
             _finite(tensors, f"{path.name}, {module}", "Its training diverged, or it was damaged")
+            rank = adapters.rank_of(parts) or 1
             alpha = tensors["alpha"].reshape(-1)[0].item() if "alpha" in tensors else _alpha(metadata, module, rank)
-            modules[module] = (down, up, alpha)
+            modules[module] = (parts, alpha)
         aside = {key: file.get_tensor(key) for key in text}
-    downs = {module: (parts["down"], modules[module][0].shape) for module, parts in keys.items()}
-    return Lora(path.name, _family(downs, metadata), metadata, modules, aside)
+    return Lora(path.name, _family(known, metadata), metadata, modules, aside)
 
 
 def inject(unet: nn.Module, base: Base, lora: Lora | str | Path) -> Adapter:
@@ -438,30 +466,60 @@ def inject(unet: nn.Module, base: Base, lora: Lora | str | Path) -> Adapter:
         )
     if not lora.modules:
         raise ValueError(f"{lora.name} adapts the text encoder alone and the UNet not at all: it cannot be used here.")
-    layers, state, wrong = dict(unet.named_modules()), {}, []
-    for module, (down, up, _) in lora.modules.items():
+    layers, wrong = dict(unet.named_modules()), []
+    for module, (parts, _) in lora.modules.items():
         shape = quantize.shape(layers[module]) if hasattr(layers.get(module), "weight") else None
-        theirs = (up.shape[0], down[0].numel())
+        theirs = adapters.size(parts)
         if shape is None or theirs != (shape[0], math.prod(shape[1:])):
             ours = "missing here" if shape is None else f"{shape[0]}×{math.prod(shape[1:])} here"
             wrong.append(f"{module} is {theirs[0]}×{theirs[1]} in the file, {ours}")
-            continue
-        state[f"{module}.down"] = down.reshape(-1, *shape[1:])
-        state[f"{module}.up"] = up.reshape(*up.shape[:2], *[1] * (len(shape) - 2))
     if wrong:
         raise ValueError(
             f"{lora.name} does not fit {base.name} in {len(wrong)} of {len(lora.modules)} modules: "
             + "; ".join(wrong[:3]) + ". It was made for another base."
         )  # fmt: skip
     modules = [name for name in layers if name in lora.modules]
-    ranks = {name: lora.modules[name][0].shape[0] for name in modules}
-    alphas = {name: lora.modules[name][2] for name in modules}
+    every = [lora.modules[name][0] for name in modules]
+    ranks = {name: _rank(parts) for name, parts in zip(modules, every, strict=True)}
+    alphas = {name: lora.modules[name][1] for name in modules}
     targets = "attention+conv" if any(adapters.RESNET.search(name) for name in modules) else "attention"
     adapter = adapters.inject(
-        unet, _usual(ranks.values()), _usual(alphas.values()), targets, modules=modules, ranks=ranks, alphas=alphas
-    )
-    adapter.load(state)
+        unet, _usual(ranks.values()), _usual(alphas.values()), targets, modules=modules, ranks=ranks, alphas=alphas,
+        algorithm=lora.algorithm, **_blocks(every),
+    )  # fmt: skip
+    try:
+        adapter.load(_fitted(lora, adapter))
+    except (ValueError, RuntimeError, KeyError) as error:
+        adapters.eject(unet)
+        raise ValueError(f"{lora.name} divides its matrices as lorakit does not: {error}") from None
     return adapter
+
+
+def _rank(parts: dict[str, Tensor]) -> int:
+    """The rank to make a layer of, so that it has these parts."""
+    return adapters.rank_of(parts) or max(parts["lokr_w2"].shape[:2])
+
+
+def _blocks(every: list[dict[str, Tensor]]) -> dict:
+    """How LoKr's matrices were divided: `inject`'s `factor` and `decompose_both`."""
+    small = [
+        (parts["lokr_w1"].shape if "lokr_w1" in parts else (len(parts["lokr_w1_a"]), parts["lokr_w1_b"].shape[1]))
+        for parts in every
+        if any(name.startswith("lokr_w1") for name in parts)
+    ]
+    if not small:
+        return {}
+    side = max(max(shape) for shape in small)
+    # A factor makes every small matrix a square of that side, but where it does not divide the weight's own.
+    return {"factor": side if _usual(small) == (side, side) else None,
+            "decompose_both": any("lokr_w1_a" in parts for parts in every)}  # fmt: skip
+
+
+def _fitted(lora: "Lora", adapter: Adapter) -> dict[str, Tensor]:
+    """A file's weights as an adapter's state: linear layers and 1×1 convolutions hold the same numbers."""
+    own = adapter.state()
+    given = {f"{m}.{part}": tensor for m, (parts, _) in lora.modules.items() for part, tensor in parts.items()}
+    return {name: tensor.reshape(own[name].shape) if name in own else tensor for name, tensor in given.items()}
 
 
 @torch.no_grad()
@@ -474,19 +532,27 @@ def begin_from(adapter: Adapter, base: Base, lora: Lora | str | Path) -> None:
     lora = lora if isinstance(lora, Lora) else load(lora)
     if lora.family not in (None, base.family):
         raise ValueError(f"{lora.name} is an {FAMILIES[lora.family]} LoRA, the base is {FAMILIES[base.family]}.")
-    ranks = {module: down.shape[0] for module, (down, _, _) in lora.modules.items()}
-    if ranks != adapter.ranks:
-        odd = [m for m in sorted(ranks.keys() | adapter.ranks.keys()) if ranks.get(m) != adapter.ranks.get(m)]
+    if lora.modules and lora.algorithm != adapter.algorithm:
+        raise ValueError(f"{lora.name} is {lora.algorithm}: set algorithm to it, which is {adapter.algorithm!r} now.")
+    own = {module: adapters.parts(layer) for module, layer in adapter.layers.items()}
+    ours, theirs = ({m: adapters.rank_of(parts) for m, parts in every.items()} for every in (own, lora.parts))
+    if ours != theirs:
+        odd = [m for m in sorted(ours.keys() | theirs.keys()) if ours.get(m, 0) != theirs.get(m, 0)]
         raise ValueError(
-            f"{lora.name} has {len(ranks)} modules of ranks {sorted(set(ranks.values()))}, the run's settings ask for "
-            f"{len(adapter.ranks)} of ranks {sorted(set(adapter.ranks.values()))}; first difference: {odd[0]}. "
+            f"{lora.name} has {len(theirs)} modules of ranks {_distinct(theirs)}, the run's settings ask for "
+            f"{len(ours)} of ranks {_distinct(ours)}; first difference: {odd[0]}. "
             "Set rank, targets, conv_rank and block_ranks as the file has them."
         )
-    state, own = {}, adapter.state()
-    for module, (down, up, alpha) in lora.modules.items():
-        state[f"{module}.down"] = down.float().reshape(own[f"{module}.down"].shape)
-        state[f"{module}.up"] = (up.float() * (alpha / adapter.alphas[module])).reshape(own[f"{module}.up"].shape)
+    state = {name: tensor.float() for name, tensor in _fitted(lora, adapter).items()}
+    for module, (parts, alpha) in lora.modules.items():
+        scaled = next(part for part in ("up", "hada_w1_a", "lokr_w1", "lokr_w1_a") if part in parts)
+        if adapters.rank_of(parts) is not None:
+            state[f"{module}.{scaled}"] = state[f"{module}.{scaled}"] * (alpha / adapter.alphas[module])
     adapter.load(state)
+
+
+def _distinct(ranks: dict[str, int | None]) -> list[int]:
+    return sorted({rank for rank in ranks.values() if rank})
 
 
 # ── Proof ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -518,34 +584,25 @@ def prove(path: str | Path, adapter: Adapter, base: Base) -> Proof:
             f"{lora.name} does not hold this adapter: it reads as {lora.family} with {len(lora.modules)} modules, "
             f"not as {base.family} with {len(adapter.layers)}. Only in one of them: {', '.join(odd[:4]) or 'none'}."
         )
-    state, errors = adapter.state(), {}
-    for module, (down, up, alpha) in lora.modules.items():
-        own = adapters.delta(adapter, module).flatten(1)
-        down, up, scale = down.to(own.device).flatten(1), up.to(own.device).flatten(1), alpha / down.shape[0]
-        other = up.float() @ down.float() * scale
-        if own.shape != other.shape:
-            raise RuntimeError(f"{lora.name}: {module} adds {tuple(other.shape)} where {tuple(own.shape)} belongs.")
-        difference, size = (other - own).norm().item(), own.norm().item()
-        exact = (state[f"{module}.{part}"].flatten(1) for part in ("down", "up"))
-        allowed = _rounding(*exact, adapter.alphas[module] / adapter.ranks[module], down.dtype)
+    errors = {}
+    for module, (parts, alpha) in lora.modules.items():
+        layer, own = adapter.layers[module], adapters.delta(adapter, module).flatten(1)
+        if adapters.size(parts) != own.shape:
+            raise RuntimeError(f"{lora.name}: {module} adds {adapters.size(parts)} where {tuple(own.shape)} belongs.")
+        parts = {part: tensor.to(own.device) for part, tensor in parts.items()}
+        weight = quantize.weight(layer.get_base_layer()) if lora.algorithm == "dora" else None
+        other = adapters.change(parts, alpha, weight)
+        dtype = next(iter(parts.values())).dtype
+        rounded = adapters.delta(adapter, module, dtype).flatten(1)
+        size = own.norm().item()
+        difference = (other - own).norm().item()
         errors[module] = difference / size if size else difference
-        if not difference <= allowed:
-            by = f"{errors[module]:.2%}, more than {down.dtype} explains"
+        # Rounding to the file's dtype is all that may part them, and a float32 product's own.
+        if not (other - rounded).norm().item() <= 1e-5 * rounded.norm().item() + 1e-12:
+            by = f"{errors[module]:.2%}, more than {dtype} explains"
             raise RuntimeError(f"{lora.name}: {module} differs from the adapter by {by}. Export again.")
     worst = max(errors, key=errors.__getitem__)
     return Proof(len(errors), errors[worst], worst)
-
-
-def _rounding(down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> float:
-    """The most that scale · up · down can move, in the Frobenius norm, when both matrices are rounded to a dtype."""
-    limits = torch.finfo(dtype)
-
-    def lost(x: Tensor) -> float:  # half a unit in the last place, or half the smallest number there is
-        return (x.abs() * limits.eps / 2).clamp(min=limits.tiny * limits.eps / 2).norm().item()
-
-    sides = down.norm().item(), up.norm().item()
-    moved = lost(up) * sides[0] + lost(down) * sides[1] + lost(up) * lost(down)
-    return scale * (moved + 1e-6 * sides[0] * sides[1])  # and a float32 product's own rounding
 
 
 # ── Telling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -564,15 +621,16 @@ def describe(path: str | Path) -> dict:
     if run:
         return told | {"kind": "checkpoint", "steps": json.loads(run)["step"], "settings": json.loads(run)["settings"]}
     lora = load(path)
-    downs = [down for down, _, _ in lora.modules.values()]
+    parts, alphas = lora.parts.values(), [alpha for _, alpha in lora.modules.values()]
+    locon = any(adapters.RESNET.search(module) for module in lora.modules)
     return told | {
-        "kind": "LoCon" if any(_wide(down.shape) for down in downs) else "LoRA",
+        "kind": {"lora": "LoCon" if locon else "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}[lora.algorithm],
         "family": lora.family,
-        "modules": len(downs),
+        "modules": len(parts),
         "text_encoder": len({re.split(r"[._]lora[._]|\.lora_|\.alpha", key)[0] for key in lora.text_encoder}),
-        "rank": sorted({down.shape[0] for down in downs}),
-        "alpha": sorted({alpha for _, _, alpha in lora.modules.values()}),
-        "dtype": sorted({str(down.dtype).removeprefix("torch.") for down in downs}),
+        "rank": sorted({rank for own in parts if (rank := adapters.rank_of(own))}),
+        "alpha": sorted(set(alphas)),
+        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for own in parts for tensor in own.values()}),
         "base": lora.metadata.get("ss_sd_model_name"),
         "trigger": lora.metadata.get("modelspec.trigger_phrase"),
         "steps": lora.metadata.get("ss_steps"),

@@ -13,7 +13,7 @@ import torch
 
 from lorakit import adapter, files, memory
 from lorakit import base as bases
-from lorakit.config import Config
+from lorakit.config import WHOLE, Config
 from lorakit.memory import Prediction
 
 EFFICIENCY = 0.35  # share of a card's peak rate that a training step of batch 1 reaches: an estimate
@@ -89,7 +89,7 @@ def rungs(config: Config, smallest: int = LOWEST, bits: bool = True) -> Iterator
         config = config.with_(optimizer="adamw8bit")
         changes["optimizer"] = "optimizer adamw8bit"
         yield config, tuple(changes.values())
-    if config.quantize == "none" and bits:
+    if config.quantize == "none" and bits and config.algorithm not in WHOLE:
         config = config.with_(quantize="nf4")
         changes["base"] = "the base held in NF4"
         yield config, tuple(changes.values())

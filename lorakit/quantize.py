@@ -59,6 +59,26 @@ def hold(unet: nn.Module, kind: str, device: torch.device) -> nn.Module:
     return unet.to(device)
 
 
+def held(layer: nn.Module) -> bool:
+    """Whether a layer is one that `hold` has put in."""
+    return hasattr(getattr(layer, "weight", None), "quant_type") or hasattr(getattr(layer, "weight", None), "SCB")
+
+
+@torch.no_grad()
+def weight(layer: nn.Module) -> torch.Tensor:
+    """The layer's weight, made anew where it is held in fewer bits."""
+    if not held(layer):
+        return layer.weight
+    if hasattr(layer.weight, "quant_type"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    codes, scales = (
+        (layer.state.CB, layer.state.SCB) if layer.state.CB is not None else (layer.weight.CB, layer.weight.SCB)
+    )
+    return codes * (scales / 127).unsqueeze(1)
+
+
 def shape(layer: nn.Module) -> tuple[int, ...]:
     """The shape of a layer's weight as it was before it was packed."""
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)

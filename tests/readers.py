@@ -85,28 +85,56 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes]:
     return tensors, metadata, body
 
 
-def updates(path: Path) -> dict[str, Tensor]:
-    """What the file adds, by its own module names: (alpha / rank) · up · down, in down's shape, float32."""
+def updates(path: Path) -> dict[str, dict[str, Tensor]]:
+    """By the file's own module names: what is added to a weight ("added", in any shape of the weight's numbers), and
+    the lengths that the columns of the sum are brought to, if there are any ("lengths")."""
     tensors = read(path)[0]
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, part = key.split(".", 1)
+        modules.setdefault(name, {})[part] = tensor.float()
     found = {}
-    for name in {key.split(".")[0] for key in tensors}:
-        down, up = tensors[f"{name}.lora_down.weight"].float(), tensors[f"{name}.lora_up.weight"].float()
-        rank = down.shape[0]
-        alpha = tensors[f"{name}.alpha"].item() if f"{name}.alpha" in tensors else rank
-        found[name] = (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:]) * (alpha / rank)
+    for name, own in modules.items():
+        alpha, lengths = own.pop("alpha", None), own.pop("dora_scale", None)
+        added, rank = rebuilt(own)
+        scale = 1.0 if alpha is None or rank is None else alpha.item() / rank
+        found[name] = {"added": added * scale} | ({} if lengths is None else {"lengths": lengths})
     return found
+
+
+def rebuilt(own: dict[str, Tensor]) -> tuple[Tensor, int | None]:
+    """What a module's matrices make, and their rank: None where nothing is of low rank."""
+    if "lora_up.weight" in own:
+        down, up = own.pop("lora_down.weight"), own.pop("lora_up.weight")
+        assert not own
+        return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:]), down.shape[0]
+    if "hada_w1_a" in own:
+        assert len(own) == 4
+        return (own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"]), own["hada_w1_b"].shape[0]
+    rank, matrices = None, []
+    for n in (1, 2):
+        whole = own.pop(f"lokr_w{n}", None)
+        if whole is None:
+            a, b = own.pop(f"lokr_w{n}_a"), own.pop(f"lokr_w{n}_b")
+            whole, rank = a @ b, b.shape[0]
+        matrices.append(whole)
+    assert not own
+    one, two = matrices
+    while one.ndim < two.ndim:
+        one = one.unsqueeze(-1)
+    return torch.kron(one, two), rank
 
 
 @torch.no_grad()
 def merge(path: Path, unet: torch.nn.Module, family: str, strength: float = 1.0) -> int:
-    """Add the file's updates to a bare UNet's weights (in place), as a program that knows nothing of layers does.
+    """Change a bare UNet's weights (in place) as the file says, as a program that knows nothing of layers does.
 
     Returns:
         How many weights were changed. A name that finds no weight is a KeyError, never passed over.
     """
     weights = {name.replace(".", "_"): module for name, module in unet.named_modules() if hasattr(module, "weight")}
     changed = set()
-    for name, delta in updates(path).items():
+    for name, update in updates(path).items():
         assert name.startswith("lora_unet_"), name
         place = name.removeprefix("lora_unet_")
         if family == "sdxl":
@@ -114,8 +142,14 @@ def merge(path: Path, unet: torch.nn.Module, family: str, strength: float = 1.0)
             leaf = place.removeprefix(block).removeprefix("_")
             place = "_".join(part for part in (SDXL[block].replace(".", "_"), RESNET.get(leaf, leaf)) if part)
         weight = weights[place].weight
-        assert delta.shape == weight.shape, (name, delta.shape, weight.shape)
-        weight += strength * delta.to(weight.dtype)
+        delta = update["added"]
+        assert delta.shape[0] == weight.shape[0] and delta.numel() == weight.numel(), (name, delta.shape, weight.shape)
+        after = weight.float() + delta.reshape(weight.shape)
+        if (lengths := update.get("lengths")) is not None:
+            assert lengths.shape == (1, weight.shape[1], *[1] * (weight.ndim - 2)), (name, lengths.shape)
+            columns = after.transpose(0, 1).flatten(1).norm(dim=1).reshape(lengths.shape)
+            after = after * (lengths / columns)
+        weight += strength * (after - weight).to(weight.dtype)
         changed.add(place)
     return len(changed)
 

@@ -32,10 +32,14 @@ def shake(adapter):
         weight.data = 0.1 * torch.randn(weight.shape, generator=random)
 
 
-@pytest.mark.parametrize("targets", ["attention", "attention+conv"])
-def test_a_fresh_adapter_changes_nothing_and_ejecting_restores_exactly(unet, family, targets):
+@pytest.mark.parametrize(
+    "targets, algorithm",
+    [("attention", "lora"), *(("attention+conv", algorithm) for algorithm in ("lora", "dora", "loha", "lokr"))],
+)
+def test_a_fresh_adapter_changes_nothing_and_ejecting_restores_exactly(unet, family, targets, algorithm):
     before, modules = answer(unet, family), {n: type(m) for n, m in unet.named_modules()}
-    adapter = adapters.inject(unet, 4, 2, targets, conv_rank=2)
+    adapter = adapters.inject(unet, 4, 2, targets, conv_rank=2, algorithm=algorithm)
+    assert {adapters.algorithm(adapters.parts(layer)) for layer in adapter.layers.values()} == {algorithm}
     assert torch.equal(answer(unet, family), before)
     shake(adapter)
     assert not torch.allclose(answer(unet, family), before)
@@ -54,9 +58,10 @@ def test_only_the_adapter_trains_and_in_float32(small_bases):
     assert unet.conv_in.weight.dtype == torch.bfloat16
 
 
-def test_strength_zero_is_the_base_and_strength_is_linear_in_the_update(unet, family):
+@pytest.mark.parametrize("algorithm", ["lora", "dora", "loha", "lokr"])
+def test_strength_zero_is_the_base_and_strength_is_linear_in_the_update(unet, family, algorithm):
     before = answer(unet, family)
-    adapter = adapters.inject(unet, 4, 2)
+    adapter = adapters.inject(unet, 4, 2, algorithm=algorithm)
     shake(adapter)
     full = answer(unet, family)
     with adapters.strength(adapter, 0.0):
@@ -67,8 +72,9 @@ def test_strength_zero_is_the_base_and_strength_is_linear_in_the_update(unet, fa
     assert torch.equal(answer(unet, family), full)  # and it is as it was after the block
 
 
-def test_delta_is_what_a_layer_adds(unet):
-    adapter = adapters.inject(unet, 4, 3, "attention+conv", conv_rank=2, conv_alpha=1)
+@pytest.mark.parametrize("algorithm", ["lora", "dora", "loha", "lokr"])
+def test_delta_is_what_a_layer_adds(unet, algorithm):
+    adapter = adapters.inject(unet, 4, 3, "attention+conv", conv_rank=2, conv_alpha=1, algorithm=algorithm)
     shake(adapter)
     for name, layer in adapter.layers.items():
         plain = layer.get_base_layer()
@@ -96,6 +102,42 @@ def test_ranks_and_alphas_by_module(unet):
         assert (rank, adapter.alphas[name]) == ((2, 1.0) if wide else (8, 4.0))
         assert state[f"{name}.down"].shape[0] == rank == state[f"{name}.up"].shape[1]
         assert adapter.layers[name].scaling["default"] == adapter.alphas[name] / rank
+
+
+def test_doras_lengths_and_directions_are_learned_apart(unet):
+    """Against the paper's formula, its weight made whole, its norm held constant: outputs and gradients."""
+    adapter = adapters.inject(unet, 4, 3, "attention+conv", algorithm="dora")
+    for weight in adapter.parameters():
+        weight.data *= 1 + 0.1 * torch.randn(weight.shape)
+        weight.data += 0.05 * torch.randn(weight.shape)
+    for name, layer in adapter.layers.items():
+        plain, own = layer.get_base_layer(), adapters.parts(layer)
+        x = (
+            torch.randn(2, plain.in_channels, 5, 5)
+            if hasattr(plain, "kernel_size")
+            else torch.randn(2, 3, plain.in_features)
+        )
+        wanted = torch.randn_like(layer(x))
+        ours = torch.autograd.grad((layer(x) * wanted).sum(), list(own.values()))
+        merged = plain.weight + (0.75 * own["up"].flatten(1) @ own["down"].flatten(1)).view_as(plain.weight)
+        columns = merged.detach().transpose(0, 1).flatten(1).norm(dim=1).view_as(own["dora_scale"])
+        weight = {"weight": merged * own["dora_scale"] / columns}
+        paper = torch.autograd.grad(
+            (torch.func.functional_call(plain, weight, (x,)) * wanted).sum(), list(own.values())
+        )
+        for part, mine, theirs in zip(own, ours, paper, strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max()), (name, part)
+
+
+def test_a_lokr_of_whole_matrices_has_no_scale(unet):
+    adapter = adapters.inject(unet, 64, 3, algorithm="lokr")
+    whole = [name for name, layer in adapter.layers.items() if adapters.rank_of(adapters.parts(layer)) is None]
+    assert whole and all(adapter.alphas[name] == adapter.ranks[name] for name in whole)
+
+
+def test_unknown_algorithms_are_refused(unet):
+    with pytest.raises(ValueError, match="'oft' is unknown"):
+        adapters.inject(unet, 4, 2, algorithm="oft")
 
 
 def test_the_start_depends_on_the_seed_alone(small_bases):

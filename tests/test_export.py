@@ -48,14 +48,16 @@ def a_base(family: str, unet, prediction_type: str = "epsilon") -> Base:
 class Twin:
     """A UNet with an adapter of random weights, and the same UNet bare."""
 
-    def __init__(self, family: str, targets: str = "attention"):
+    def __init__(self, family: str, targets: str = "attention", rank: int = 4, **changes):
         self.family, self.bare = family, narrow_unet(family).eval()
         self.unet = copy.deepcopy(self.bare)
         self.base = a_base(family, self.bare)
-        self.adapter = adapters.inject(self.unet, 4, 3.0, targets, conv_rank=2, conv_alpha=0.3)
+        self.adapter = adapters.inject(self.unet, rank, 3.0, targets, conv_rank=2, conv_alpha=0.3, **changes)
         generator = torch.Generator().manual_seed(1)
-        for weight in self.adapter.parameters():
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+        for name, weight in self.adapter.state().items():
+            noise = torch.randn(weight.shape, generator=generator)
+            size = 0.5 if "hada" in name else 0.2  # four of those are multiplied
+            weight.data = weight.data * (1 + 0.3 * noise) if name.endswith("dora_scale") else noise * size
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd2", "sdxl"])
@@ -152,6 +154,63 @@ def test_convolutions_too(sdxl_with_convolutions, tmp_path):
     assert export.describe(path)["kind"] == "LoCon" and export.describe(path)["rank"] == [2, 4]
     loaded = export.inject(unet := copy.deepcopy(twin.bare), twin.base, path)
     assert loaded.targets == "attention+conv" and distance(answer(unet, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
+
+
+KINDS = {
+    "dora": {"algorithm": "dora"},
+    "loha": {"algorithm": "loha"},
+    "lokr": {"algorithm": "lokr", "rank": 1},
+    "lokr of a factor": {"algorithm": "lokr", "rank": 1, "factor": 2},
+    "lokr of four": {"algorithm": "lokr", "rank": 1, "decompose_both": True},
+    "lokr of two": {"algorithm": "lokr", "rank": 64},
+}
+
+
+@pytest.mark.parametrize("family, kind", [*(("sd15", kind) for kind in KINDS), ("sdxl", "dora")])
+def test_every_algorithm_says_the_same_in_every_program(family, kind, tmp_path):
+    twin = Twin(family, "attention+conv", **KINDS[kind])
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    for strength in (1.0, 0.4):
+        merged = copy.deepcopy(twin.bare)
+        assert readers.merge(path, merged, family, strength) == len(twin.adapter.layers)
+        with adapters.strength(twin.adapter, strength):
+            wanted = answer(twin.unet, family)
+        assert distance(answer(merged, family), wanted) < 1e-4
+    assert distance(answer(twin.bare, family), answer(twin.unet, family)) > 0.05  # or the test says nothing
+    assert export.prove(path, twin.adapter, twin.base).error < 1e-5
+    again = export.inject(unet := copy.deepcopy(twin.bare), twin.base, path)
+    assert distance(answer(unet, family), answer(twin.unet, family)) < 1e-5
+    assert all(torch.equal(again.state()[key], weight) for key, weight in twin.adapter.state().items())
+    half = export.save(twin.adapter, twin.base, tmp_path / "half.safetensors")
+    assert export.prove(half, twin.adapter, twin.base).error < 1e-2
+    told, said = export.describe(half), readers.read(half)[1]
+    assert told["kind"] == {"d": "DoRA", "h": "LoHa", "k": "LoKr"}[kind[2] if kind != "dora" else "d"]
+    assert said["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(said["ss_network_args"])["algo"] == ("lora" if kind == "dora" else kind[:4])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_going_on_from_a_file_of_another_alpha(kind, tmp_path):
+    twin = Twin("sd15", **KINDS[kind])
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    rank, alpha = KINDS[kind].get("rank", 4), 5.0
+    given = {key: value for key, value in KINDS[kind].items() if key != "rank"}
+    adapter = adapters.inject(unet := copy.deepcopy(twin.bare), rank, alpha, **given)
+    export.begin_from(adapter, twin.base, path)
+    assert distance(answer(unet, "sd15"), answer(twin.unet, "sd15")) < 1e-5
+    other = adapters.inject(copy.deepcopy(twin.bare), rank, alpha)
+    with pytest.raises(ValueError, match="set algorithm to it"):
+        export.begin_from(other, twin.base, path)
+
+
+def test_lengths_of_rows_are_refused(tmp_path):
+    twin = Twin("sd15", algorithm="dora")
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors")
+    tensors, metadata, _ = readers.read(path)
+    tensors = {key: t.flatten()[:, None].contiguous() if "dora" in key else t for key, t in tensors.items()}
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="lengths are those of rows"):
+        export.load(path)
 
 
 def test_read_back_into_a_bare_unet(twin, tmp_path):
@@ -443,7 +502,7 @@ def test_sdxl_in_diffusers_naming_without_alpha_and_with_text_encoders(sdxl_with
     save_file(tensors, path)
     lora = export.load(path)
     assert lora.family == "sdxl" and len(lora.modules) == 788 and len(lora.text_encoder) == 2
-    assert all(alpha == down.shape[0] for down, _, alpha in lora.modules.values())
+    assert all(alpha == parts["down"].shape[0] for parts, alpha in lora.modules.values())
     export.inject(unet := copy.deepcopy(twin.bare), twin.base, lora)
     assert distance(answer(unet, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
     assert export.describe(path)["text_encoder"] == 1 and export.describe(path)["hash"] == "none"
@@ -460,8 +519,8 @@ def test_what_diffusers_saves(sd15, tmp_path, rslora):
     )
     lora = export.load(tmp_path / "pytorch_lora_weights.safetensors")
     assert lora.modules.keys() == sd15.adapter.layers.keys()
-    assert {alpha for _, _, alpha in lora.modules.values()} == {3.0 * (2 if rslora else 1)}  # √rank is 2
-    down, up, _ = lora.modules["mid_block.attentions.0.proj_in"]
+    assert {alpha for _, alpha in lora.modules.values()} == {3.0 * (2 if rslora else 1)}  # √rank is 2
+    down, up = lora.parts["mid_block.attentions.0.proj_in"].values()
     assert torch.equal(down, sd15.adapter.state()["mid_block.attentions.0.proj_in.down"])
     assert torch.equal(up, sd15.adapter.state()["mid_block.attentions.0.proj_in.up"])
 
@@ -481,7 +540,7 @@ def test_dotted_keys(tmp_path, down, up):
     tensors = {down: torch.ones(2, 16), up: torch.ones(16, 2)}
     save_file({k.format(module, processor=processor): t for k, t in tensors.items()}, tmp_path / "a.safetensors")
     lora = export.load(tmp_path / "a.safetensors")
-    assert list(lora.modules) == [module] and lora.modules[module][2] == 2 and lora.family is None
+    assert list(lora.modules) == [module] and lora.modules[module][1] == 2 and lora.family is None
 
 
 def test_projections_of_either_shape_fit(tmp_path):

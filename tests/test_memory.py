@@ -87,7 +87,7 @@ class RealStep:
         self.unet = nn.Module.to(UNet2DConditionModel.from_config(self.base.configs["unet"]), dtype)
         if config.quantize != "none":
             quantize.hold(self.unet, config.quantize, torch.device("cpu"))
-        self.adapter = adapter.inject(self.unet, config.rank, config.alpha, config.targets)
+        self.adapter = adapter.fresh(self.unet, config)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
@@ -166,6 +166,13 @@ def test_a_base_in_four_bits(checkpointing):
     predicted = memory.predict(make_base("narrow sdxl"), config, size=(256, 256), dtype=torch.float32, device="cpu")
     check(predicted, RealStep("narrow sdxl", torch.float32, config), 256)
     assert predicted.weights < 0.7 * predict("narrow sdxl").weights
+
+
+@pytest.mark.parametrize("algorithm", ["dora", "loha", "lokr"])
+def test_other_algorithms(algorithm):
+    config = make_config(algorithm=algorithm, targets="attention+conv")
+    predicted = memory.predict(make_base("demo"), config, size=(64, 64), dtype=torch.float32, device="cpu")
+    check(predicted, RealStep("demo", torch.float32, config), 64)
 
 
 def test_a_base_in_eight_bits():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lorakit import adapter as adapters
 from lorakit import base as bases
 from lorakit import checkpoint, export, memory, plots, run, train
 
@@ -294,6 +295,20 @@ def test_what_is_predicted_not_to_fit_comes_down_before_it_starts(settings, tmp_
 # ── Where it begins, and what is held out by name ───────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("algorithm", ["dora", "loha", "lokr"])
+def test_every_algorithm_trains_resumes_and_is_proven(settings, tmp_path, algorithm):
+    settings = settings.with_(algorithm=algorithm, targets="attention+conv", steps=4, save_every=2)
+    whole = run.start(settings, tmp_path / "whole", **QUIET)
+    stop = threading.Event()
+    part = run.start(settings, tmp_path / "cut", stop=stop, listeners=[lambda s: s.number == 2 and stop.set()], **QUIET)
+    assert part.lora is None and part.steps == 2
+    again = run.start(settings, tmp_path / "cut", **QUIET)
+    ours, theirs = (export.load(result.lora) for result in (whole, again))
+    assert ours.algorithm == algorithm and ours.modules.keys() == theirs.modules.keys()
+    for module, parts in ours.parts.items():
+        assert all(torch.equal(tensor, theirs.parts[module][part]) for part, tensor in parts.items())
+
+
 def test_a_run_may_begin_from_a_file(settings, tmp_path):
     """What the file does is what the run starts with, whatever its alpha; going on needs the file's contents."""
     first = run.start(settings, tmp_path / "first", **QUIET)
@@ -301,7 +316,7 @@ def test_a_run_may_begin_from_a_file(settings, tmp_path):
     second = run.start(more, tmp_path / "second", **QUIET)
     base = bases.open(settings.base)
     for ours, theirs in zip(*(export.load(result.lora).modules.values() for result in (second, first)), strict=True):
-        mine, before = (up.float().flatten(1) @ down.float().flatten(1) * alpha for down, up, alpha in (ours, theirs))
+        mine, before = (adapters.change(*module) for module in (ours, theirs))
         assert torch.allclose(mine, before, atol=1e-3 * float(before.abs().max()))
     assert str(tmp_path) not in json.dumps(checkpoint.newest(tmp_path / "second" / "checkpoints").settings)
     assert run.start(more, tmp_path / "second", **QUIET).steps == 1
