@@ -220,13 +220,7 @@ def convert(settings: dict[str, Any]) -> Imported:
         ours["prediction_type"] = "v_prediction"
     if ours.get("conv_rank"):
         ours["targets"] = "attention+conv"
-    algorithm = str(take("algo", "lora")).lower()
-    if algorithm not in ("lora", "locon"):
-        notes.append(f"algo={algorithm}: lorakit trains LoRA and LoCon; this became a LoRA")
-    for key in ("gui_lora_type", "network_module"):
-        kind = str(given.get(key, "")).lower()
-        if kind and not any(word in kind for word in ("standard", "kohya lora", "locon", "networks.lora", "lycoris")):
-            notes.append(f"{key}={given[key]}: lorakit trains LoRA and LoCon; this became a LoRA")
+    ours |= _algorithm(take, notes)
     for key in sorted(given.keys() - taken):
         if key in NOT_NEEDED:
             if NOT_NEEDED[key] and given[key]:
@@ -239,6 +233,26 @@ def convert(settings: dict[str, Any]) -> Imported:
 def _listed(value: Any) -> list[str]:
     """`["a=1", "b=2"]`, or the GUI's `a=1 b=2`."""
     return shlex.split(value) if isinstance(value, str) else [str(item) for item in value or ()]
+
+
+def _algorithm(take: Callable, notes: list[str]) -> dict:
+    """LyCORIS's `algo`, sd-scripts' network modules, and the GUI's names of both."""
+    for key in ("algo", "gui_lora_type", "network_module"):
+        value = str(take(key) or "").lower()
+        name = next((name for name in ("loha", "lokr", "dora") if name in value), "")
+        if name == "lokr":
+            factor = int(float(take("factor") or take("lokr_factor") or -1))
+            return {"algorithm": name, "lokr_factor": factor if factor > 1 else None}
+        if name:
+            return {"algorithm": name}
+        plain = ("standard", "kohya lora", "locon", "networks.lora", "lycoris")
+        if value and value != "lora" and not any(word in value for word in plain):
+            notes.append(f"{key}={value}: lorakit trains LoRA, LoCon, DoRA, LoHa and LoKr; this became a LoRA")
+    if take("dora_wd"):
+        if take("wd_on_output") is not False:
+            notes.append("dora_wd: by columns here, which all programs read alike; LyCORIS takes rows if not told so")
+        return {"algorithm": "dora"}
+    return {}
 
 
 def _length(take: Callable, notes: list[str]) -> dict:

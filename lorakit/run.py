@@ -128,6 +128,8 @@ def prepare(
             f"whose picture sides are multiples of {base.step} pixels."
         )
     say(f"base      {base.name}: {base.family}, made for {base.resolution} px, predicts {base.prediction_type}")
+    if config.algorithm != "lora":
+        say(f"adapter   {config.algorithm}: A1111, Forge and ComfyUI read its files, diffusers does not")
     pictures = scan(config)
     say("pictures  " + pictures.describe().replace("\n", "\n          "))
     held_out = evaluate.hold_out([p.digest for p in pictures.pictures], config.validation_share, config.seed)

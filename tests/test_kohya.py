@@ -104,13 +104,32 @@ def test_the_guis_preset(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "algorithm", "factor"),
+    [
+        ({"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=8"]}, "lokr", 8),
+        ({"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=-1"]}, "lokr", None),
+        ({"network_module": "lycoris.kohya", "network_args": ["algo=loha"]}, "loha", None),
+        ({"network_module": "lycoris.kohya", "network_args": ["algo=locon", "conv_dim=4"]}, "lora", None),
+        ({"network_module": "lycoris.kohya", "network_args": ["dora_wd=True", "wd_on_output=False"]}, "dora", None),
+        ({"LoRA_type": "LyCORIS/LoHa"}, "loha", None),
+        ({"LoRA_type": "Standard"}, "lora", None),
+    ],
+)
+def test_algorithms(settings, algorithm, factor):
+    imported = kohya.convert({kohya.GUI.get(key, key): value for key, value in settings.items()})
+    assert (imported.config.algorithm, imported.config.lokr_factor) == (algorithm, factor)
+    assert not [note for note in imported.notes if not note.startswith("text encoder")]
+
+
+@pytest.mark.parametrize(
     ("settings", "note"),
     [
         ({"optimizer_type": "DAdaptation"}, "optimizer_type=DAdaptation: lorakit has adamw,"),
         ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler=piecewise_constant: unknown here"),
         ({"lr_warmup_steps": 50}, "left out, as sd-scripts ignores it"),
-        ({"network_module": "networks.oft"}, "network_module=networks.oft: lorakit trains LoRA and LoCon"),
-        ({"network_module": "lycoris.kohya", "network_args": ["algo=lokr"]}, "algo=lokr: lorakit trains LoRA"),
+        ({"network_module": "networks.oft"}, "network_module=networks.oft: lorakit trains LoRA, LoCon, DoRA"),
+        ({"network_module": "lycoris.kohya", "network_args": ["algo=ia3"]}, "algo=ia3: lorakit trains LoRA"),
+        ({"network_module": "lycoris.kohya", "network_args": ["dora_wd=True"]}, "dora_wd: by columns here"),
         ({"optimizer_state": "old.pt"}, "optimizer_state=old.pt: lorakit has no such setting"),
         ({"bucket_no_upscale": True}, "bucket_no_upscale: small pictures are scaled up here"),
     ],
