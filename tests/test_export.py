@@ -589,7 +589,8 @@ def test_a_lora_for_a_wider_base(sd15, tmp_path):
             {"lora_unet_mid_block_attentions_0_proj_in": ("lora_down.weight", "lora_up.weight", "dora_scale")},
             "a DoRA file",
         ),
-        ({"lora_unet_mid_block_attentions_0_proj_in": ("hada_w1_a", "hada_w1_b")}, "a LoHa file"),
+        ({"lora_unet_mid_block_attentions_0_proj_in": ("hada_w1_a", "hada_w1_b")}, "holds hada_w1_a, hada_w1_b alone"),
+        ({"lora_unet_mid_block_attentions_0_proj_in": ("oft_blocks",)}, "is a OFT file"),
         (
             {"model.diffusion_model.input_blocks.0.0": ("weight", "bias")},
             "no LoRA: 2 of its weights are something else",
