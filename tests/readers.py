@@ -125,6 +125,18 @@ def rebuilt(own: dict[str, Tensor]) -> tuple[Tensor, int | None]:
     return torch.kron(one, two), rank
 
 
+def change(weight: Tensor, update: dict[str, Tensor]) -> Tensor:
+    """What an update does to a bare weight at strength 1: the difference, in the weight's shape, float32."""
+    delta = update["added"]
+    assert delta.shape[0] == weight.shape[0] and delta.numel() == weight.numel(), (delta.shape, weight.shape)
+    after = weight.float() + delta.reshape(weight.shape)
+    if (lengths := update.get("lengths")) is not None:
+        assert lengths.shape == (1, weight.shape[1], *[1] * (weight.ndim - 2)), lengths.shape
+        columns = after.transpose(0, 1).flatten(1).norm(dim=1).reshape(lengths.shape)
+        after = after * (lengths / columns)
+    return after - weight
+
+
 @torch.no_grad()
 def merge(path: Path, unet: torch.nn.Module, family: str, strength: float = 1.0) -> int:
     """Change a bare UNet's weights (in place) as the file says, as a program that knows nothing of layers does.
@@ -142,14 +154,7 @@ def merge(path: Path, unet: torch.nn.Module, family: str, strength: float = 1.0)
             leaf = place.removeprefix(block).removeprefix("_")
             place = "_".join(part for part in (SDXL[block].replace(".", "_"), RESNET.get(leaf, leaf)) if part)
         weight = weights[place].weight
-        delta = update["added"]
-        assert delta.shape[0] == weight.shape[0] and delta.numel() == weight.numel(), (name, delta.shape, weight.shape)
-        after = weight.float() + delta.reshape(weight.shape)
-        if (lengths := update.get("lengths")) is not None:
-            assert lengths.shape == (1, weight.shape[1], *[1] * (weight.ndim - 2)), (name, lengths.shape)
-            columns = after.transpose(0, 1).flatten(1).norm(dim=1).reshape(lengths.shape)
-            after = after * (lengths / columns)
-        weight += strength * (after - weight).to(weight.dtype)
+        weight += strength * change(weight, update).to(weight.dtype)
         changed.add(place)
     return len(changed)
 

@@ -3,21 +3,24 @@
     python tests/bench/lora_quality.py BASE LORA.safetensors --icons ICONS --judge judge.safetensors \\
         --training FOLDER --trigger WORD
 
-The file is read by a few lines of its own, after kohya's rules, and added to the weights of diffusers' pipeline, so
-that neither lorakit's adapter nor its exporter judges itself.
+The file is read by the tests' own reader, after kohya's rules, and added to the weights of diffusers' pipeline, so that
+neither lorakit's adapter nor its exporter judges itself.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import judge as judges
 import numpy as np
 import torch
 from base_quality import RESULTS, arguments, counted, load_pipeline, sample, sheet, table, write
-from safetensors import safe_open
 from torch import Tensor
 
 from lorakit.demo import emoji
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import readers
 
 STRENGTHS = (0.0, 0.5, 0.7, 0.9, 1.0)
 
@@ -32,23 +35,15 @@ def read_lora(file: Path, pipeline) -> list[tuple[torch.nn.Parameter, Tensor, Te
     for name, module in pipeline.text_encoder.named_modules():
         name = name if name.startswith("text_model.") else f"text_model.{name}"  # newer transformers dropped it
         modules[f"lora_te_{name.replace('.', '_')}"] = module
-    with safe_open(file, "pt") as opened:
-        tensors = {k: opened.get_tensor(k).float() for k in opened.keys()}  # noqa: SIM118
-    names = sorted({key.split(".")[0] for key in tensors})
-    unknown = [name for name in names if name not in modules]
-    if unknown or not names:
+    updates = readers.updates(file)
+    unknown = [name for name in updates if name not in modules]
+    if unknown or not updates:
         raise ValueError(
-            f"{len(unknown)} of {len(names)} modules in {file} are not in the base: {', '.join(unknown[:3])} …\n"
+            f"{len(unknown)} of {len(updates)} modules in {file} are not in the base: {', '.join(unknown[:3])} …\n"
             "Measure a LoRA on the base it was trained on, in kohya's format."
         )
-    changes = []
-    for name in names:
-        down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
-        scale = tensors.get(f"{name}.alpha", torch.tensor(float(len(down)))) / len(down)
-        weight = modules[name].weight
-        change = (up.flatten(1) @ down.flatten(1) * scale).reshape(weight.shape)
-        changes.append((weight, weight.detach().clone(), change))
-    return changes
+    weights = {name: modules[name].weight for name in sorted(updates)}
+    return [(w, w.detach().clone(), readers.change(w.detach(), updates[name])) for name, w in weights.items()]
 
 
 @torch.no_grad()
