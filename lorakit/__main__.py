@@ -167,7 +167,8 @@ def sample(
     rows = samples.generate(
         opened, prompts, negative=negative, seeds=seed, strengths=strengths, steps=steps, guidance=guidance,
         scheduler_name=scheduler, size=(height or opened.resolution, width or opened.resolution),
-        attach=(lambda unet: export.inject(unet, opened, file)) if file else None,
+        attach=(lambda models: export.inject(models, opened, file)) if file else None,
+        adapts=file.adapts if file else (),
     )  # fmt: skip
     seeds = range(seed, seed + len(prompts))
     for number, value in enumerate(strengths):

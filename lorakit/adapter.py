@@ -1,7 +1,8 @@
-"""Adapter layers on a frozen UNet: inject, set their strength, read and load their weights, eject.
+"""Adapter layers on a frozen UNet and text encoders: inject, set their strength, read and load their weights, eject.
 
-PEFT makes the layers; the names and their number are checked here against what the UNet's config says there must be,
-because a renamed class would otherwise train half of a LoRA in silence.
+PEFT makes the layers; the names and their number are checked here against what the models' configs say there must be,
+because a renamed class would otherwise train half of a LoRA in silence. A layer is named by its path in the UNet; in a
+text encoder by `text_encoder.` (SDXL's second: `text_encoder_2.`) and the path in its `text_model`.
 
 What a layer learns are its parts, under the names that files give them: "down" and "up" of a LoRA, "dora_scale" beside
 them in DoRA, "hada_w1_a" … of LoHa, "lokr_w1" … of LoKr. `change` is the one place that says what they mean.
@@ -21,6 +22,8 @@ from lorakit import quantize
 from lorakit.config import WHOLE, Config
 
 NAME = "default"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+Models = Mapping[str, nn.Module]  # "unet" and TEXT_ENCODERS -> what is adapted together
 TRANSFORMER = re.compile(
     r"(^|\.)attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
     r"(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))$"
@@ -30,16 +33,29 @@ RESNET = re.compile(
 )
 
 
+TEXT = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+
+
 @dataclass
 class Adapter:
-    """Adapter layers that sit in a UNet."""
+    """Adapter layers that sit in a UNet, in text encoders, or in both."""
 
-    unet: nn.Module
-    layers: dict[str, nn.Module]  # module path in the UNet -> PEFT's layer around the frozen one
+    models: dict[str, nn.Module]  # that hold them: "unet", "text_encoder", "text_encoder_2"
+    layers: dict[str, nn.Module]  # name -> PEFT's layer around the frozen one
     ranks: dict[str, int]
     alphas: dict[str, float]
     targets: str
     algorithm: str = "lora"
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders that hold layers."""
+        return {which: model for which, model in self.models.items() if which != "unet"}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen models compute in."""
+        return next(iter(self.models.values())).dtype
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable weights, in a fixed order."""
@@ -238,7 +254,67 @@ def _whole_forward(layer, x: Tensor) -> Tensor:
     return frozen(x) + F.linear(x, added)
 
 
-# ── Into the UNet and out of it ─────────────────────────────────────────────────────────────────────────────────────
+# ── Into the models and out of them ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _together(models: nn.Module | Models) -> dict[str, nn.Module]:
+    """A UNet alone, or models by name."""
+    return {"unet": models} if isinstance(models, nn.Module) else dict(models)
+
+
+def which(name: str) -> str:
+    """The model that a layer of this name belongs to."""
+    first = name.partition(".")[0]
+    return first if first in TEXT_ENCODERS else "unet"
+
+
+def _within(models: Models, name: str) -> tuple[nn.Module, str]:
+    """The module that a layer's path starts from, and that path."""
+    model = models[which(name)]
+    if which(name) == "unet":
+        return model, name
+    return getattr(model, "text_model", model), name.partition(".")[2]  # newer transformers have no inner text_model
+
+
+def find(models: nn.Module | Models, name: str) -> nn.Module | None:
+    """The module of a name; None where there is none."""
+    models = _together(models)
+    if which(name) not in models:
+        return None
+    start, path = _within(models, name)
+    try:
+        return start.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def paths(models: Models) -> Iterator[str]:
+    """The name of every module of models, in their own order."""
+    for own, model in models.items():
+        start, prefix = (model, "") if own == "unet" else (getattr(model, "text_model", model), f"{own}.")
+        yield from (prefix + path for path, _ in start.named_modules())
+
+
+def text_names(encoder: nn.Module, own: str = "text_encoder") -> list[str]:
+    """The modules of a text encoder that a LoRA adapts, as kohya's: every Linear of its attention and feed-forward.
+
+    72 for SD 1.x, 138 for SD 2.x, 72 and 192 for SDXL's two.
+
+    Args:
+        own: the encoder's name, "text_encoder" or "text_encoder_2".
+
+    Raises:
+        RuntimeError: the encoder has other modules than its config says.
+    """
+    start, _ = _within({own: encoder}, f"{own}.")
+    found = [name for name, module in start.named_modules() if isinstance(module, nn.Linear) and TEXT.fullmatch(name)]
+    if len(found) != (expected := 6 * encoder.config.num_hidden_layers):
+        raise RuntimeError(
+            f"{len(found)} modules to adapt were found in this {own}, {expected} belong there. "
+            "An adapter that is still injected must be ejected first; else this transformers release names them "
+            "otherwise."
+        )
+    return [f"{own}.{name}" for name in found]
 
 
 def target_names(unet: nn.Module, targets: str = "attention") -> list[str]:
@@ -285,7 +361,7 @@ def transformer_modules(config) -> int:
 
 
 def inject(
-    unet: nn.Module,
+    models: nn.Module | Models,
     rank: int,
     alpha: float,
     targets: str = "attention",
@@ -300,15 +376,16 @@ def inject(
     decompose_both: bool = False,
     seed: int = 0,
 ) -> Adapter:
-    """Put fresh adapter layers into the UNet (in place) and freeze everything else. `eject` is the inverse.
+    """Put fresh adapter layers into models (in place) and freeze everything else. `eject` is the inverse.
 
-    One part of each is zero, so the UNet's output is unchanged until training; weights are float32 whatever the
+    One part of each is zero, so the models' output is unchanged until training; weights are float32 whatever the
     base's dtype (GradScaler cannot unscale half-precision gradients).
 
     Args:
+        models: a UNet, or a UNet and text encoders by name.
         rank, alpha: of the linear layers and 1×1 convolutions; the update is scaled by alpha / rank.
         conv_rank, conv_alpha: of the 3×3 convolutions, the same when None.
-        modules: adapt these instead of what `targets` names (an adapter read from a file).
+        modules: adapt these instead of what `targets` names and all of the text encoders' (an adapter from a file).
         ranks, alphas: by module, over the ones above.
         algorithm: "lora"; "dora" (direction and length apart); "loha" (the product, place by place, of two LoRAs);
             "lokr" (a small matrix and a LoRA, or two matrices, multiplied block by block).
@@ -326,33 +403,38 @@ def inject(
     from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if any(isinstance(module, BaseTunerLayer) for module in unet.modules()):
-        raise RuntimeError("This UNet already holds an adapter. Call adapter.eject(unet) first.")
-    names = list(modules) if modules is not None else target_names(unet, targets)
-    kernels = {name: unet.get_submodule(name) for name in names}
+    models = _together(models)
+    for name, model in models.items():
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise RuntimeError(f"This {name} already holds an adapter. Call adapter.eject on it first.")
+    names = list(modules) if modules is not None else _names(models, targets)
+    kernels = {name: find(models, name) for name in names}
     if algorithm in WHOLE and any(quantize.held(kernel) for kernel in kernels.values()):
         raise ValueError(f"algorithm {algorithm!r} needs a base that is not quantized. Use 'lora' or 'dora'.")
     wide = {n for n, m in kernels.items() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)}
     ranks = {n: (conv_rank or rank) if n in wide else rank for n in names} | (ranks or {})
     alphas = {n: float((conv_alpha or alpha) if n in wide else alpha) for n in names} | (alphas or {})
-    exact = {f"^{re.escape(n)}$": n for n in names}
-    common = {
-        "r": rank, "target_modules": names, "rank_pattern": {p: ranks[n] for p, n in exact.items() if ranks[n] != rank},
-        "alpha_pattern": {p: alphas[n] for p, n in exact.items() if alphas[n] != alpha},
-    }  # fmt: skip
-    if algorithm in ("lora", "dora"):
-        settings = LoraConfig(lora_alpha=alpha, init_lora_weights=True, **common)
-    elif algorithm == "loha":
-        settings = LoHaConfig(alpha=alpha, **common)
-    elif algorithm == "lokr":
-        settings = LoKrConfig(alpha=alpha, decompose_factor=factor or -1, decompose_both=decompose_both, **common)
-    else:
+    kinds = {"lora": LoraConfig, "dora": LoraConfig, "loha": LoHaConfig, "lokr": LoKrConfig}
+    if algorithm not in kinds:
         raise ValueError(f"algorithm {algorithm!r} is unknown. Use 'lora', 'dora', 'loha' or 'lokr'.")
-    unet.requires_grad_(False)
+    own = {"lora_alpha": alpha, "init_lora_weights": True} if kinds[algorithm] is LoraConfig else {"alpha": alpha}
+    if algorithm == "lokr":
+        own |= {"decompose_factor": factor or -1, "decompose_both": decompose_both}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, unet, NAME)
-    layers = {name: unet.get_submodule(name) for name in names}
+        for name, model in models.items():
+            model.requires_grad_(False)
+            paths = {n: _within(models, n) for n in names if which(n) == name}
+            if not paths:
+                continue
+            exact = {n: f"^{re.escape(path)}$" for n, (_, path) in paths.items()}
+            settings = kinds[algorithm](
+                r=rank, target_modules=[path for _, path in paths.values()], **own,
+                rank_pattern={pattern: ranks[n] for n, pattern in exact.items() if ranks[n] != rank},
+                alpha_pattern={pattern: alphas[n] for n, pattern in exact.items() if alphas[n] != alpha},
+            )  # fmt: skip
+            inject_adapter_in_model(settings, next(iter(paths.values()))[0], NAME)
+    layers = {name: find(models, name) for name in names}
     for name, layer in layers.items():
         if algorithm == "dora":
             _make_dora(layer)
@@ -363,19 +445,29 @@ def inject(
             weight.requires_grad_(True)
         if rank_of(parts(layer)) is None:  # LyCORIS, and all who read its files, give it no scale
             alphas[name], layer.scaling[NAME] = float(ranks[name]), 1.0
-    return Adapter(unet, layers, ranks, alphas, targets, algorithm)
+    holding = {name: model for name, model in models.items() if any(which(n) == name for n in names)}
+    return Adapter(holding, layers, ranks, alphas, targets, algorithm)
 
 
-def fresh(unet: nn.Module, config: Config) -> Adapter:
+def _names(models: Models, targets: str) -> list[str]:
+    names = target_names(models["unet"], targets) if "unet" in models else []
+    return names + [name for own in TEXT_ENCODERS if own in models for name in text_names(models[own], own)]
+
+
+def fresh(models: nn.Module | Models, config: Config) -> Adapter:
     """`inject` what a run's settings ask for.
 
+    Args:
+        models: the UNet, and those text encoders that are trained.
+
     Raises:
-        ValueError: `block_ranks` names a place that the UNet does not have, or leaves nothing to train.
+        ValueError: `block_ranks` names a place that the models do not have, or leaves nothing to train.
         RuntimeError: as `inject`.
 
     Source: Kalajdzievski 2023, arXiv:2312.03732 (rsLoRA). Its scale goes into the alphas, and so into every file.
     """
-    modules = target_names(unet, config.targets)
+    models = _together(models)
+    modules = _names(models if config.train_unet else {n: m for n, m in models.items() if n != "unet"}, config.targets)
     known(config.block_ranks, modules, "block_ranks")
     ranks = {name: of_place(config.block_ranks, name) for name in modules}
     modules = [name for name in modules if ranks[name] != 0]
@@ -383,7 +475,7 @@ def fresh(unet: nn.Module, config: Config) -> Adapter:
         raise ValueError("block_ranks leaves no module to train. Give some place a rank above 0.")
     alphas = {}
     for name in modules:
-        wide = getattr(unet.get_submodule(name), "kernel_size", (1, 1)) != (1, 1)
+        wide = getattr(find(models, name), "kernel_size", (1, 1)) != (1, 1)
         rank = (wide and config.conv_rank) or config.rank
         alpha = (wide and config.conv_alpha) or config.alpha
         ranks[name] = ranks[name] or rank
@@ -391,8 +483,8 @@ def fresh(unet: nn.Module, config: Config) -> Adapter:
         alphas[name] = alpha * (ranks[name] ** 0.5 if config.rank_stabilized else ranks[name] / rank)
     ranks = {name: ranks[name] for name in modules}
     return inject(
-        unet, config.rank, config.alpha, config.targets, modules=modules, ranks=ranks, alphas=alphas, seed=config.seed,
-        algorithm=config.algorithm, factor=config.lokr_factor,
+        models, config.rank, config.alpha, config.targets, modules=modules, ranks=ranks, alphas=alphas,
+        seed=config.seed, algorithm=config.algorithm, factor=config.lokr_factor,
     )  # fmt: skip
 
 
@@ -406,22 +498,24 @@ def known(values: dict, modules: Sequence[str], setting: str) -> None:
     """Raise ValueError where a setting by place names one that no adapted module is in."""
     for path in values:
         if not any(of_place({path: 1}, module) for module in modules):
-            places = sorted({".".join(m.split(".")[: 1 if m.startswith("mid") else 2]) for m in modules})
+            places = sorted({".".join(m.split(".")[: 1 if m.startswith(("mid", "text")) else 2]) for m in modules})
             raise ValueError(
                 f"{setting}: nothing is adapted at {path!r}. The places are {', '.join(places)}, and below."
             )
 
 
-def eject(unet: nn.Module) -> None:
-    """Take every adapter out again (in place): the UNet is then the very one it was before `inject`."""
+def eject(models: nn.Module | Models) -> None:
+    """Take every adapter out again (in place): the models are then the very ones they were before `inject`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in list(unet.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent), child, module.get_base_layer())
-    if hasattr(unet, "peft_config"):
-        del unet.peft_config
+    for model in _together(models).values():
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        for holder in {model, getattr(model, "text_model", model)}:
+            if hasattr(holder, "peft_config"):
+                del holder.peft_config
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -271,6 +272,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Autocast to a compute dtype; nothing in float32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
 # ── Components ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -371,22 +377,23 @@ def load_text_encoder(base: Base, dtype: torch.dtype, device: torch.device, whic
     return encoder, CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
 
 
-@torch.no_grad()
-def encode_prompts(
-    encoder, tokenizer, prompts: Sequence[str], family: str, clip_skip: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Text embeddings as the family's UNet expects them from one text encoder.
+def tokenize(tokenizer, prompts: Sequence[str]) -> Tensor:
+    """Prompts as tokens, (B, length), int64; what goes beyond the length (77 in all real bases) is cut off."""
+    length = tokenizer.model_max_length
+    found = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return found.input_ids
+
+
+def encode(encoder, tokens: Tensor, family: str, clip_skip: int = 1) -> tuple[Tensor, Tensor]:
+    """Text embeddings as the family's UNet expects them from one text encoder, with a way back for its adapter.
 
     Args:
-        prompts: B texts; what goes beyond the encoder's length (77 tokens in all real bases) is cut off.
+        tokens: (B, length), on the encoder's device.
         clip_skip: 1 takes the last layer, 2 the one before, … SDXL always counts from its next-to-last.
 
     Returns:
-        Embeddings, shape (B, tokens, width); pooled embedding, shape (B, width or projection).
+        Embeddings, shape (B, length, width); pooled embedding, shape (B, width or projection).
     """
-    tokens = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids.to(encoder.device)
     output = encoder(tokens, output_hidden_states=True)
     if family == "sdxl":
         return output.hidden_states[-(clip_skip + 1)], output[0]
@@ -395,6 +402,37 @@ def encode_prompts(
         return output.last_hidden_state, pooled
     inner = getattr(encoder, "text_model", encoder)  # newer transformers have no inner text_model
     return inner.final_layer_norm(output.hidden_states[-clip_skip]), pooled
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoder, tokenizer, prompts: Sequence[str], family: str, clip_skip: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`tokenize` and `encode`, without a way back."""
+    return encode(encoder, tokenize(tokenizer, prompts).to(encoder.device), family, clip_skip)
+
+
+def encode_anew(
+    base: Base, encoders: Mapping[str, torch.nn.Module], embeddings: Tensor, pooled: Tensor, tokens: Tensor,
+    clip_skip: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Exchange what those text encoders say that have changed; with none, nothing is.
+
+    Args:
+        encoders: name → encoder, some of the base's or all.
+        embeddings: (B, length, width) of all the base's encoders side by side.
+        pooled: (B, width) of the last one.
+        tokens: (B, encoders, length), int64.
+
+    Returns:
+        Embeddings and pooled embeddings, of the same shapes.
+    """
+    parts = list(embeddings.split([base.configs[which]["hidden_size"] for which in base.text_encoders], dim=-1))
+    for place, which in enumerate(base.text_encoders):
+        if which in encoders:
+            parts[place], own = encode(encoders[which], tokens[:, place], base.family, clip_skip)
+            pooled = own if which == base.text_encoders[-1] else pooled
+    return torch.cat([part.to(embeddings.dtype) for part in parts], dim=-1), pooled
 
 
 def size_conditions(original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Tensor:

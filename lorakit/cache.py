@@ -8,7 +8,7 @@ A model is loaded only when something is missing, one at a time, and freed befor
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ class Text:
 
     embeddings: Tensor  # (tokens, width)
     pooled: Tensor  # (width,): SDXL's second encoder; unused elsewhere
+    tokens: Tensor  # (encoders, length), int64: to encode it anew once an encoder has learned
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def encode_texts(
     for which in base.text_encoders:
         weights = bases.fingerprint(base, which)
         names = {
-            p: folder / f"{_key('text', p, weights, clip_skip, base.family, str(dtype))}.safetensors" for p in prompts
+            p: folder / f"{_key('text 2', p, weights, clip_skip, base.family, str(dtype))}.safetensors" for p in prompts
         }
         found = {p: _read(names[p]) for p in prompts}
         missing = [p for p in prompts if found[p] is None]
@@ -96,10 +97,13 @@ def encode_texts(
             encoder, tokenizer = bases.load_text_encoder(base, dtype, device, which)
             for start in range(0, len(missing), batch):
                 some = missing[start : start + batch]
-                embeddings, pooled = bases.encode_prompts(encoder, tokenizer, some, base.family, clip_skip)
-                for prompt, e, p in zip(some, embeddings.cpu(), pooled.cpu(), strict=True):
+                tokens = bases.tokenize(tokenizer, some)
+                with torch.no_grad():
+                    embeddings, pooled = bases.encode(encoder, tokens.to(device), base.family, clip_skip)
+                for prompt, e, p, t in zip(some, embeddings.cpu(), pooled.cpu(), tokens, strict=True):
                     _finite(e, f"the text {prompt!r}", which)
-                    found[prompt] = _write(names[prompt], {"embeddings": e.contiguous(), "pooled": p.contiguous()})
+                    entry = {"embeddings": e.contiguous(), "pooled": p.contiguous(), "tokens": t.contiguous()}
+                    found[prompt] = _write(names[prompt], entry)
                 if progress:
                     progress("captions", start + len(some), len(missing))
             del encoder
@@ -107,9 +111,33 @@ def encode_texts(
         for prompt in prompts:
             parts[prompt].append(found[prompt])
     return {
-        prompt: Text(torch.cat([part["embeddings"] for part in own], dim=-1), own[-1]["pooled"])
+        prompt: Text(
+            torch.cat([part["embeddings"] for part in own], dim=-1), own[-1]["pooled"],
+            torch.stack([part["tokens"] for part in own]),
+        )
         for prompt, own in parts.items()
-    }
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def encode_anew(
+    base: bases.Base, encoders: Mapping[str, torch.nn.Module], texts: Sequence[Text], clip_skip: int = 1
+) -> list[Text]:
+    """Texts as text encoders say them now that an adapter is in them; with none, the texts as they are.
+
+    Args:
+        encoders: name → encoder, as `base.encode_anew` takes them.
+    """
+    if not encoders:
+        return list(texts)
+    some = next(iter(encoders.values()))
+    embeddings, pooled, tokens = (
+        torch.stack([getattr(text, part) for text in texts]).to(some.device)
+        for part in ("embeddings", "pooled", "tokens")
+    )
+    with bases.autocast(some.device, some.dtype):
+        embeddings, pooled = bases.encode_anew(base, encoders, embeddings, pooled, tokens, clip_skip)
+    return [Text(e, p, text.tokens) for e, p, text in zip(embeddings.cpu(), pooled.cpu(), texts, strict=True)]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,13 +83,14 @@ class Config(BaseModel):
     rank: int = Field(32, ge=1, le=1024)
     alpha: float = Field(16, gt=0, description="scale is alpha / rank")
     rank_stabilized: bool = Field(False, description="rsLoRA: scale is alpha / √rank, for high ranks")
+    train_unet: bool = Field(True, description="adapt the UNet; without it text encoders alone are trained")
     targets: Literal["attention", "attention+conv"] = Field(
         "attention", description="kohya's default modules, or the ResNet convolutions too (LoCon)"
     )
     conv_rank: int | None = Field(None, ge=1, description="rank of the convolutions; None takes `rank`")
     conv_alpha: float | None = Field(None, gt=0, description="alpha of the convolutions; None takes `alpha`")
     block_ranks: dict[str, NonNegativeInt] = Field(
-        {}, description="other ranks by place in the UNet, {'mid_block': 8, 'up_blocks.1': 64}; 0 leaves it as it is"
+        {}, description="other ranks by place, {'mid_block': 8, 'text_encoder': 4}; 0 leaves that place as it is"
     )
     start_from: str | None = Field(None, description="a LoRA file to go on from, with the same modules and ranks")
 
@@ -98,13 +100,19 @@ class Config(BaseModel):
     batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0, le=1)
+    text_encoder_rate: float = Field(
+        0.0, ge=0, le=1, description="learning rate of the text encoders; 0 leaves them as they are, encoded once"
+    )
+    text_encoder_2_rate: float | None = Field(
+        None, ge=0, le=1, description="of SDXL's second text encoder alone; None takes `text_encoder_rate`"
+    )
     learning_rate_ratio: float = Field(1.0, gt=0, description="LoRA+: the up matrices' rate over the down matrices'")
     optimizer: Literal[
         "adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "lion", "adamw_schedulefree"
     ] = "adamw"
     weight_decay: float = Field(0.01, ge=0)
     block_rates: dict[str, NonNegativeFloat] = Field(
-        {}, description="factors on the learning rate by place in the UNet, {'down_blocks': 0.5}"
+        {}, description="factors on the learning rate by place, {'down_blocks': 0.5}"
     )
     schedule: Literal["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"] = (
         "constant"
@@ -179,6 +187,11 @@ class Config(BaseModel):
                 f"learning_rate {self.learning_rate} is a factor on the rate that optimizer 'prodigy' finds by itself, "
                 "and would learn next to nothing: use 1.0."
             )
+        if self.optimizer == "prodigy" and self.several_rates:
+            raise ValueError(
+                "optimizer 'prodigy' finds one rate for all: set learning_rate_ratio to 1, leave block_rates empty, "
+                "and give text encoders that are trained the same rate as learning_rate."
+            )
         if self.optimizer == "adamw_schedulefree":
             if not self.schedule.startswith("constant"):
                 raise ValueError(
@@ -201,9 +214,32 @@ class Config(BaseModel):
                 f"algorithm {self.algorithm!r} needs the whole weights of the base: set quantize to 'none', or use "
                 "'lora' or 'dora'."
             )
+        if not self.train_unet and not any((self.text_encoder_rate, self.text_encoder_2_rate)):
+            raise ValueError("train_unet is off and no text encoder has a rate: nothing would be trained.")
         if self.min_timestep >= self.max_timestep:
             raise ValueError(f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.")
         return self
+
+    @property
+    def several_rates(self) -> bool:
+        """Whether some weights learn at another rate than others."""
+        text = {self.text_encoder_rate, self.text_encoder_2_rate or 0.0} - {0.0, self.learning_rate}
+        return bool(text or self.block_rates) or self.learning_rate_ratio != 1
+
+    def text_rates(self, encoders: Sequence[str]) -> dict[str, float]:
+        """Which of a base's text encoders are trained, and their rates.
+
+        Args:
+            encoders: the base's, `Base.text_encoders`.
+
+        Raises:
+            ValueError: a rate for a second one that the base does not have.
+        """
+        if self.text_encoder_2_rate is not None and "text_encoder_2" not in encoders:
+            raise ValueError("text_encoder_2_rate is set, but this base has one text encoder: use text_encoder_rate.")
+        second = self.text_encoder_rate if self.text_encoder_2_rate is None else self.text_encoder_2_rate
+        rates = {which: second if which == "text_encoder_2" else self.text_encoder_rate for which in encoders}
+        return {which: rate for which, rate in rates.items() if rate}
 
     @property
     def asks_class(self) -> bool:

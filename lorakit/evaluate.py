@@ -58,6 +58,7 @@ def questions(pictures: Sequence[Encoded], texts: dict[str, Text], config: Confi
                 repeat(text.embeddings),
                 repeat(text.pooled),
                 repeat(picture.sizes),
+                repeat(text.tokens),
                 None if picture.mask is None else repeat(train.counted(picture, config)),
             )
         )
@@ -65,11 +66,13 @@ def questions(pictures: Sequence[Encoded], texts: dict[str, Text], config: Confi
 
 
 @torch.no_grad()
-def measure(unet, base: Base, asked: Sequence[Batch], config: Config) -> float:
+def measure(unet, base: Base, asked: Sequence[Batch], config: Config, adapter: adapters.Adapter | None = None) -> float:
     """The mean loss over questions, weighted as in training. Leaves the UNet and all randomness as they were."""
     alphas = base.alphas_cumprod().to(unet.device)
     with sample.borrowed(unet):
-        return float(torch.stack([train.batch_loss(unet, base, alphas, item, config) for item in asked]).mean())
+        return float(
+            torch.stack([train.batch_loss(unet, base, alphas, item, config, adapter) for item in asked]).mean()
+        )
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ def every(
         with state.evaluated():
             if not bare:
                 with adapters.strength(state.adapter, 0.0):
-                    bare.extend(measure(unet, base, some, config) for some in asked)
-            now = [measure(unet, base, some, config) for some in asked]
+                    bare.extend(measure(unet, base, some, config, state.adapter) for some in asked)
+            now = [measure(unet, base, some, config, state.adapter) for some in asked]
         tell(Validation(step.number, now[0], bare[0], now[1], bare[1]))
 
     return listener

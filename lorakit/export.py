@@ -47,16 +47,24 @@ def _modules_by_name() -> dict[str, str]:
 
 
 def kohya_name(module: str, family: str) -> str:
-    """What kohya's files call a module of the UNet: SDXL by Stability's names, the others by diffusers'.
+    """What kohya's files call a module: of SDXL's UNet by Stability's names, of others' by diffusers'.
 
     Raises:
-        ValueError: no Stable Diffusion UNet has such a module.
+        ValueError: no Stable Diffusion has such a module.
     """
+    if (which := adapters.which(module)) != "unet":
+        path = module.partition(".")[2]
+        if not adapters.TEXT.fullmatch(path):
+            raise ValueError(f"{module} is no module of a text encoder, so no other program would find it.")
+        return f"{KOHYA_TEXT[which, family == 'sdxl']}_text_model_{path.replace('.', '_')}"
     if module not in adaptable():
         raise ValueError(f"{module} is no module of a Stable Diffusion UNet, so no other program would find it.")
     return "lora_unet_" + (adaptable()[module] if family == "sdxl" else module).replace(".", "_")
 
 
+KOHYA_TEXT = {  # which, whether the base is an SDXL -> how kohya's keys begin
+    ("text_encoder", False): "lora_te", ("text_encoder", True): "lora_te1", ("text_encoder_2", True): "lora_te2",
+}  # fmt: skip
 KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight"}  # what LyCORIS adds is called in files as it is here
 
 
@@ -226,7 +234,8 @@ def run_metadata(
         dirs[folder] = {"n_repeats": picture.repeats, "img_count": dirs[folder]["img_count"] + 1}
     facts = {
         "ss_output_name": config.name, "ss_training_started_at": started, "ss_training_finished_at": finished,
-        "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate, "ss_text_encoder_lr": None,
+        "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate if config.train_unet else None,
+        "ss_text_encoder_lr": list(config.text_rates(base.text_encoders).values()) or None,
         "ss_optimizer": f"{'.'.join(optim.OPTIMIZERS[config.optimizer])}(weight_decay={config.weight_decay})",
         "ss_lr_scheduler": config.schedule, "ss_lr_warmup_steps": config.warmup_steps,
         "ss_max_grad_norm": config.max_grad_norm, "ss_min_snr_gamma": config.min_snr_gamma,
@@ -243,7 +252,7 @@ def run_metadata(
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps,
         "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
         "ss_gradient_checkpointing": config.gradient_checkpointing,
-        "ss_mixed_precision": {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(adapter.unet.dtype, "no"),
+        "ss_mixed_precision": {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(adapter.dtype, "no"),
         "ss_full_fp16": False, "ss_seed": config.seed, "ss_clip_skip": config.clip_skip,
         "ss_cache_latents": True, "ss_flip_aug": config.flip, "ss_shuffle_caption": config.shuffle_captions,
         "ss_keep_tokens": config.keep_tokens, "ss_caption_tag_dropout_rate": config.tag_dropout,
@@ -294,11 +303,13 @@ PARTS = {
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",  # kohya
     ".lora_A.weight": "down", ".lora_B.weight": "up",  # PEFT, diffusers
     ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers before PEFT
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",  # its text encoders
     "_lora.down.weight": "down", "_lora.up.weight": "up",  # its attention processors
     **{f".{part}": part for part in ("dora_scale", *(f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"),
                                      *(f"lokr_w{n}{side}" for n in (1, 2) for side in ("", "_a", "_b")))},  # LyCORIS
 }  # fmt: skip
 TEXT = re.compile(r"lora_te\d?_|text_encoder|(base_model\.model\.)?text_model|bundle_emb")
+DOTTED = re.compile(r"_(encoder)_(layers)_(\d+)_(?:(self_attn)_([qkv]_proj|out_proj)|(mlp)_(fc[12]))")
 OTHERS = {
     "lora_magnitude": "PEFT's DoRA", "hada_t": "Tucker LoHa", "lokr_t": "Tucker LoKr", "oft_": "OFT",
     "lora_mid": "Tucker LoCon",
@@ -317,8 +328,13 @@ class Lora:
     family: str | None  # "sd15", "sd2" or "sdxl" by its keys and shapes, else by its metadata
     metadata: dict[str, str] = field(repr=False)
     modules: dict[str, tuple[dict[str, Tensor], float]] = field(repr=False)
-    """diffusers' path in the UNet → its parts, as `adapter.parts` names them, and its alpha."""
-    text_encoder: dict[str, Tensor] = field(repr=False)  # set aside as they are: only UNets are adapted
+    """A module's name, as `adapter` has it → its parts, as `adapter.parts` names them, and its alpha."""
+    aside: dict[str, Tensor] = field(repr=False)  # of text encoders, but no layer of theirs: kept as they are
+
+    @property
+    def adapts(self) -> tuple[str, ...]:
+        """The models that it changes: "unet", "text_encoder", "text_encoder_2"."""
+        return tuple(sorted({adapters.which(module) for module in self.modules}))
 
     @property
     def parts(self) -> dict[str, dict[str, Tensor]]:
@@ -350,7 +366,7 @@ def _opened(path: Path) -> Iterator:
 
 
 def _sort(keys: Sequence[str], name: str) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """{module: {"down": key, "up": key, "alpha": key}} of the UNet, and the keys of text encoders.
+    """{module: {"down": key, "up": key, "alpha": key}}, and those keys of text encoders that are of no layer.
 
     Raises:
         ValueError: no LoRA, or one of another method or kind of model; a module without all its parts.
@@ -361,7 +377,7 @@ def _sort(keys: Sequence[str], name: str) -> tuple[dict[str, dict[str, str]], li
             raise ValueError(f"{name} is a {method} file; lorakit reads LoRA, LoCon, DoRA, LoHa and LoKr.")
         suffix = next((suffix for suffix in PARTS if key.endswith(suffix)), "")
         module = _module(key.removesuffix(suffix)) if suffix else None
-        if TEXT.match(key):
+        if module is None and TEXT.match(key):
             text.append(key)
         elif module is None or modules[module].setdefault(PARTS[suffix], key) != key:
             unknown.append(key)
@@ -382,9 +398,14 @@ def _sort(keys: Sequence[str], name: str) -> tuple[dict[str, dict[str, str]], li
 
 
 def _module(stem: str) -> str | None:
-    """diffusers' path of a key without its suffix; None if it is none of Stable Diffusion's modules."""
+    """The name of a module by its key without suffix; None if it is none of Stable Diffusion's modules."""
     if stem.startswith("lora_unet_"):
         return _modules_by_name().get(stem.removeprefix("lora_unet_"))
+    if text := re.fullmatch(r"lora_te(\d?)_text_model(_.+)|(?:text_encoder(_2)?\.)?text_model(\..+)",
+                            stem.removeprefix("base_model.model.")):  # fmt: skip
+        dotted = DOTTED.fullmatch((text[2] or text[4]).replace(".", "_"))
+        which = "text_encoder_2" if text[1] == "2" or text[3] else "text_encoder"
+        return f"{which}.{'.'.join(filter(None, dotted.groups()))}" if dotted else None
     path = stem.removeprefix("base_model.model.").removeprefix("unet.").replace(".processor.", ".")
     path += ".0" if path.endswith(".to_out") else ""
     return path if path in adaptable() else None
@@ -401,8 +422,12 @@ def _family(modules: dict[str, tuple[str, int]], metadata: dict[str, str]) -> st
     for module, (_, inputs) in modules.items():
         if module.endswith(("attn2.to_k", "attn2.to_v")) and inputs in (768, 1024, 2048):  # width of the text
             return {768: "sd15", 1024: "sd2", 2048: "sdxl"}[inputs]
-    if any(re.search(r"(input|output)_blocks_|middle_block_", key) for key, _ in modules.values()):
+    if any(re.search(r"(input|output)_blocks_|middle_block_|lora_te[12]_|text_encoder_2", key)
+           for key, _ in modules.values()):  # fmt: skip
         return "sdxl"
+    for module, (_, inputs) in modules.items():
+        if module.startswith("text_encoder.") and module.endswith("q_proj") and inputs in (768, 1024):
+            return {768: "sd15", 1024: "sd2"}[inputs]
     said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
     found = re.search(r"(?:sd_|stable-diffusion-)(v1|v2|xl)|sdxl", said)
     return {"v1": "sd15", "v2": "sd2"}.get(found[1], "sdxl") if found else None
@@ -411,7 +436,8 @@ def _family(modules: dict[str, tuple[str, int]], metadata: dict[str, str]) -> st
 def _alpha(metadata: dict[str, str], module: str, rank: int) -> float:
     """The alpha of a module that has none of its own: from PEFT's settings, if diffusers kept them, else the rank."""
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    settings = {key.removeprefix("unet."): value for key, value in settings.items()}
+    which = adapters.which(module)
+    settings = {key.removeprefix(f"{which}."): value for key, value in settings.items()}
     alpha = settings.get("lora_alpha", rank)
     for pattern, own in (settings.get("alpha_pattern") or {}).items():
         alpha = own if re.fullmatch(rf"(.*\.)?({pattern})", module) else alpha
@@ -450,47 +476,55 @@ def load(path: str | Path) -> Lora:
     return Lora(path.name, _family(known, metadata), metadata, modules, aside)
 
 
-def inject(unet: nn.Module, base: Base, lora: Lora | str | Path) -> Adapter:
-    """Put a file's LoRA into the UNet (in place), to sample with or to train on. `adapter.eject` is the inverse.
+def inject(models: nn.Module | adapters.Models, base: Base, lora: Lora | str | Path) -> Adapter:
+    """Put a file's LoRA into models (in place), to sample with or to train on. `adapter.eject` is the inverse.
 
     1×1 convolutions and linear layers hold the same numbers, so either shape fits either.
+
+    Args:
+        models: a UNet, or those of `lora.adapts` by name; what the file has for others is left out.
 
     Raises:
         ValueError: a LoRA of another family, or for layers that this base does not have; nothing is changed then.
     """
     lora = lora if isinstance(lora, Lora) else load(lora)
+    models = {"unet": models} if isinstance(models, nn.Module) else models
     if lora.family not in (None, base.family):
         raise ValueError(
             f"{lora.name} is an {FAMILIES[lora.family]} LoRA, the base {base.name} is {FAMILIES[base.family]}: "
             "the two do not go together. Use a base of the LoRA's family."
         )
-    if not lora.modules:
-        raise ValueError(f"{lora.name} adapts the text encoder alone and the UNet not at all: it cannot be used here.")
-    layers, wrong = dict(unet.named_modules()), []
-    for module, (parts, _) in lora.modules.items():
-        shape = quantize.shape(layers[module]) if hasattr(layers.get(module), "weight") else None
-        theirs = adapters.size(parts)
+    own = {module: entry for module, entry in lora.modules.items() if adapters.which(module) in models}
+    if not own:
+        raise ValueError(
+            f"{lora.name} adapts {' and '.join(lora.adapts) or 'nothing'} alone and not {' or '.join(models)}: "
+            "it cannot be used here."
+        )
+    wrong = []
+    for module, (parts, _) in own.items():
+        layer, theirs = adapters.find(models, module), adapters.size(parts)
+        shape = quantize.shape(layer) if hasattr(layer, "weight") else None
         if shape is None or theirs != (shape[0], math.prod(shape[1:])):
             ours = "missing here" if shape is None else f"{shape[0]}×{math.prod(shape[1:])} here"
             wrong.append(f"{module} is {theirs[0]}×{theirs[1]} in the file, {ours}")
     if wrong:
         raise ValueError(
-            f"{lora.name} does not fit {base.name} in {len(wrong)} of {len(lora.modules)} modules: "
+            f"{lora.name} does not fit {base.name} in {len(wrong)} of {len(own)} modules: "
             + "; ".join(wrong[:3]) + ". It was made for another base."
         )  # fmt: skip
-    modules = [name for name in layers if name in lora.modules]
-    every = [lora.modules[name][0] for name in modules]
+    modules = [name for name in adapters.paths(models) if name in own]
+    every = [own[name][0] for name in modules]
     ranks = {name: _rank(parts) for name, parts in zip(modules, every, strict=True)}
-    alphas = {name: lora.modules[name][1] for name in modules}
+    alphas = {name: own[name][1] for name in modules}
     targets = "attention+conv" if any(adapters.RESNET.search(name) for name in modules) else "attention"
     adapter = adapters.inject(
-        unet, _usual(ranks.values()), _usual(alphas.values()), targets, modules=modules, ranks=ranks, alphas=alphas,
+        models, _usual(ranks.values()), _usual(alphas.values()), targets, modules=modules, ranks=ranks, alphas=alphas,
         algorithm=lora.algorithm, **_blocks(every),
     )  # fmt: skip
     try:
-        adapter.load(_fitted(lora, adapter))
+        adapter.load(_fitted(own, adapter))
     except (ValueError, RuntimeError, KeyError) as error:
-        adapters.eject(unet)
+        adapters.eject(models)
         raise ValueError(f"{lora.name} divides its matrices as lorakit does not: {error}") from None
     return adapter
 
@@ -515,10 +549,10 @@ def _blocks(every: list[dict[str, Tensor]]) -> dict:
             "decompose_both": any("lokr_w1_a" in parts for parts in every)}  # fmt: skip
 
 
-def _fitted(lora: "Lora", adapter: Adapter) -> dict[str, Tensor]:
+def _fitted(modules: dict[str, tuple[dict[str, Tensor], float]], adapter: Adapter) -> dict[str, Tensor]:
     """A file's weights as an adapter's state: linear layers and 1×1 convolutions hold the same numbers."""
     own = adapter.state()
-    given = {f"{m}.{part}": tensor for m, (parts, _) in lora.modules.items() for part, tensor in parts.items()}
+    given = {f"{m}.{part}": tensor for m, (parts, _) in modules.items() for part, tensor in parts.items()}
     return {name: tensor.reshape(own[name].shape) if name in own else tensor for name, tensor in given.items()}
 
 
@@ -541,9 +575,9 @@ def begin_from(adapter: Adapter, base: Base, lora: Lora | str | Path) -> None:
         raise ValueError(
             f"{lora.name} has {len(theirs)} modules of ranks {_distinct(theirs)}, the run's settings ask for "
             f"{len(ours)} of ranks {_distinct(ours)}; first difference: {odd[0]}. "
-            "Set rank, targets, conv_rank and block_ranks as the file has them."
+            "Set rank, targets, conv_rank, block_ranks and text_encoder_rate as the file has them."
         )
-    state = {name: tensor.float() for name, tensor in _fitted(lora, adapter).items()}
+    state = {name: tensor.float() for name, tensor in _fitted(lora.modules, adapter).items()}
     for module, (parts, alpha) in lora.modules.items():
         scaled = next(part for part in ("up", "hada_w1_a", "lokr_w1", "lokr_w1_a") if part in parts)
         if adapters.rank_of(parts) is not None:
@@ -627,7 +661,7 @@ def describe(path: str | Path) -> dict:
         "kind": {"lora": "LoCon" if locon else "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}[lora.algorithm],
         "family": lora.family,
         "modules": len(parts),
-        "text_encoder": len({re.split(r"[._]lora[._]|\.lora_|\.alpha", key)[0] for key in lora.text_encoder}),
+        "text_encoder": sum(adapters.which(module) != "unet" for module in lora.modules),
         "rank": sorted({rank for own in parts if (rank := adapters.rank_of(own))}),
         "alpha": sorted(set(alphas)),
         "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for own in parts for tensor in own.values()}),

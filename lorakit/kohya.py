@@ -262,12 +262,18 @@ def _length(take: Callable, notes: list[str]) -> dict:
 
 def _rates(take: Callable, notes: list[str]) -> dict:
     rate, unet, text = take("learning_rate"), take("unet_lr"), take("text_encoder_lr")
-    if take("network_train_text_encoder_only"):
-        raise ValueError("network_train_text_encoder_only: lorakit trains the UNet, and has nothing to do then.")
-    if not take("network_train_unet_only") and text != 0:
-        notes.append("text encoder: lorakit trains the UNet alone; its captions are encoded once")
+    text_only, unet_only = take("network_train_text_encoder_only"), take("network_train_unet_only")
+    if text_only and unet_only:
+        raise ValueError("network_train_unet_only and network_train_text_encoder_only leave nothing to train.")
+    # sd-scripts trains text encoders unless it is told not to, at the run's rate where they have none of their own.
+    own = [float(value) for value in (text if isinstance(text, list) else [rate if text is None else text])]
+    if unet_only or take("cache_text_encoder_outputs"):
+        own = [0.0]
+    ours = {"learning_rate": float(unet or rate), "text_encoder_rate": own[0], "train_unet": not text_only}
+    if len(own) > 1 and own[1] != own[0]:
+        ours["text_encoder_2_rate"] = own[1]
     ratio = take("loraplus_lr_ratio") or take("loraplus_unet_lr_ratio") or 1.0
-    return {"learning_rate": float(unet or rate), "learning_rate_ratio": float(ratio)}
+    return ours | {"learning_rate_ratio": float(ratio)}
 
 
 def _size(take: Callable, notes: list[str]) -> dict:

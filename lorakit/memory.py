@@ -34,7 +34,7 @@ MARGIN = 0.1  # share of the free memory left to the driver, the kernels' worksp
 class Prediction:
     """What a step will take: bytes by part at the moment of the peak, and the size of the work."""
 
-    weights: int  # the frozen UNet
+    weights: int  # the frozen UNet, and text encoders that are trained
     adapter: int
     gradients: int  # those there already when the peak comes
     optimizer: int
@@ -101,19 +101,20 @@ def predict(
     half = dtype != torch.float32
     counted = torch.bfloat16 if half else torch.float32  # as large as fp16, and known to every release's CPU autocast
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    unet, adapter = _build(base, config, counted, fake, norms_in_float32=half and kind != "cpu")
+    models, adapter = _build(base, config, counted, fake, norms_in_float32=half and kind != "cpu")
     # Torch has no fused attention with a way back for Apple's devices (pytorch/pytorch#182746).
     attention = sdpa_kernel(SDPBackend.MATH) if kind == "mps" else nullcontext()
     weights = adapter.parameters()
     trained = sum(weight.numel() for weight in weights)
-    held = [module.weight for module in unet.modules() if isinstance(module, _Held)]
-    frozen = counted.itemsize * (_numbers(unet) - trained - sum(weight.numel() for weight in held))
+    held = [module.weight for module in models["unet"].modules() if isinstance(module, _Held)]
+    numbers = sum(map(_numbers, models.values()))
+    frozen = counted.itemsize * (numbers - trained - sum(weight.numel() for weight in held))
     frozen += sum(quantize.size(weight.shape, config.quantize) for weight in held)
 
-    ledger = _Ledger(unet.parameters())
+    ledger = _Ledger(weight for model in models.values() for weight in model.parameters())
     hooks = [weight.register_post_accumulate_grad_hook(ledger.gradient_arrived) for weight in weights]
     with fake, ledger, attention:
-        value = _forward(unet, base, config, size, counted)
+        value = _forward(models, base, config, size, counted)
         answer = ledger.flops
         value.backward()
         flops = ledger.flops
@@ -125,7 +126,7 @@ def predict(
             flops += answer  # and what the bare base says of it
         flops *= config.gradient_accumulation_steps
         if config.gradient_accumulation_steps > 1 or config.asks_class:  # from the second on, all gradients are there
-            _forward(unet, base, config, size, counted).backward()
+            _forward(models, base, config, size, counted).backward()
     return Prediction(
         weights=frozen, adapter=4 * trained, gradients=ledger.gradients_at_peak,
         optimizer=sum(optimizer_state(config.optimizer, weight.shape) for weight in weights),
@@ -158,11 +159,12 @@ def dreambooth(base: bases.Base, config: Config, *, size: tuple[int, int], dtype
     """
     counted = torch.bfloat16 if dtype != torch.float32 else dtype
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    unet, _ = _build(base, config, torch.float32, fake, norms_in_float32=False, adapted=False)
+    models, _ = _build(base, config, torch.float32, fake, norms_in_float32=False, adapted=False)
+    unet = models["unet"]
     weights = list(unet.requires_grad_(True).parameters())
     ledger = _ledger(unet, weights)
     with fake, ledger:
-        _forward(unet, base, config, size, counted).backward()
+        _forward(models, base, config, size, counted).backward()
     own = sum(weight.nbytes for weight in weights)
     state = sum(optimizer_state(config.optimizer, weight.shape) for weight in weights)
     # The update needs all gradients, the step all activations: the two peaks are not at one moment.
@@ -181,10 +183,11 @@ def textual_inversion(base: bases.Base, config: Config, *, size: tuple[int, int]
     """
     counted = torch.bfloat16 if dtype != torch.float32 else dtype
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    unet, _ = _build(base, config, counted, fake, norms_in_float32=False, adapted=False)
+    models, _ = _build(base, config, counted, fake, norms_in_float32=False, adapted=False)
+    unet = models["unet"]
     ledger = _ledger(unet.requires_grad_(False), [])
     with fake, ledger:
-        _forward(unet, base, config, size, counted, words_learn=True).backward()
+        _forward(models, base, config, size, counted, words_learn=True).backward()
     _, _, *encoders = _parts(base)
     vectors = [encoder.get_input_embeddings().weight for encoder in encoders]
     trained = sum(8 * x.numel() + optimizer_state(config.optimizer, x.shape) for x in vectors)
@@ -210,14 +213,17 @@ def _numbers(module: nn.Module) -> int:
 def _parts(base: bases.Base) -> list[nn.Module]:
     """UNet, VAE and text encoders on the meta device: shapes alone."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
         parts = [UNet2DConditionModel.from_config(base.configs["unet"]), AutoencoderKL.from_config(base.configs["vae"])]
-        for which in base.text_encoders:
-            kind = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
-            parts.append(kind(CLIPTextConfig(**base.configs[which])))
-    return parts
+        return parts + [_text_encoder(base, which) for which in base.text_encoders]
+
+
+def _text_encoder(base: bases.Base, which: str) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
+    return kind(CLIPTextConfig(**base.configs[which]))
 
 
 def _build(
@@ -228,7 +234,7 @@ def _build(
     norms_in_float32: bool,
     adapted: bool = True,
 ):
-    """The UNet and its adapter as fake CPU tensors, ready to train; without one where the UNet is not `adapted`.
+    """The models that train and their adapter as fake CPU tensors; the UNet alone where it is not `adapted`.
 
     Built on the meta device first: PEFT cannot move new layers of fake tensors, and it is faster.
 
@@ -247,19 +253,24 @@ def _build(
             held = _Held(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
             held.kind = config.quantize
             setattr(unet.get_submodule(parent), child, held)
-        adapter = adapters.fresh(unet, config) if adapted else None
-    for module in unet.modules() if norms_in_float32 else ():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
-    with fake:
-        unet.to_empty(device="cpu")
+        models = {"unet": unet}
+        for which in config.text_rates(base.text_encoders) if adapted else ():
+            models[which] = nn.Module.to(_text_encoder(base, which), dtype).eval()
+        adapter = adapters.fresh(models, config) if adapted else None
+    for model in models.values():
+        for module in model.modules() if norms_in_float32 else ():
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                module.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+        with fake:
+            model.to_empty(device="cpu")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet.train(), adapter
+    unet.train()
+    return models, adapter
 
 
 def _forward(
-    unet, base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype, words_learn: bool = False
+    models, base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype, words_learn: bool = False
 ) -> Tensor:
     """The loss that `train` makes of a micro-batch, of tensors without contents; `words_learn`: text gets gradients."""
     batch, settings, text = config.batch_size, base.configs["unet"], base.configs["text_encoder"]
@@ -267,15 +278,22 @@ def _forward(
     noise = torch.empty_like(latents)
     tokens, width = text.get("max_position_embeddings", 77), settings["cross_attention_dim"]
     embeddings = torch.empty(batch, tokens, width, dtype=dtype, requires_grad=words_learn)
-    conditions = None
+    conditions, pooled = None, None
     if base.family == "sdxl":
         pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
-        shapes = {"text_embeds": (batch, pooled), "time_ids": (batch, 6)}
-        conditions = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        pooled, conditions = torch.empty(batch, pooled, dtype=dtype), {"time_ids": torch.empty(batch, 6, dtype=dtype)}
+    words = torch.zeros(batch, len(base.text_encoders), tokens, dtype=torch.int64)
     timesteps, alpha_bar = torch.empty(batch, dtype=torch.int64), torch.empty(batch)
     noisy = loss.add_noise(latents, noise, alpha_bar).to(dtype)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        predicted = unet(noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
+        encoders = {which: model for which, model in models.items() if which != "unet"}
+        if encoders:
+            embeddings, pooled = bases.encode_anew(base, encoders, embeddings, pooled, words, config.clip_skip)
+        if conditions:
+            conditions["text_embeds"] = pooled
+        predicted = models["unet"](
+            noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions
+        ).sample
     wanted = loss.target(base.prediction_type, latents, noise, alpha_bar)
     return loss.error(predicted, wanted, alpha_bar, config.loss, config.huber_delta)
 

@@ -141,14 +141,16 @@ def predict(
     if store is None:
         return memory.predict(base, config, size=size, dtype=dtype, device=device)
     deciding = {
-        "unet": base.configs["unet"], "vae": base.configs["vae"], "text": base.configs["text_encoder"],
+        "unet": base.configs["unet"], "vae": base.configs["vae"],
+        "text": [base.configs[which] for which in base.text_encoders],
         "family": base.family, "size": size, "dtype": str(dtype), "device": device,
         "config": {
             name: getattr(config, name)
-            for name in ("rank", "targets", "conv_rank", "block_ranks", "batch_size", "optimizer", "loss",
-                         "gradient_accumulation_steps", "gradient_checkpointing", "asks_class", "prior_prediction",
-                         "quantize")
+            for name in ("algorithm", "lokr_factor", "rank", "targets", "conv_rank", "block_ranks", "train_unet",
+                         "batch_size", "optimizer", "loss", "gradient_accumulation_steps", "gradient_checkpointing",
+                         "asks_class", "prior_prediction", "quantize", "clip_skip")
         },
+        "trained": list(config.text_rates(base.text_encoders)),
         "versions": [version(name) for name in ("torch", "diffusers", "peft")],
         "code": [hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in (memory, adapter)],
     }  # fmt: skip

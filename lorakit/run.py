@@ -127,9 +127,13 @@ def prepare(
             f"resolution {config.resolution} and bucket_step {config.bucket_step} do not suit {base.name}, "
             f"whose picture sides are multiples of {base.step} pixels."
         )
+    encoders = config.text_rates(base.text_encoders)
     say(f"base      {base.name}: {base.family}, made for {base.resolution} px, predicts {base.prediction_type}")
     if config.algorithm != "lora":
         say(f"adapter   {config.algorithm}: A1111, Forge and ComfyUI read its files, diffusers does not")
+    if encoders:
+        learn = [f"{which} at {rate:g}" for which, rate in encoders.items()]
+        say(f"text      {', '.join(learn)}: trained too{'' if config.train_unet else ', the UNet is not'}")
     pictures = scan(config)
     say("pictures  " + pictures.describe().replace("\n", "\n          "))
     held_out = evaluate.hold_out([p.digest for p in pictures.pictures], config.validation_share, config.seed)
@@ -393,8 +397,10 @@ def sampler(
         try:
             with sample.borrowed(unet), state.evaluated():
                 seeds = list(range(config.seed, config.seed + len(prepared.prompts)))
+                texts = [prepared.texts[prompt] for prompt in (*prepared.prompts, "")]
+                *asked, empty = cache.encode_anew(prepared.base, state.adapter.encoders, texts, config.clip_skip)
                 latents = sample.latents(
-                    unet, prepared.base, [prepared.texts[p] for p in prepared.prompts], prepared.texts[""], seeds,
+                    unet, prepared.base, asked, empty, seeds,
                     size=(config.resolution, config.resolution), steps=config.sample_steps,
                     guidance=config.sample_guidance, batch=_at_once(config),
                 )  # fmt: skip
@@ -464,8 +470,8 @@ def start(
 
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
-    unet = bases.load_unet(prepared.base, dtype, device, config.quantize)
-    state = _state(unet, prepared.base, config, device, dtype, saved)
+    models = _models(prepared.base, config, dtype, device)
+    state = _state(models, prepared.base, config, device, dtype, saved)
     if saved:
         say(f"resume    at step {state.step}, from {saved.path.name}")
     per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
@@ -473,7 +479,21 @@ def start(
     while True:
         full = None
         try:
-            _drain(unet, prepared, state, config, folder, decided, total, say, progress, stop, listeners, losses, team)
+            _drain(
+                models["unet"],
+                prepared,
+                state,
+                config,
+                folder,
+                decided,
+                total,
+                say,
+                progress,
+                stop,
+                listeners,
+                losses,
+                team,
+            )
             break
         except RuntimeError as error:
             if not train.out_of_memory(error) or len(plan.ladder(config)) == 1 or team.size > 1:
@@ -486,13 +506,13 @@ def start(
             back = saved.step if saved else 0
             if factor < LEAST_FACTOR:
                 raise FloatingPointError(_hopeless(error, config)) from error
-            state = _state(unet, prepared.base, config, device, dtype, saved)
+            state = _state(models, prepared.base, config, device, dtype, saved)
             state.rate_factor = factor
             say(f"back      {error} Going on from step {back} with {factor:g} of the learning rate.")
         if full:
             lower = plan.ladder(config)[1]
             saved = _saved_anyhow(folder / "checkpoints", state, settings(lower, prepared))
-            del unet, state
+            del models, state
             gc.collect()
             cache.free(device)
             back = f"step {saved.step}" if saved else "the beginning"
@@ -501,8 +521,8 @@ def start(
             config, decided = prepared.config, settings(prepared.config, prepared)
             _write(config, folder)
             per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
-            unet = bases.load_unet(prepared.base, dtype, device, config.quantize)
-            state = _state(unet, prepared.base, config, device, dtype, saved)
+            models = _models(prepared.base, config, dtype, device)
+            state = _state(models, prepared.base, config, device, dtype, saved)
     if not team.first:
         return Result(folder, config, state.step, total, [], None, None)
     adapter = state.adapter
@@ -525,7 +545,7 @@ def start(
     best, advice = best_checkpoint(folder)
     if best:
         say(f"best      {best.name}. {advice}")
-    del unet, adapter, state
+    del models, adapter, state
     cache.free(device)
     comparison = compare(prepared.base, lora, prepared.prompts, config, folder / "comparison.png", progress=progress)
     say(f"look      {comparison.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
@@ -561,10 +581,20 @@ def _saved_anyhow(folder: Path, state: train.State, decided: dict) -> checkpoint
     return checkpoint.read(checkpoint.save(folder / checkpoint.name(state.step), state, decided))
 
 
-def _state(unet, base: bases.Base, config: Config, device, dtype, saved: checkpoint.Checkpoint | None) -> train.State:
-    """A fresh adapter in the UNet, in place of any that is there, and the state around it as `saved` has it."""
-    adapters.eject(unet)
-    adapter = adapters.fresh(unet, config)
+def _models(base: bases.Base, config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
+    """The UNet, and those text encoders that are trained."""
+    trained = config.text_rates(base.text_encoders)
+    encoders = {which: bases.load_text_encoder(base, dtype, device, which)[0] for which in trained}
+    return {"unet": bases.load_unet(base, dtype, device, config.quantize)} | encoders
+
+
+def _state(
+    models: dict[str, torch.nn.Module], base: bases.Base, config: Config, device, dtype,
+    saved: checkpoint.Checkpoint | None,
+) -> train.State:  # fmt: skip
+    """A fresh adapter in the models, in place of any that is there, and the state around it as `saved` has it."""
+    adapters.eject(models)
+    adapter = adapters.fresh(models, config)
     if config.start_from and not saved:
         export.begin_from(adapter, base, config.start_from)
     state = train.start(adapter, config, device, dtype)
@@ -686,10 +716,11 @@ def compare(
     strengths: Sequence[float] = STRENGTHS, progress: bool = True,
 ) -> Path:  # fmt: skip
     """A sheet of pictures made with the exported file: a row a prompt, a column a strength, the same noise in each."""
+    loaded = export.load(lora)
     with bar(progress) as show:
         rows = sample.generate(
             base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
-            attach=lambda unet: export.inject(unet, base, lora), steps=config.sample_steps,
+            attach=lambda models: export.inject(models, base, loaded), adapts=loaded.adapts, steps=config.sample_steps,
             guidance=config.sample_guidance, clip_skip=config.clip_skip, device=config.device,
             precision=config.mixed_precision, quantize=config.quantize, batch=_at_once(config),
             on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)),

@@ -68,7 +68,6 @@ def latents(
         raise ValueError(f"Sample size {size[1]}×{size[0]} must be multiples of {base.step} pixels for {base.name}.")
     device, dtype = unet.device, unet.dtype
     shape = (base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     sizes = bases.size_conditions(size, (0, 0), size)
     finished = []
     for start in range(0, len(texts), batch):
@@ -89,7 +88,7 @@ def latents(
         for timestep in stepper.timesteps:
             scaled = stepper.scale_model_input(x, timestep).to(dtype)
             scaled = torch.cat([scaled, scaled]) if guidance > 1 else scaled
-            with autocast:
+            with bases.autocast(device, dtype):
                 answer = unet(scaled, timestep, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
             answer = answer.float()
             if guidance > 1:
@@ -131,8 +130,9 @@ def borrowed(unet) -> Iterator:
 def generate(
     base: bases.Base, prompts: Sequence[str], *, negative: str = "", seeds: Sequence[int] | int = 0,
     size: tuple[int, int] | None = None, strengths: Sequence[float] = (1.0,), attach: Callable | None = None,
-    steps: int = 25, guidance: float = 7.0, scheduler_name: str = "dpm++_2m_karras", clip_skip: int = 1,
-    device: str = "auto", precision: str = "auto", quantize: str = "none", batch: int = 4, folder: Path | None = None,
+    adapts: Sequence[str] = ("unet",), steps: int = 25, guidance: float = 7.0,
+    scheduler_name: str = "dpm++_2m_karras", clip_skip: int = 1, device: str = "auto", precision: str = "auto",
+    quantize: str = "none", batch: int = 4, folder: Path | None = None,
     on_picture: Callable[[int], None] | None = None,
 ) -> list[list[Image.Image]]:  # fmt: skip
     """Pictures for prompts, at one strength or several, loading one component of the base at a time.
@@ -140,7 +140,8 @@ def generate(
     Args:
         seeds: one for each prompt, or the first of a row of them.
         size: (height, width) in pixels; None is the base's own.
-        attach: called with the UNet, returns the adapter it put there; None samples the bare base.
+        attach: called with models by name, returns the adapter it put there; None samples the bare base.
+        adapts: the models that `attach` is for: "unet", "text_encoder", "text_encoder_2".
         quantize: as for `base.load_unet`.
         folder: where text embeddings are kept; None keeps none.
         on_picture: told how many pictures are done.
@@ -163,14 +164,24 @@ def generate(
         texts = cache.encode_texts(
             base, [*prompts, negative], folder or Path(scratch), device=target, dtype=dtype, clip_skip=clip_skip
         )
+    said = [[texts[prompt] for prompt in (*prompts, negative)]] * len(strengths)
+    if attach and (changed := [which for which in base.text_encoders if which in adapts]):
+        encoders = {which: bases.load_text_encoder(base, dtype, target, which)[0] for which in changed}
+        adapter = attach(encoders)
+        for number, value in enumerate(strengths):
+            with adapters.strength(adapter, value):
+                said[number] = cache.encode_anew(base, encoders, said[number], clip_skip)
+        del encoders, adapter
+        cache.free(target)
     unet = bases.load_unet(base, dtype, target, quantize)
-    adapter = attach(unet) if attach else None
+    adapter = attach({"unet": unet}) if attach and "unet" in adapts else None
     columns, total = [], len(prompts)
     for number, value in enumerate(strengths):
+        *wanted, unwanted = said[number]
         seen = (lambda n, before=number * total: on_picture(before + n)) if on_picture else None
         with adapters.strength(adapter, value) if adapter else nullcontext():
             columns.append(
-                latents(unet, base, [texts[p] for p in prompts], texts[negative], seeds, size=size, steps=steps,
+                latents(unet, base, wanted, unwanted, seeds, size=size, steps=steps,
                         guidance=guidance, scheduler_name=scheduler_name, batch=batch, on_picture=seen)
             )  # fmt: skip
     del unet, adapter

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorakit import adapter as adapters
+from lorakit import base as bases
 from lorakit import buckets, captions, loss, optim
 from lorakit.adapter import Adapter
 from lorakit.base import Base
@@ -90,11 +91,13 @@ def groups(adapter: Adapter, config: Config) -> list[dict]:
     Source: Hayou et al. 2024, arXiv:2402.12354 (LoRA+: the up matrices learn faster).
     """
     adapters.known(config.block_rates, list(adapter.layers), "block_rates")
+    rates = config.text_rates(list(adapter.encoders)) if adapter.encoders else {}
     found: dict[float, list[Tensor]] = {}
     for name, weight in adapter.state().items():
         module, _, part = name.rpartition(".")
         factor = adapters.of_place(config.block_rates, module)
         ratio = (1.0 if factor is None else factor) * (config.learning_rate_ratio if part == "up" else 1.0)
+        ratio *= rates.get(adapters.which(module), config.learning_rate) / config.learning_rate
         found.setdefault(ratio, []).append(weight)
     return [{"params": weights, "ratio": ratio} for ratio, weights in found.items()]
 
@@ -139,6 +142,7 @@ class Batch:
     embeddings: Tensor  # (B, tokens, width)
     pooled: Tensor  # (B, width)
     sizes: Tensor  # (B, 6)
+    tokens: Tensor  # (B, encoders, length): for text encoders that are trained
     mask: Tensor | None = None  # (B, 1, h, w): what each place counts
     weight: Tensor | None = None  # (B,): what each example counts
     asks_base: Tensor | None = None  # (B,), bool: whose target is what the base answers without the adapter
@@ -192,6 +196,7 @@ def batch(
     return Batch(
         torch.stack(latents), *draws, torch.stack([text.embeddings for text in chosen]),
         torch.stack([text.pooled for text in chosen]), torch.stack([pictures[i].sizes for i in indices]),
+        torch.stack([text.tokens for text in chosen]),
         torch.stack(masks) if any(pictures[i].mask is not None for i in indices) else None, weight, asks_base,
     )  # fmt: skip
 
@@ -202,7 +207,8 @@ def batch_loss(
     """The training loss of one batch, a scalar on the UNet's device.
 
     Args:
-        adapter: the one in the UNet, switched off where the batch asks the base.
+        adapter: the one that is trained, switched off where the batch asks the base; texts are as its encoders say
+            them, where it has some.
     """
     device, dtype = unet.device, unet.dtype
 
@@ -213,19 +219,22 @@ def batch_loss(
     alpha_bar = alphas_cumprod[timesteps]
     seen = noise if item.perturbation is None else noise + move(item.perturbation)
     noisy = loss.add_noise(latents, seen, alpha_bar).to(dtype)
-    conditions = None
-    if base.family == "sdxl":
-        conditions = {"text_embeds": move(item.pooled).to(dtype), "time_ids": move(item.sizes).to(dtype)}
-    embeddings = move(item.embeddings).to(dtype)
+    bare = move(item.embeddings).to(dtype), move(item.pooled).to(dtype)
+    sizes = move(item.sizes).to(dtype) if base.family == "sdxl" else None
 
-    def answer() -> Tensor:
-        with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-            return unet(noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
+    def answer(embeddings: Tensor, pooled: Tensor) -> Tensor:
+        conditions = None if sizes is None else {"text_embeds": pooled, "time_ids": sizes}
+        return unet(noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
 
     wanted = loss.target(base.prediction_type, latents, noise, alpha_bar)
-    if item.asks_base is not None:
-        with torch.no_grad(), adapters.strength(adapter, 0.0):
-            wanted = torch.where(move(item.asks_base).view(-1, 1, 1, 1), answer().float(), wanted)
+    with bases.autocast(device, dtype):
+        if item.asks_base is not None:
+            with torch.no_grad(), adapters.strength(adapter, 0.0):
+                wanted = torch.where(move(item.asks_base).view(-1, 1, 1, 1), answer(*bare).float(), wanted)
+        texts = bare
+        if adapter and adapter.encoders:
+            texts = bases.encode_anew(base, adapter.encoders, *bare, move(item.tokens), config.clip_skip)
+        predicted = answer(*texts)
     snr, weight = alpha_bar / (1 - alpha_bar), None
     if config.min_snr_gamma is not None:
         weight = loss.min_snr_weight(snr, config.min_snr_gamma, base.prediction_type)
@@ -234,7 +243,7 @@ def batch_loss(
     if item.weight is not None:
         weight = move(item.weight) * (1 if weight is None else weight)
     mask = None if item.mask is None else move(item.mask)
-    return loss.error(answer(), wanted, weight, config.loss, config.huber_delta, mask)
+    return loss.error(predicted, wanted, weight, config.loss, config.huber_delta, mask)
 
 
 def steps(
@@ -290,9 +299,9 @@ def steps(
             value = batch_loss(unet, base, alphas_cumprod, item, config, state.adapter) * share / len(group)
             state.scaler.scale(value).backward()
             summed += value.detach()
+        for weight in parameters:  # the last layers of an encoder say nothing where clip skip leaves them out
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         if team.size > 1:
-            for weight in parameters:
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             team.add_up([*(weight.grad for weight in parameters), summed])
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))

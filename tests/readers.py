@@ -61,6 +61,16 @@ def attention_names(family: str) -> set[str]:
     return {f"lora_unet_{block}_{leaf}" for block, depth in depths.items() for leaf in leaves(depth)}
 
 
+def text_names(family: str) -> set[str]:
+    """The text encoders' module names in a kohya file."""
+    depths = {"sd15": {"te": 12}, "sd2": {"te": 23}, "sdxl": {"te1": 12, "te2": 32}}[family]
+    leaves = ["self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2"]
+    return {
+        f"lora_{te}_text_model_encoder_layers_{n}_{leaf}"
+        for te, depth in depths.items() for n in range(depth) for leaf in leaves
+    }  # fmt: skip
+
+
 def sdxl_convolution_names() -> set[str]:
     """What the convolutions (LoCon) add for SDXL."""
     resnets = [f"input_blocks_{n}_0" for n in (1, 2, 4, 5, 7, 8)] + ["middle_block_0", "middle_block_2"]
@@ -138,15 +148,33 @@ def change(weight: Tensor, update: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def merge(path: Path, unet: torch.nn.Module, family: str, strength: float = 1.0) -> int:
+def merge(
+    path: Path,
+    unet: torch.nn.Module,
+    family: str,
+    strength: float = 1.0,
+    text: dict[str, torch.nn.Module] | None = None,
+) -> int:
     """Change a bare UNet's weights (in place) as the file says, as a program that knows nothing of layers does.
+
+    Args:
+        text: the bare text encoders, "text_encoder" and SDXL's "text_encoder_2", which are changed as well.
 
     Returns:
         How many weights were changed. A name that finds no weight is a KeyError, never passed over.
     """
     weights = {name.replace(".", "_"): module for name, module in unet.named_modules() if hasattr(module, "weight")}
     changed = set()
+    encoders = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
     for name, update in updates(path).items():
+        if prefix := next((prefix for prefix in encoders if name.startswith(prefix)), None):
+            own = {
+                n.replace(".", "_").removeprefix("text_model_"): m for n, m in text[encoders[prefix]].named_modules()
+            }
+            weight = own[name.removeprefix(f"{prefix}text_model_")].weight
+            weight += strength * change(weight, update).to(weight.dtype)
+            changed.add(name)
+            continue
         assert name.startswith("lora_unet_"), name
         place = name.removeprefix("lora_unet_")
         if family == "sdxl":

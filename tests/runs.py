@@ -15,8 +15,10 @@ def prepared(settings, folder):
 
 
 def begin(settings, ready):
-    """A fresh adapter in the base's UNet: the UNet, the state before the first step, and the loop."""
-    unet = bases.load_unet(ready.base, torch.float32, CPU)
-    adapter = adapters.fresh(unet, settings)
+    """A fresh adapter in the base's models: the UNet, the state before the first step, and the loop."""
+    models = {"unet": (unet := bases.load_unet(ready.base, torch.float32, CPU))}
+    for which in settings.text_rates(ready.base.text_encoders):
+        models[which] = bases.load_text_encoder(ready.base, torch.float32, CPU, which)[0]
+    adapter = adapters.fresh(models, settings)
     state = train.start(adapter, settings, CPU, torch.float32)
     return unet, state, train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)

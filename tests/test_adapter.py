@@ -3,6 +3,7 @@ import torch
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
+from lorakit.config import Config
 
 CPU = torch.device("cpu")
 
@@ -223,7 +224,6 @@ def test_a_renamed_class_is_noticed(unet):
 
 
 def by_place(unet, **changes):
-    from lorakit.config import Config
 
     return adapters.fresh(unet, Config(steps=1, rank=4, alpha=2, targets="attention+conv", **changes))
 
@@ -264,3 +264,55 @@ def test_places_that_are_not_there_are_named(small_bases):
         by_place(unet, block_ranks={"middle": 8})
     with pytest.raises(ValueError, match="leaves no module to train"):
         by_place(unet, block_ranks={"down_blocks": 0, "mid_block": 0, "up_blocks": 0})
+
+
+# ── Text encoders ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def models(small_bases, family):
+    base = bases.open(small_bases[family])
+    encoders = {which: bases.load_text_encoder(base, torch.float32, CPU, which)[0] for which in base.text_encoders}
+    return {"unet": bases.load_unet(base, torch.float32, CPU)} | encoders
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "dora", "loha", "lokr"])
+def test_text_encoders_are_adapted_and_restored(models, family, algorithm):
+    encoders = [model for which, model in models.items() if which != "unet"]
+    tokens = torch.randint(0, 100, (2, 77), generator=torch.Generator().manual_seed(0))
+    said = lambda: [out for model in encoders for out in model(tokens, output_hidden_states=True).hidden_states[1:]]  # noqa: E731
+    before, state = said(), [{key: id(w) for key, w in model.named_parameters()} for model in encoders]
+    adapter = adapters.inject(models, 4, 2, algorithm=algorithm)
+    assert adapter.models == models and list(adapter.encoders.values()) == encoders
+    names = [name for name in adapter.layers if adapters.which(name) != "unet"]
+    assert len(names) == 12 * len(encoders)  # two layers each: q, k, v, out, fc1, fc2
+    assert "text_encoder.encoder.layers.1.self_attn.out_proj" in names
+    assert all(torch.equal(a, b) for a, b in zip(said(), before, strict=True))
+    shake(adapter)
+    assert not any(torch.allclose(a, b, atol=1e-4) for a, b in zip(said(), before, strict=True))
+    with adapters.strength(adapter, 0):
+        assert all(torch.equal(a, b) for a, b in zip(said(), before, strict=True))
+    adapters.eject(models)
+    assert all(torch.equal(a, b) for a, b in zip(said(), before, strict=True))
+    assert state == [{key: id(w) for key, w in model.named_parameters()} for model in encoders]
+    adapters.inject(models, 4, 2)  # nothing stands in the way of another
+
+
+def test_places_reach_into_text_encoders(models):
+    settings = Config(steps=1, rank=4, alpha=2, text_encoder_rate=1e-4, block_ranks={"text_encoder": 2, "up_blocks": 0})
+    adapter = adapters.fresh(models, settings)
+    assert {rank for name, rank in adapter.ranks.items() if name.startswith("text_encoder.")} == {2}
+    assert {alpha for name, alpha in adapter.alphas.items() if name.startswith("text_encoder.")} == {1.0}
+    assert not any(name.startswith("up_blocks") for name in adapter.layers)
+    adapters.eject(models)
+    only = adapters.fresh(models, settings.with_(train_unet=False, block_ranks={}))
+    assert "unet" not in only.models and not any(adapters.which(name) == "unet" for name in only.layers)
+    adapters.eject(models)
+    with pytest.raises(ValueError, match="nothing is adapted at 'text_model'. The places are .*text_encoder"):
+        adapters.fresh(models, settings.with_(block_ranks={"text_model": 2}))
+
+
+def test_an_encoder_of_other_modules_is_refused(models):
+    models["text_encoder"].config.num_hidden_layers = 3
+    with pytest.raises(RuntimeError, match="12 modules to adapt were found in this text_encoder, 18 belong there"):
+        adapters.inject(models, 4, 2)

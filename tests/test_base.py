@@ -139,3 +139,21 @@ def test_a_device_that_is_not_there_is_refused():
     missing = next(d for d in ("mps", "cuda") if d != bases.choose_device().type)
     with pytest.raises(ValueError, match=f"device '{missing}' cannot be used"):
         bases.choose_device(missing)
+
+
+def test_only_what_has_learned_is_encoded_anew(small_bases):
+    base = bases.open(small_bases["sdxl"])
+    loaded = {which: bases.load_text_encoder(base, torch.float32, CPU, which) for which in base.text_encoders}
+    told = [bases.encode_prompts(*loaded[which], ["a cat", "a dog"], "sdxl") for which in base.text_encoders]
+    embeddings, pooled = torch.cat([part for part, _ in told], -1), told[1][1]
+    tokens = torch.stack([bases.tokenize(tokenizer, ["a cat", "a dog"]) for _, tokenizer in loaded.values()], 1)
+    encoders = {which: encoder for which, (encoder, _) in loaded.items()}
+    again = bases.encode_anew(base, encoders, embeddings.clone().zero_(), pooled.clone().zero_(), tokens)
+    assert torch.equal(again[0], embeddings) and torch.equal(again[1], pooled)
+    for which, place in (("text_encoder", slice(0, 16)), ("text_encoder_2", slice(16, 32))):
+        some, own = bases.encode_anew(base, {which: encoders[which]}, -embeddings, -pooled, tokens)
+        assert torch.equal(some[..., place], embeddings[..., place])
+        assert torch.equal(own, pooled if which == "text_encoder_2" else -pooled)
+        rest = [x for x in range(32) if x not in range(place.start, place.stop)]
+        assert torch.equal(some[..., rest], -embeddings[..., rest])
+    assert bases.encode_anew(base, {}, embeddings, pooled, tokens)[0].equal(embeddings)

@@ -101,3 +101,19 @@ def test_a_dataset_beside_the_config_file_is_found(tmp_path, monkeypatch):
 
 def test_one_prompt_may_be_given_bare():
     assert Config(steps=1, sample_prompts="a cat").sample_prompts == ("a cat",)
+
+
+def test_rates_of_text_encoders():
+    both = ("text_encoder", "text_encoder_2")
+    settings = Config(steps=1)
+    assert settings.text_rates(both) == {} and not settings.several_rates
+    assert settings.with_(text_encoder_rate=1e-5).text_rates(both) == {"text_encoder": 1e-5, "text_encoder_2": 1e-5}
+    assert settings.with_(text_encoder_rate=1e-5, text_encoder_2_rate=0).text_rates(both) == {"text_encoder": 1e-5}
+    assert settings.with_(text_encoder_2_rate=1e-5).text_rates(both) == {"text_encoder_2": 1e-5}
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        settings.with_(train_unet=False)
+    prodigy = {"optimizer": "prodigy", "learning_rate": 1.0}
+    assert settings.with_(text_encoder_rate=1.0, **prodigy).optimizer == "prodigy"
+    for changes in ({"text_encoder_rate": 0.5}, {"block_rates": {"mid_block": 0.5}}, {"learning_rate_ratio": 4}):
+        with pytest.raises(ValueError, match="finds one rate for all"):
+            settings.with_(**prodigy, **changes)

@@ -253,6 +253,130 @@ def test_diffusers_reads_the_other_families(family, tmp_path):
     assert distance(answer(twin.bare, family), answer(twin.unet, family)) < 1e-5
 
 
+# ── Text encoders ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LAYERS = {"sd15": {"text_encoder": 12}, "sd2": {"text_encoder": 23}, "sdxl": {"text_encoder": 12, "text_encoder_2": 32}}
+TEXT_MODULES = {"sd15": 72, "sd2": 138, "sdxl": 264}
+
+
+class TextTwin:
+    """Text encoders as deep as the family's, a few numbers wide, with and without an adapter; the UNet beside them."""
+
+    def __init__(self, family: str, **changes):
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        twin = Twin(family)
+        self.family, self.base, self.bare = family, twin.base, {"unet": twin.bare}
+        torch.manual_seed(0)
+        for place, (which, layers) in enumerate(LAYERS[family].items()):
+            kind = CLIPTextModelWithProjection if place else CLIPTextModel
+            width = TEXT // len(LAYERS[family])
+            config = CLIPTextConfig(
+                vocab_size=20, hidden_size=width, intermediate_size=10, num_hidden_layers=layers, num_attention_heads=2,
+                projection_dim=width, eos_token_id=19, bos_token_id=18,
+            )  # fmt: skip
+            self.bare[which] = kind(config).eval()
+            self.base.configs[which] = config.to_dict()
+        self.models = copy.deepcopy(self.bare)
+        self.adapter = adapters.inject(self.models, 4, 3.0, **changes)
+        generator = torch.Generator().manual_seed(1)
+        for weight in self.adapter.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.3
+
+
+@torch.no_grad()
+def said(models: dict, family: str) -> torch.Tensor:
+    """What the text encoders answer, side by side and flat."""
+    tokens = torch.tensor([[18, 3, 7, 5, 19], [18, 2, 19, 19, 19]])
+    outputs = [model(tokens, output_hidden_states=True) for which, model in models.items() if which != "unet"]
+    parts = [x for output in outputs for x in (output.hidden_states[-2], output[0])]
+    return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd2", "sdxl"])
+def text_twin(request):
+    return TextTwin(request.param)
+
+
+def test_a_file_with_text_encoders(text_twin, tmp_path):
+    twin, family = text_twin, text_twin.family
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    names = readers.attention_names(family) | readers.text_names(family)
+    assert readers.updates(path).keys() == names and len(readers.text_names(family)) == TEXT_MODULES[family]
+    merged = copy.deepcopy(twin.bare)
+    assert readers.merge(path, merged["unet"], family, text=merged) == len(twin.adapter.layers) == len(names)
+    assert distance(said(merged, family), said(twin.models, family)) < 1e-5
+    assert distance(answer(merged["unet"], family), answer(twin.models["unet"], family)) < 1e-5
+    assert distance(said(twin.bare, family), said(twin.models, family)) > 0.1  # or the test says nothing
+    assert export.prove(path, twin.adapter, twin.base).error < 1e-6
+    lora = export.load(path)
+    assert lora.family == family and set(lora.adapts) == set(twin.models)
+    again = export.inject(models := copy.deepcopy(twin.bare), twin.base, lora)
+    assert torch.equal(said(models, family), said(twin.models, family))
+    assert all(torch.equal(again.state()[key], weight) for key, weight in twin.adapter.state().items())
+    adapters.eject(models)
+    assert torch.equal(said(models, family), said(twin.bare, family))
+    told = export.describe(path)
+    assert (told["text_encoder"], told["modules"]) == (TEXT_MODULES[family], len(names))
+
+
+def test_a_part_of_the_models_takes_its_part_of_the_file(text_twin, tmp_path):
+    twin = text_twin
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    bare = copy.deepcopy(twin.bare)
+    unet = export.inject(bare.pop("unet"), twin.base, path)
+    texts = export.inject(bare, twin.base, path)
+    assert list(unet.models) == ["unet"] and texts.models == bare
+    assert torch.equal(said(bare, twin.family), said(twin.models, twin.family))
+    assert unet.layers.keys() | texts.layers.keys() == twin.adapter.layers.keys()
+
+
+def test_text_encoders_alone_tell_their_family(tmp_path):
+    twin = TextTwin("sdxl")
+    bare = {which: model for which, model in copy.deepcopy(twin.bare).items() if which != "unet"}
+    adapter = adapters.inject(bare, 2, 2)
+    path = export.save(adapter, twin.base, tmp_path / "a.safetensors")
+    assert export.load(path).family == "sdxl" and export.load(path).adapts == ("text_encoder", "text_encoder_2")
+    with pytest.raises(ValueError, match="adapts text_encoder and text_encoder_2 alone and not unet"):
+        export.inject(twin.bare["unet"], twin.base, path)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_diffusers_reads_text_encoders(family, tmp_path):
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    twin = TextTwin(family)
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    state, alphas = pipeline.lora_state_dict(path, unet_config=twin.bare["unet"].config)[:2]
+    for which in LAYERS[family]:
+        pipeline.load_lora_into_text_encoder(state, alphas, twin.bare[which], prefix=which)
+    assert distance(said(twin.bare, family), said(twin.models, family)) < 1e-5
+
+
+def test_text_encoders_in_diffusers_own_names(tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+    from peft import get_peft_model_state_dict
+
+    twin = TextTwin("sdxl")
+    states = {}
+    for which, model in twin.models.items():
+        inner = model if which == "unet" else getattr(model, "text_model", model)
+        state = get_peft_model_state_dict(inner, adapter_name="default")
+        states[which] = {f"text_model.{key}" if inner is not model or which != "unet" else key: weight
+                         for key, weight in state.items()}  # fmt: skip
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path, states["unet"], states["text_encoder"], states["text_encoder_2"], weight_name="a.safetensors"
+    )
+    lora = export.load(tmp_path / "a.safetensors")
+    assert lora.modules.keys() == twin.adapter.layers.keys() and lora.family == "sdxl"
+
+
+def test_a_layer_no_text_encoder_has_is_refused():
+    with pytest.raises(ValueError, match="no module of a text encoder"):
+        export.kohya_name("text_encoder.text_projection", "sdxl")
+
+
 # ── Proof ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -497,11 +621,13 @@ def test_sdxl_in_diffusers_naming_without_alpha_and_with_text_encoders(sdxl_with
         module, part = key.rsplit(".", 1)
         scale = twin.adapter.alphas[module] / twin.adapter.ranks[module] if part == "up" else 1
         tensors[f"lora_unet_{module.replace('.', '_')}.lora_{part}.weight"] = (weight.detach() * scale).contiguous()
-    aside = "lora_te2_text_model_encoder_layers_31_mlp_fc1"
-    tensors |= {f"{aside}.lora_down.weight": torch.ones(2, 3), f"{aside}.lora_up.weight": torch.ones(3, 2)}
+    text = "lora_te2_text_model_encoder_layers_31_mlp_fc1"
+    tensors |= {f"{text}.lora_down.weight": torch.ones(2, 3), f"{text}.lora_up.weight": torch.ones(3, 2)}
+    tensors |= {"bundle_emb.ohwx.string_to_param.*": torch.ones(2, 3)}
     save_file(tensors, path)
     lora = export.load(path)
-    assert lora.family == "sdxl" and len(lora.modules) == 788 and len(lora.text_encoder) == 2
+    assert lora.family == "sdxl" and len(lora.modules) == 789 and lora.adapts == ("text_encoder_2", "unet")
+    assert list(lora.aside) == ["bundle_emb.ohwx.string_to_param.*"]
     assert all(alpha == parts["down"].shape[0] for parts, alpha in lora.modules.values())
     export.inject(unet := copy.deepcopy(twin.bare), twin.base, lora)
     assert distance(answer(unet, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
@@ -610,7 +736,7 @@ def test_text_encoder_alone(sd15, tmp_path):
     name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 3), f"{name}.lora_up.weight": torch.ones(3, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="adapts the text encoder alone"):
+    with pytest.raises(ValueError, match="adapts text_encoder alone and not unet"):
         export.inject(sd15.bare, sd15.base, tmp_path / "a.safetensors")
 
 

@@ -52,12 +52,12 @@ def test_the_toml_of_sd_scripts(tmp_path):
         "rank": 64, "alpha": 32, "warmup_steps": 100, "schedule_cycles": 3, "min_snr_gamma": 5, "noise_offset": 0.05,
         "seed": 1234, "epochs": 10, "learning_rate": 2e-4, "learning_rate_ratio": 1.0, "resolution": 512,
         "bucket_step": 64, "optimizer": "adamw8bit", "schedule": "cosine_with_restarts", "weight_decay": 0.05,
-        "mixed_precision": "fp16", "shuffle_captions": True, "keep_tokens": 0,
+        "mixed_precision": "fp16", "shuffle_captions": True, "keep_tokens": 0, "text_encoder_rate": 5e-5,
+        "train_unet": True,
     }  # fmt: skip
     notes = "\n".join(imported.notes)
     assert "random_crop=True: lorakit has no such setting; it was left out" in notes
     assert "betas=0.9,0.99: lorakit has no such setting" in notes
-    assert "text encoder: lorakit trains the UNet alone" in notes
     assert "cache_latents: not needed" in notes and "output_dir: not needed" in notes
     assert "keep_tokens" not in notes and "v2" not in notes  # switched off: nothing is lost
 
@@ -148,7 +148,11 @@ def test_nothing_is_dropped_in_silence(settings, note):
         ("x.json", "{", "not valid JSON"),
         ("x.txt", "train_network.py", "no option"),
         ("x.toml", "network_dim = -3", "rank = -3"),
-        ("x.toml", "network_train_text_encoder_only = true", "nothing to do"),
+        (
+            "x.toml",
+            "network_train_text_encoder_only = true\nnetwork_train_unet_only = true",
+            "leave nothing to train",
+        ),
         ("x.toml", 'optimizer_type = "Prodigy"\nlearning_rate = 1e-4', "use 1.0"),
     ],
 )
@@ -167,3 +171,20 @@ def test_the_command_prints_a_config_and_tells_the_rest(tmp_path):
     (tmp_path / "run.json").write_text(done.stdout)
     assert config.load(tmp_path / "run.json").rank == 64
     assert "note: random_crop=True" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, rates",
+    [
+        ("--learning_rate=1e-4", (1e-4, 1e-4, None, True)),  # sd-scripts trains text encoders by default
+        ("--learning_rate=1e-4 --network_train_unet_only", (1e-4, 0, None, True)),
+        ("--learning_rate=1e-4 --unet_lr=2e-4", (2e-4, 1e-4, None, True)),
+        ("--learning_rate=1e-4 --text_encoder_lr 1e-5 5e-6", (1e-4, 1e-5, 5e-6, True)),
+        ("--learning_rate=1e-4 --text_encoder_lr=0", (1e-4, 0, None, True)),
+        ("--learning_rate=1e-4 --cache_text_encoder_outputs", (1e-4, 0, None, True)),
+        ("--learning_rate=1e-4 --network_train_text_encoder_only", (1e-4, 1e-4, None, False)),
+    ],
+)
+def test_which_text_encoders_are_trained(options, rates):
+    made = kohya.from_command(f"train_network.py {options}").config
+    assert (made.learning_rate, made.text_encoder_rate, made.text_encoder_2_rate, made.train_unet) == rates

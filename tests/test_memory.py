@@ -56,14 +56,23 @@ BF16 = pytest.mark.skipif(
 )
 
 
+def text_config(width: int) -> dict:
+    """A CLIP's, four layers deep."""
+    return {
+        "max_position_embeddings": 77, "vocab_size": 1000, "hidden_size": width, "intermediate_size": 4 * width,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "projection_dim": 80, "bos_token_id": 998,
+        "eos_token_id": 999,
+    }  # fmt: skip
+
+
 def make_base(name: str) -> base.Base:
     """A base of configs alone, 8 pixels a latent cell (4 in the demo): there is no folder, so nothing can be read."""
     configs = {
         "unet": UNETS[name],
         "vae": {"block_out_channels": [1] * (3 if name == "demo" else 4), "latent_channels": 4},
         "scheduler": {"prediction_type": "epsilon"},
-        "text_encoder": {"max_position_embeddings": 77},
-    }
+        "text_encoder": text_config(96 if name == "narrow sd15" else 64), "text_encoder_2": text_config(64),
+    }  # fmt: skip
     return base.Base(Path("nowhere"), name, "sdxl" if "sdxl" in name else "sd15", configs)
 
 
@@ -77,7 +86,9 @@ def predict(name: str, side: int = 128, dtype=torch.float32, device: str = "cpu"
 
 
 class RealStep:
-    """A real UNet with its adapter and optimizer on the CPU, one step done."""
+    """A real UNet with its adapter and optimizer on the CPU, one step done; text encoders that learn beside it."""
+
+    encoders: dict[str, nn.Module] = {}
 
     def __init__(self, name: str, dtype: torch.dtype, config: Config):
         from diffusers import UNet2DConditionModel
@@ -87,12 +98,19 @@ class RealStep:
         self.unet = nn.Module.to(UNet2DConditionModel.from_config(self.base.configs["unet"]), dtype)
         if config.quantize != "none":
             quantize.hold(self.unet, config.quantize, torch.device("cpu"))
-        self.adapter = adapter.fresh(self.unet, config)
+        self.encoders = {which: self.encoder(which) for which in config.text_rates(self.base.text_encoders)}
+        self.adapter = adapter.fresh({"unet": self.unet} | self.encoders, config)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
         self.weights = self.adapter.parameters()
         self.optimizer = optim.optimizer(config.optimizer, self.weights, 1e-4, 0.01)
+
+    def encoder(self, which: str) -> nn.Module:
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        kind = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
+        return nn.Module.to(kind(CLIPTextConfig(**self.base.configs[which])), self.dtype).eval()
 
     def __call__(self, side: int) -> None:
         settings, batch, cells = self.base.configs["unet"], self.config.batch_size, side // self.base.vae_factor
@@ -101,11 +119,17 @@ class RealStep:
             conditions = None
             if self.base.family == "sdxl":
                 conditions = {"text_embeds": torch.randn(batch, 80), "time_ids": torch.ones(batch, 6)}
+            text = torch.randn(batch, 77, settings["cross_attention_dim"]).to(self.dtype)
             with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                if self.encoders:
+                    tokens = torch.randint(1000, (batch, 2, 77))
+                    pooled = conditions and conditions["text_embeds"]
+                    text, pooled = base.encode_anew(self.base, self.encoders, text, pooled, tokens)
+                    conditions = conditions and conditions | {"text_embeds": pooled}
                 predicted = self.unet(
                     loss.add_noise(latents, noise, torch.full((batch,), 0.5)).to(self.dtype),
                     torch.randint(1000, (batch,)),
-                    torch.randn(batch, 77, settings["cross_attention_dim"]).to(self.dtype),
+                    text,
                     added_cond_kwargs=conditions,
                 ).sample
             torch.autograd.backward(loss.error(predicted, noise))
@@ -116,11 +140,12 @@ class RealStep:
     def resident(self) -> int:
         """Bytes that stay between two steps."""
         state = [value for of_weight in self.optimizer.state.values() for value in of_weight.values()]
+        models = [self.unet, *self.encoders.values()]
         for weight in self.unet.parameters():
             if scales := getattr(weight, "quant_state", None):  # what NF4 keeps beside the weights
                 state += [scales.absmax, scales.code, scales.offset, scales.state2.absmax, scales.state2.code]
         state += [module.state.SCB for module in self.unet.modules() if hasattr(module, "state")]  # int8's scales
-        return sum(tensor.nbytes for tensor in [*self.unet.parameters(), *state])
+        return sum(tensor.nbytes for tensor in [*(w for model in models for w in model.parameters()), *state])
 
     def peak(self, side: int) -> int:
         """The most bytes above `resident` that the allocator held in one more step, from the profiler's record."""
@@ -173,6 +198,20 @@ def test_other_algorithms(algorithm):
     config = make_config(algorithm=algorithm, targets="attention+conv")
     predicted = memory.predict(make_base("demo"), config, size=(64, 64), dtype=torch.float32, device="cpu")
     check(predicted, RealStep("demo", torch.float32, config), 64)
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("narrow sd15", {"text_encoder_rate": 1e-4}),
+        ("narrow sd15", {"text_encoder_rate": 1e-4, "train_unet": False}),
+        ("narrow sdxl", {"text_encoder_2_rate": 1e-4, "gradient_checkpointing": True}),
+    ],
+)
+def test_text_encoders_are_counted(name, changes):
+    config = make_config(**changes)
+    predicted = memory.predict(make_base(name), config, size=(128, 128), dtype=torch.float32, device="cpu")
+    check(predicted, RealStep(name, torch.float32, config), 128)
 
 
 def test_a_base_in_eight_bits():

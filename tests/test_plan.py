@@ -163,3 +163,15 @@ def test_the_command_plans_for_a_card(tmp_path):
     assert list((tmp_path / "lorakit" / "predictions").iterdir())
     told = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
     assert "T4      14.7 GiB: fits" in told and "estimated" in told
+
+
+def test_what_is_adapted_decides_which_prediction_is_kept(tmp_path):
+    base, asked = bases.open("demo"), Config(steps=1, rank=4, resolution=64, bucket_step=32)
+    ask = lambda **changes: plan.predict(  # noqa: E731
+        base, asked.with_(**changes), size=(64, 64), dtype=torch.float32, device="cpu", store=tmp_path
+    )
+    kinds = [{}, {"algorithm": "loha"}, {"algorithm": "dora"}, {"text_encoder_rate": 1e-4},
+             {"text_encoder_rate": 1e-4, "train_unet": False}]  # fmt: skip
+    first = [ask(**changes) for changes in kinds]
+    assert len({prediction.adapter for prediction in first}) == len(kinds)
+    assert [ask(**changes) for changes in kinds] == first

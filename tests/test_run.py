@@ -4,6 +4,7 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
@@ -339,3 +340,42 @@ def test_pictures_are_held_out_by_name(settings, tmp_path):
         run.prepare(settings.with_(validation_pictures=("9",)), tmp_path, **QUIET)
     with pytest.raises(ValueError, match="none is left to train on"):
         run.prepare(settings.with_(validation_pictures=tuple("012345")), tmp_path, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("sd15", {"text_encoder_rate": 5e-4, "clip_skip": 2, "ema_decay": 0.9, "caption_dropout": 0.3}),
+        ("sd15", {"text_encoder_rate": 5e-4, "train_unet": False, "validation_share": 0.2, "validate_every": 3}),
+        ("sdxl", {"text_encoder_rate": 5e-4, "text_encoder_2_rate": 1e-3, "algorithm": "dora"}),
+        ("sdxl", {"text_encoder_2_rate": 1e-3, "prior_prediction": True, "class_word": "thing"}),
+    ],
+)
+def test_text_encoders_are_trained_resumed_and_exported(settings, small_bases, tmp_path, family, changes):
+    settings = settings.with_(base=str(small_bases[family]), **changes)
+    said = []
+    whole = run.start(settings, tmp_path / "whole", say=said.append, progress=False)
+    stop = threading.Event()
+    run.start(settings, tmp_path / "cut", stop=stop, listeners=[lambda s: stop.set() if s.number == 2 else None],
+              **QUIET)  # fmt: skip
+    again = run.start(settings, tmp_path / "cut", **QUIET)
+    first, second = load_file(whole.lora), load_file(again.lora)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    a, b = (checkpoint.read(tmp_path / name / "checkpoints" / checkpoint.name(6)) for name in ("whole", "cut"))
+    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+    lora, base = export.load(whole.lora), bases.open(settings.base)
+    trained = settings.text_rates(base.text_encoders)
+    assert set(lora.adapts) == {*trained, *(["unet"] if settings.train_unet else [])}
+    learned = {module for module, (parts, _) in lora.modules.items() if parts["up"].any()}
+    for which in lora.adapts:  # of each model some layer; of the encoders all that the embeddings come from
+        assert any(adapters.which(module) == which for module in learned)
+    assert lora.metadata["ss_text_encoder_lr"] == str(list(trained.values()))
+    assert lora.metadata["ss_unet_lr"] == ("0.001" if settings.train_unet else "None")
+    assert any(line.startswith("text  ") and "trained too" in line for line in said)
+    predicted = memory.predict(base, settings, size=(32, 32), dtype=torch.float32).file_size
+    assert predicted == tensor_bytes(whole.lora)
+
+
+def test_a_rate_for_a_text_encoder_that_is_not_there(settings, tmp_path):
+    with pytest.raises(ValueError, match="this base has one text encoder"):
+        run.start(settings.with_(text_encoder_2_rate=1e-4), tmp_path / "out", **QUIET)

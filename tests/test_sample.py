@@ -87,8 +87,8 @@ def test_borrowing_leaves_randomness_and_training_mode_alone(small_bases, tmp_pa
 def test_generate_gives_a_row_of_strengths(small_bases):
     base = bases.open(small_bases["sd15"])
 
-    def attach(unet):
-        adapter = adapters.inject(unet, 4, 4)
+    def attach(models):
+        adapter = adapters.inject(models, 4, 4)
         for weight in adapter.parameters():
             weight.data.normal_(0, 0.3)
         return adapter
@@ -102,6 +102,26 @@ def test_generate_gives_a_row_of_strengths(small_bases):
         assert row[1].tobytes() != plain[0].tobytes()
     with pytest.raises(ValueError, match="1 seeds were given for 2 prompts"):
         sample.generate(base, ["a", "b"], seeds=[1])
+
+
+@pytest.mark.parametrize("family, adapts", [("sd15", ["text_encoder"]), ("sdxl", ["text_encoder_2", "unet"])])
+def test_strengths_are_those_of_text_encoders_too(small_bases, family, adapts):
+    base = bases.open(small_bases[family])
+    attached = []
+
+    def attach(models):
+        attached.append(list(models))
+        adapter = adapters.inject(models, 4, 4)
+        for weight in adapter.parameters():
+            weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        return adapter
+
+    plain = {"steps": 2, "device": "cpu", "precision": "no"}
+    rows = sample.generate(base, ["a red apple"], strengths=(0, 0.5, 1), attach=attach, adapts=adapts, **plain)
+    bare = sample.generate(base, ["a red apple"], **plain)
+    assert [set(names) for names in attached] == ([{adapts[0]}, {"unet"}] if "unet" in adapts else [{adapts[0]}])
+    assert rows[0][0].tobytes() == bare[0][0].tobytes()
+    assert len({picture.tobytes() for picture in rows[0]}) == 3
 
 
 def test_pngs_carry_prompt_and_seed(tmp_path):

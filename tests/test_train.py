@@ -410,3 +410,68 @@ def test_rates_by_place_multiply_with_lora_plus(settings, tmp_path):
         assert torch.equal(weight, before[name]) == name.startswith("down_blocks.1"), name
     with pytest.raises(ValueError, match="block_rates: nothing is adapted at 'up'"):
         begin(settings.with_(block_rates={"up": 0.5}), ready)
+
+
+def test_text_encoders_learn_each_at_its_rate(settings, small_bases, tmp_path):
+    settings = settings.with_(
+        base=str(small_bases["sdxl"]), text_encoder_rate=2e-3, text_encoder_2_rate=5e-4, learning_rate_ratio=4.0,
+        block_rates={"text_encoder.encoder.layers.0": 0.5}, steps=1, optimizer="adamw",
+    )  # fmt: skip
+    ready = prepared(settings, tmp_path)
+    _, state, loop = begin(settings, ready)
+    rates = {id(w): group["ratio"] * 1e-3 for group in state.optimizer.param_groups for w in group["params"]}
+    found = {name: rates[id(weight)] for name, weight in state.adapter.state().items()}
+    down, up = "self_attn.q_proj.down", "self_attn.q_proj.up"
+    assert found[f"text_encoder.encoder.layers.1.{down}"] == pytest.approx(2e-3)
+    assert found[f"text_encoder.encoder.layers.0.{down}"] == pytest.approx(1e-3)
+    assert found[f"text_encoder_2.encoder.layers.1.{down}"] == pytest.approx(5e-4)
+    assert found[f"text_encoder_2.encoder.layers.1.{up}"] == pytest.approx(2e-3)
+    assert found["mid_block.attentions.0.proj_in.down"] == pytest.approx(1e-3)
+    before = {name: weight.detach().clone() for name, weight in state.adapter.state().items()}
+    train.run(loop)
+    moved = {name for name, weight in state.adapter.state().items() if not torch.equal(weight, before[name])}
+    # Counted from the next to last: what the last layer of the first encoder says is heard by nobody.
+    silent = {name for name in before if name.startswith("text_encoder.encoder.layers.1.") and name.endswith(".up")}
+    assert {name for name in before if name.endswith(".up")} - moved == silent
+
+
+def test_the_text_encoders_gradient_is_that_of_the_whole_pipeline(settings, small_bases, tmp_path):
+    """Caption → tokens → CLIP → UNet → loss, written out; against the loop's own way through cached parts."""
+    settings = settings.with_(text_encoder_rate=1e-3, train_unet=False, min_snr_gamma=None)
+    ready = prepared(settings, tmp_path)
+    unet, state, _ = begin(settings, ready)
+    for weight in state.adapter.parameters():
+        weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    item = train.batch(ready.pictures, ready.texts, [0, 1], 0, 0, settings)
+    alphas = ready.base.alphas_cumprod()
+    ours = train.batch_loss(unet, ready.base, alphas, item, settings, state.adapter)
+    wanted = torch.autograd.grad(ours, state.adapter.parameters())
+    _, tokenizer = bases.load_text_encoder(ready.base, torch.float32, CPU)
+    tokens = tokenizer([p.caption for p in ready.pictures[:2]], padding="max_length", return_tensors="pt").input_ids
+    text = state.adapter.models["text_encoder"](tokens).last_hidden_state
+    noisy = loss.add_noise(item.latents, item.noise, alphas[item.timesteps])
+    theirs = torch.nn.functional.mse_loss(unet(noisy, item.timesteps, text).sample, item.noise)
+    gradients = torch.autograd.grad(theirs, state.adapter.parameters())
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-7) for a, b in zip(wanted, gradients, strict=True))
+    assert any(gradient.abs().max() > 1e-4 for gradient in gradients)
+
+
+def test_the_bare_base_is_asked_with_its_own_words(settings, tmp_path):
+    settings = settings.with_(
+        text_encoder_rate=1e-3, prior_prediction=True, trigger="sks thing", class_word="thing", min_snr_gamma=None
+    )
+    ready = prepared(settings, tmp_path)
+    unet, state, _ = begin(settings, ready)
+    for weight in state.adapter.parameters():
+        weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    item = train.batch(ready.pictures, ready.texts, [0, 1], 0, 0, settings, of_class=True)
+    alphas = ready.base.alphas_cumprod()
+    noisy = loss.add_noise(item.latents, item.noise, alphas[item.timesteps])
+    bare = bases.load_unet(ready.base, torch.float32, CPU)
+    texts = bases.encode_anew(ready.base, state.adapter.encoders, item.embeddings, item.pooled, item.tokens)[0]
+    with torch.no_grad():
+        said = bare(noisy, item.timesteps, item.embeddings).sample
+        expected = torch.nn.functional.mse_loss(unet(noisy, item.timesteps, texts).sample, said)
+        ours = train.batch_loss(unet, ready.base, alphas, item, settings, state.adapter)
+    assert torch.allclose(ours, expected, rtol=1e-5) and not torch.allclose(texts, item.embeddings, atol=1e-3)
