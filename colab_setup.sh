@@ -296,7 +296,7 @@ run_tests() {
     cd "$root"
     "$python" -m ruff check . || failed="ruff check"
     "$python" -m ruff format --check . || failed="${failed:+$failed, }ruff format"
-    "$python" -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile --cov=lorakit "$@" || failed="${failed:+$failed, }pytest"
+    "$python" -m pytest -q --numprocesses logical --maxprocesses 4 --dist worksteal --cov=lorakit "$@" || failed="${failed:+$failed, }pytest"
     [[ -z $failed ]] || die "failed: $failed"
 }
 

@@ -22,6 +22,7 @@ from lorakit import quantize
 from lorakit.config import WHOLE, Config
 
 NAME = "default"
+LEAST = 1e-6  # length that a column is taken to have at least: an input that nothing listens to has none
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 Models = Mapping[str, nn.Module]  # "unet" and TEXT_ENCODERS -> what is adapted together
 TRANSFORMER = re.compile(
@@ -177,17 +178,13 @@ def change(parts: Mapping[str, Tensor], alpha: float, weight: Tensor | None = No
         return product
     before = weight.float()
     merged = before + product.view_as(before)
-    return (merged * (parts["dora_scale"].reshape(_row(before)) / _column_norm(merged)) - before).flatten(1)
+    lengths = quantize.column_norm(merged).clamp(min=LEAST)
+    return (merged * (parts["dora_scale"].flatten() / lengths).view(_row(before)) - before).flatten(1)
 
 
 def _row(weight: Tensor) -> tuple[int, ...]:
     """The shape that holds a number for each input of a weight: (1, in[, 1, 1])."""
     return (1, weight.shape[1], *[1] * (weight.ndim - 2))
-
-
-def _column_norm(weight: Tensor) -> Tensor:
-    """The length of what each input contributes to all outputs: (1, in[, 1, 1])."""
-    return weight.square().sum(dim=[0, *range(2, weight.ndim)], keepdim=True).sqrt()
 
 
 def delta(adapter: Adapter, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -197,10 +194,25 @@ def delta(adapter: Adapter, name: str, dtype: torch.dtype = torch.float32) -> Te
         dtype: what the parts are rounded to first, as a file does.
     """
     layer = adapter.layers[name]
-    frozen = layer.get_base_layer()
-    rounded = {part: weight.detach().to(dtype) for part, weight in parts(layer).items()}
-    weight = quantize.weight(frozen) if adapter.algorithm == "dora" else None
-    return change(rounded, adapter.alphas[name], weight).view(quantize.shape(frozen))
+    rounded = {part: as_file(part, weight.detach(), dtype).float() for part, weight in parts(layer).items()}
+    return meaning(layer, rounded, adapter.alphas[name])
+
+
+def meaning(layer: nn.Module, parts: Mapping[str, Tensor], alpha: float) -> Tensor:
+    """What parts, a layer's own or a file's, add to the weight of that layer at strength 1, in the weight's shape."""
+    frozen, weight = layer.get_base_layer(), None
+    if "dora_scale" in parts:
+        weight = quantize.weight(frozen)
+        parts = dict(parts) | {"dora_scale": _lengths(layer, parts["dora_scale"].float().flatten())}
+    return change(parts, alpha, weight).view(quantize.shape(frozen))
+
+
+def as_file(part: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part as a file of a dtype holds it: DoRA's lengths stay float32, as rounding them would drown what is learned.
+
+    A length of 1 rounds by 2⁻¹¹ in float16; what a LoRA changes of it is hardly more.
+    """
+    return weight.to(torch.float32 if part == "dora_scale" else dtype)
 
 
 # ── DoRA ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,9 +227,14 @@ def _make_dora(layer: nn.Module) -> None:
 
     Source: Liu et al. 2024, arXiv:2402.09353; its 4.3 for the norm that counts as a constant in the gradient.
     """
-    weight = quantize.weight(layer.get_base_layer()).float()
+    frozen = layer.get_base_layer()
+    weight = quantize.weight(frozen).float()
     layer.register_buffer("column_squares", weight.square().sum(dim=[0, *range(2, weight.ndim)]), persistent=False)
-    layer.dora_scale = nn.Parameter(layer.column_squares.sqrt().view(_row(weight)))
+    lengths = layer.column_squares.sqrt()
+    if quantize.held(frozen):  # what is learned, and goes into files, is said of the base as it was before
+        lengths = frozen.column_norm.to(lengths.device).clamp(min=LEAST)
+        layer.register_buffer("own_lengths", lengths, persistent=False)
+    layer.dora_scale = nn.Parameter(lengths.view(_row(weight)).clone())
     layer.strength = 1.0
     layer.forward = MethodType(_dora_forward, layer)
 
@@ -225,9 +242,15 @@ def _make_dora(layer: nn.Module) -> None:
 def _dora_forward(layer, x: Tensor, *args, **kwargs) -> Tensor:
     if layer.strength == 0:
         return layer.base_layer(x, *args, **kwargs)
-    share = layer.dora_scale / _merged_norm(layer).view_as(layer.dora_scale) - 1  # small, so rounding it loses little
+    share = _lengths(layer, layer.dora_scale.flatten()) / _merged_norm(layer) - 1  # small: rounding loses little of it
+    share = share.view_as(layer.dora_scale)
     full = type(layer).forward(layer, torch.addcmul(x, x, share.to(x.dtype)), *args, **kwargs)
     return full if layer.strength == 1 else torch.lerp(layer.base_layer(x, *args, **kwargs), full, layer.strength)
+
+
+def _lengths(layer: nn.Module, said: Tensor) -> Tensor:
+    """Lengths that are said of the base as files mean it, for the one that is held: (in,)."""
+    return said / layer.own_lengths * layer.column_squares.sqrt() if hasattr(layer, "own_lengths") else said
 
 
 @torch.no_grad()
@@ -240,7 +263,7 @@ def _merged_norm(layer) -> Tensor:
         across = (up.T.to(weight.dtype) @ weight.flatten(1)).float() * flat
         own = ((up.T @ up) @ flat) * flat
     summed = (2 * scale * across + scale**2 * own).sum(0)
-    return (layer.column_squares + summed.view(down.shape[1], -1).sum(1)).clamp(min=1e-12).sqrt()
+    return (layer.column_squares + summed.view(down.shape[1], -1).sum(1)).clamp(min=LEAST**2).sqrt()
 
 
 # ── LoHa and LoKr ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -252,6 +275,15 @@ def _whole_forward(layer, x: Tensor) -> Tensor:
     if isinstance(frozen, nn.Conv2d):
         return frozen(x) + F.conv2d(x, added, None, frozen.stride, frozen.padding, frozen.dilation, frozen.groups)
     return frozen(x) + F.linear(x, added)
+
+
+def _divide(layer: nn.Module, like: Mapping[str, Tensor]) -> None:
+    """Let a LoKr layer (in place) have matrices of these shapes, zero: programs divide a weight in different ways."""
+    device = next(iter(parts(layer).values())).device
+    for name in parts(layer):
+        del getattr(layer, name)[NAME]
+    for name, tensor in like.items():
+        getattr(layer, name)[NAME] = nn.Parameter(torch.zeros(tensor.shape, device=device))
 
 
 # ── Into the models and out of them ───────────────────────────────────────────────────────────────────────────────────
@@ -374,6 +406,7 @@ def inject(
     algorithm: str = "lora",
     factor: int | None = None,
     decompose_both: bool = False,
+    like: Mapping[str, Mapping[str, Tensor]] | None = None,
     seed: int = 0,
 ) -> Adapter:
     """Put fresh adapter layers into models (in place) and freeze everything else. `eject` is the inverse.
@@ -391,6 +424,7 @@ def inject(
             "lokr" (a small matrix and a LoRA, or two matrices, multiplied block by block).
         factor: of LoKr, the size of the small matrix; None makes the two as equal as can be.
         decompose_both: of LoKr, the small matrix is of low rank as well.
+        like: of LoKr, parts by module whose shapes are taken, in place of those that `factor` makes (a file's).
         seed: of the parts that are not zero.
 
     Raises:
@@ -440,6 +474,8 @@ def inject(
             _make_dora(layer)
         elif algorithm in WHOLE:
             layer.forward = MethodType(_whole_forward, layer)
+        if algorithm == "lokr" and like:
+            _divide(layer, like[name])
         for weight in parts(layer).values():
             weight.data = weight.data.float()
             weight.requires_grad_(True)

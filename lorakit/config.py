@@ -98,6 +98,9 @@ class Config(BaseModel):
     steps: int | None = Field(None, ge=1, description="optimizer updates; exactly one of steps and epochs")
     epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(1, ge=1)
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="pictures that go through at once; None takes the whole batch. The learning is the same"
+    )
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0, le=1)
     text_encoder_rate: float = Field(
@@ -219,6 +222,11 @@ class Config(BaseModel):
         if self.min_timestep >= self.max_timestep:
             raise ValueError(f"min_timestep {self.min_timestep} is not below max_timestep {self.max_timestep}.")
         return self
+
+    @property
+    def at_once(self) -> int:
+        """Pictures that go through the UNet together."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
     @property
     def several_rates(self) -> bool:

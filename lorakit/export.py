@@ -99,7 +99,8 @@ def save(
         # A float32 alpha keeps scales such as 0.3 exact; every reader takes it with .item().
         tensors[f"{name}.alpha"] = torch.tensor(adapter.alphas[module], dtype=torch.float32)
         for part, weight in adapters.parts(layer).items():
-            tensors[f"{name}.{KOHYA.get(part, part)}"] = weight.detach().to("cpu", dtype).contiguous()
+            stored = adapters.as_file(part, weight.detach(), dtype)
+            tensors[f"{name}.{KOHYA.get(part, part)}"] = stored.cpu().contiguous()
     _finite(tensors, path.name, f"Training diverged, or they exceed {dtype}: use an earlier checkpoint, or float32")
     metadata = {"modelspec.title": path.stem} | _facts(adapter, base) | (metadata or {})
     _private(metadata)
@@ -513,13 +514,12 @@ def inject(models: nn.Module | adapters.Models, base: Base, lora: Lora | str | P
             + "; ".join(wrong[:3]) + ". It was made for another base."
         )  # fmt: skip
     modules = [name for name in adapters.paths(models) if name in own]
-    every = [own[name][0] for name in modules]
-    ranks = {name: _rank(parts) for name, parts in zip(modules, every, strict=True)}
+    ranks = {name: _rank(own[name][0]) for name in modules}
     alphas = {name: own[name][1] for name in modules}
     targets = "attention+conv" if any(adapters.RESNET.search(name) for name in modules) else "attention"
     adapter = adapters.inject(
         models, _usual(ranks.values()), _usual(alphas.values()), targets, modules=modules, ranks=ranks, alphas=alphas,
-        algorithm=lora.algorithm, **_blocks(every),
+        algorithm=lora.algorithm, like={name: parts for name, (parts, _) in own.items()},
     )  # fmt: skip
     try:
         adapter.load(_fitted(own, adapter))
@@ -534,26 +534,16 @@ def _rank(parts: dict[str, Tensor]) -> int:
     return adapters.rank_of(parts) or max(parts["lokr_w2"].shape[:2])
 
 
-def _blocks(every: list[dict[str, Tensor]]) -> dict:
-    """How LoKr's matrices were divided: `inject`'s `factor` and `decompose_both`."""
-    small = [
-        (parts["lokr_w1"].shape if "lokr_w1" in parts else (len(parts["lokr_w1_a"]), parts["lokr_w1_b"].shape[1]))
-        for parts in every
-        if any(name.startswith("lokr_w1") for name in parts)
-    ]
-    if not small:
-        return {}
-    side = max(max(shape) for shape in small)
-    # A factor makes every small matrix a square of that side, but where it does not divide the weight's own.
-    return {"factor": side if _usual(small) == (side, side) else None,
-            "decompose_both": any("lokr_w1_a" in parts for parts in every)}  # fmt: skip
-
-
 def _fitted(modules: dict[str, tuple[dict[str, Tensor], float]], adapter: Adapter) -> dict[str, Tensor]:
     """A file's weights as an adapter's state: linear layers and 1×1 convolutions hold the same numbers."""
     own = adapter.state()
     given = {f"{m}.{part}": tensor for m, (parts, _) in modules.items() for part, tensor in parts.items()}
-    return {name: tensor.reshape(own[name].shape) if name in own else tensor for name, tensor in given.items()}
+    same = {name for name in own.keys() & given.keys() if _tight(own[name].shape) == _tight(given[name].shape)}
+    return {name: tensor.reshape(own[name].shape) if name in same else tensor for name, tensor in given.items()}
+
+
+def _tight(shape: Sequence[int]) -> list[int]:
+    return [n for n in shape if n != 1]
 
 
 @torch.no_grad()
@@ -623,10 +613,8 @@ def prove(path: str | Path, adapter: Adapter, base: Base) -> Proof:
         layer, own = adapter.layers[module], adapters.delta(adapter, module).flatten(1)
         if adapters.size(parts) != own.shape:
             raise RuntimeError(f"{lora.name}: {module} adds {adapters.size(parts)} where {tuple(own.shape)} belongs.")
-        parts = {part: tensor.to(own.device) for part, tensor in parts.items()}
-        weight = quantize.weight(layer.get_base_layer()) if lora.algorithm == "dora" else None
-        other = adapters.change(parts, alpha, weight)
-        dtype = next(iter(parts.values())).dtype
+        other = adapters.meaning(layer, {part: t.to(own.device) for part, t in parts.items()}, alpha).flatten(1)
+        dtype = next(t.dtype for part, t in parts.items() if part != "dora_scale")
         rounded = adapters.delta(adapter, module, dtype).flatten(1)
         size = own.norm().item()
         difference = (other - own).norm().item()

@@ -47,24 +47,36 @@ def from_command(line: str) -> Imported:
     Raises:
         ValueError: no option in it, or values that do not make a run.
     """
-    words = [word for word in shlex.split(line.replace("\\\n", " ").replace("^\n", " ")) if word.strip()]
+    words = [word for word in _split(line.replace("\\\n", " ").replace("^\n", " ")) if word.strip()]
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
     settings: dict[str, Any] = {"script": Path(words[script]).name} if script >= 0 else {}
     name = None
     for word in words[script + 1 :]:
         if word.startswith("--"):
             name, has_value, value = word[2:].partition("=")
-            settings[name] = _value(value) if has_value else True
+            settings[name] = _value(value, name) if has_value else True
         elif name is not None:
             before = settings[name]
-            value = _value(word)
+            value = _value(word, name)
             settings[name] = value if before is True else [*(before if isinstance(before, list) else [before]), value]
     if name is None:
         raise ValueError("There is no option (--network_dim=32 …) in this command line of kohya's.")
     return convert(settings)
 
 
-def _value(text: str) -> Any:
+def _split(line: str) -> list[str]:
+    """The words of a command line, in which quotes hold together and a backslash is one of Windows' paths."""
+    words = shlex.shlex(line, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    return list(words)
+
+
+TEXTS = ("pretrained_model_name_or_path", "train_data_dir", "reg_data_dir", "output_name", "network_weights")
+
+
+def _value(text: str, name: str = "") -> Any:
+    if name in TEXTS:  # "2024_05" is a name, and a number to Python
+        return text
     for kind in (int, float):
         try:
             return kind(text)
@@ -101,7 +113,10 @@ def _from_gui(text: str, path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path.name} holds a {type(settings).__name__}, not the GUI's settings in {{…}}.")
     renamed = {key: GUI.get(key, key) for key in settings}
-    found = {renamed[key]: _value(value) if isinstance(value, str) else value for key, value in settings.items()}
+    found = {renamed[key]: _value(v, renamed[key]) if isinstance(v, str) else v for key, v in settings.items()}
+    if found.get("gui_lora_type") == "Standard":  # the GUI keeps what it shows for other types alone
+        for key in ("conv_dim", "conv_alpha", "dora_wd", "factor", "algo", "preset"):
+            found.pop(key, None)
     if found.get("gui_warmup_percent"):  # the GUI has it in percent of the run
         found.setdefault("lr_warmup_steps", float(found["gui_warmup_percent"]) / 100)
     found.pop("gui_warmup_percent", None)
@@ -114,6 +129,8 @@ GUI = {  # the GUI's names -> sd-scripts'
     "optimizer": "optimizer_type",
     "lr_warmup": "gui_warmup_percent",
     "LoRA_type": "gui_lora_type",
+    "LyCORIS_preset": "preset",
+    "lora_network_weights": "network_weights",
     "vae_batch_size": "vae_batch_size",
 }
 
@@ -221,6 +238,7 @@ def convert(settings: dict[str, Any]) -> Imported:
     if ours.get("conv_rank"):
         ours["targets"] = "attention+conv"
     ours |= _algorithm(take, notes)
+    ours |= _blocks(take, notes, "conv" in ours.get("targets", ""))
     for key in sorted(given.keys() - taken):
         if key in NOT_NEEDED:
             if NOT_NEEDED[key] and given[key]:
@@ -235,24 +253,83 @@ def _listed(value: Any) -> list[str]:
     return shlex.split(value) if isinstance(value, str) else [str(item) for item in value or ()]
 
 
+PLAIN = {  # what asks for a LoRA, by any of its names
+    "algo": ("lora", "locon"), "gui_lora_type": ("standard", "kohya locon", "lycoris/locon", "lora"),
+    "network_module": ("networks.lora", "lycoris.kohya", "locon.locon_kohya"),
+}  # fmt: skip
+
+
 def _algorithm(take: Callable, notes: list[str]) -> dict:
     """LyCORIS's `algo`, sd-scripts' network modules, and the GUI's names of both."""
-    for key in ("algo", "gui_lora_type", "network_module"):
-        value = str(take(key) or "").lower()
-        name = next((name for name in ("loha", "lokr", "dora") if name in value), "")
-        if name == "lokr":
-            factor = int(float(take("factor") or take("lokr_factor") or -1))
-            return {"algorithm": name, "lokr_factor": factor if factor > 1 else None}
+    ours: dict[str, Any] = {}
+    said = {key: str(take(key) or "").lower() for key in PLAIN}
+    for key, value in said.items():
+        name = next((name for name in ("loha", "lokr") if value.rpartition("/")[2] == name), "")
         if name:
-            return {"algorithm": name}
-        plain = ("standard", "kohya lora", "locon", "networks.lora", "lycoris")
-        if value and value != "lora" and not any(word in value for word in plain):
-            notes.append(f"{key}={value}: lorakit trains LoRA, LoCon, DoRA, LoHa and LoKr; this became a LoRA")
+            ours["algorithm"] = name
+            break
+        if value and value not in PLAIN[key]:
+            notes.append(f"{key}={take(key)}: lorakit trains LoRA, LoCon, DoRA, LoHa and LoKr; this became a LoRA")
+    factor = int(float(take("factor") or take("lokr_factor") or -1))
+    if ours.get("algorithm") == "lokr":
+        ours["lokr_factor"] = factor if factor > 1 else None
+        for key, setting in (("network_dim", "rank"), ("conv_dim", "conv_rank")):
+            if (take(key) or 0) > 1024:
+                ours[setting] = 1024
+                notes.append(f"{key}={take(key)}: 1024 here, the most; it asks for whole matrices, and is as good")
     if take("dora_wd"):
-        if take("wd_on_output") is not False:
-            notes.append("dora_wd: by columns here, which all programs read alike; LyCORIS takes rows if not told so")
-        return {"algorithm": "dora"}
-    return {}
+        if "algorithm" in ours:
+            notes.append(f"dora_wd: left out, lorakit has no DoRA of {ours['algorithm']}")
+        else:
+            ours["algorithm"] = "dora"
+            if take("wd_on_output") is not False:
+                notes.append("dora_wd: by columns here, which all programs read alike; LyCORIS takes rows by default")
+    lycoris = said["network_module"].startswith("lycoris") or said["gui_lora_type"].startswith("lycoris")
+    # LyCORIS adapts the convolutions unless its preset says otherwise.
+    if lycoris and not any(word in str(take("preset") or "full") for word in ("attn", "transformer", "lin")):
+        ours["targets"] = "attention+conv"
+    return ours
+
+
+def _places(convolutions: bool) -> dict[str, int]:
+    """SD 1.x and 2.x: a place in the UNet → its number among sd-scripts' 25 blocks, 12 down, 1 in the middle, 12 up."""
+    downs, ups = [(i, j) for i in range(4) for j in range(2)], [(i, j) for i in range(4) for j in range(3)]
+    places = {f"down_blocks.{i}.attentions.{j}": 1 + 3 * i + j for i, j in downs if i < 3} | {"mid_block": 12}
+    places |= {f"up_blocks.{i}.attentions.{j}": 13 + 3 * i + j for i, j in ups if i > 0}
+    if convolutions:
+        places |= {f"down_blocks.{i}.resnets.{j}": 1 + 3 * i + j for i, j in downs}
+        places |= {f"down_blocks.{i}.downsamplers": 3 + 3 * i for i in range(3)}
+        places |= {f"up_blocks.{i}.resnets.{j}": 13 + 3 * i + j for i, j in ups}
+        places |= {f"up_blocks.{i}.upsamplers": 15 + 3 * i for i in range(3)}
+    return places
+
+
+def _blocks(take: Callable, notes: list[str], convolutions: bool) -> dict:
+    """Ranks and rates by block, as sd-scripts' network_args have them."""
+    keys = ("block_dims", "down_lr_weight", "mid_lr_weight", "up_lr_weight")
+    given = {key: str(value).split(",") if not isinstance(value, list) else value
+             for key in keys if (value := take(key)) is not None}  # fmt: skip
+    try:
+        numbers = {key: [float(value) for value in values] for key, values in given.items()}
+    except ValueError:  # "sine", "cosine" …
+        numbers = None
+    sdxl = "sdxl" in str(take("script") or "") or take("sdxl") or take("sdxl_checkbox")
+    wanted = {"block_dims": 25, "down_lr_weight": 12, "mid_lr_weight": 1, "up_lr_weight": 12}
+    if numbers is None or sdxl or any(len(values) != wanted[key] for key, values in numbers.items()):
+        notes.extend(f"{key}={take(key)}: read as 25 blocks of SD 1.x and 2.x alone; use block_ranks, block_rates"
+                     for key in given)  # fmt: skip
+        return {}
+    ours: dict[str, Any] = {}
+    places = _places(convolutions)
+    if dims := numbers.get("block_dims"):
+        ours["block_ranks"] = {place: int(dims[number]) for place, number in places.items()}
+        if take("block_alphas"):
+            notes.append("block_alphas: left out, alpha / rank is the same in all blocks here")
+    weights = [numbers.get(key, [1.0] * wanted[key]) for key in keys[1:]]
+    rates = {place: sum(weights, [])[number] for place, number in places.items()}
+    if set(rates.values()) != {1.0}:
+        ours["block_rates"] = {place: rate for place, rate in rates.items() if rate != 1.0}
+    return ours
 
 
 def _length(take: Callable, notes: list[str]) -> dict:

@@ -43,7 +43,7 @@ class Prediction:
     flops: int  # floating-point operations of one optimizer update
     seconds: float  # how long predicting took
     size: tuple[int, int]  # (height, width) in pixels
-    batch_size: int
+    batch_size: int  # pictures that go through at once
     precision: str
     gradient_checkpointing: bool
 
@@ -124,16 +124,23 @@ def predict(
             flops += ledger.flops  # as much again for the class
         if config.prior_prediction:
             flops += answer  # and what the bare base says of it
-        flops *= config.gradient_accumulation_steps
-        if config.gradient_accumulation_steps > 1 or config.asks_class:  # from the second on, all gradients are there
+        passes = config.gradient_accumulation_steps * config.batch_size / config.at_once
+        flops = round(flops * passes)
+        if passes > 1 or config.asks_class:  # from the second on, all gradients are there
             _forward(models, base, config, size, counted).backward()
     return Prediction(
         weights=frozen, adapter=4 * trained, gradients=ledger.gradients_at_peak,
         optimizer=sum(optimizer_state(config.optimizer, weight.shape) for weight in weights),
-        activations=ledger.peak - ledger.gradients_at_peak, file_size=2 * trained + 4 * len(adapter.layers),
-        flops=flops, seconds=time.perf_counter() - began, size=tuple(size), batch_size=config.batch_size,
+        activations=ledger.peak - ledger.gradients_at_peak, file_size=_file_size(adapter),
+        flops=flops, seconds=time.perf_counter() - began, size=tuple(size), batch_size=config.at_once,
         precision=str(dtype).removeprefix("torch."), gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
+
+
+def _file_size(adapter: adapters.Adapter) -> int:
+    """Bytes of the file's tensors in fp16; alphas and DoRA's lengths are float32."""
+    parts = adapter.state().items()
+    return 4 * len(adapter.layers) + sum((4 if n.endswith("dora_scale") else 2) * w.numel() for n, w in parts)
 
 
 WORDS = 16  # vectors of a textual inversion's file, as people make them for a character
@@ -273,7 +280,7 @@ def _forward(
     models, base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype, words_learn: bool = False
 ) -> Tensor:
     """The loss that `train` makes of a micro-batch, of tensors without contents; `words_learn`: text gets gradients."""
-    batch, settings, text = config.batch_size, base.configs["unet"], base.configs["text_encoder"]
+    batch, settings, text = config.at_once, base.configs["unet"], base.configs["text_encoder"]
     latents = torch.empty(batch, base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
     noise = torch.empty_like(latents)
     tokens, width = text.get("max_position_embeddings", 77), settings["cross_attention_dim"]
@@ -466,7 +473,7 @@ def verdict(prediction: Prediction, free: int | None, margin: float = MARGIN) ->
     if not prediction.gradient_checkpointing:
         changes.append("gradient_checkpointing true (a third more work, most activations gone)")
     if prediction.batch_size > 1:
-        changes.append(f"batch_size 1 with gradient_accumulation_steps × {prediction.batch_size} (the same learning)")
+        changes.append("micro_batch_size 1 (one picture at a time; the learning is the same)")
     if prediction.optimizer > max(prediction.adapter, prediction.peak // 50):
         changes.append(f"optimizer 'adamw8bit' (saves about {readable(prediction.optimizer * 3 // 4)})")
     if prediction.activations > prediction.peak // 10:

@@ -6,12 +6,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from lorakit import adapter, files, memory
+from lorakit import adapter, files, memory, optim, quantize
 from lorakit import base as bases
 from lorakit.config import WHOLE, Config
 from lorakit.memory import Prediction
@@ -66,14 +65,14 @@ def ladder(config: Config) -> list[Config]:
     """
     if not config.fit_memory:
         return [config]
-    bits = find_spec("bitsandbytes") is not None and config.device != "mps"
+    bits = quantize.usable(bases.choose_device(config.device))
     return [lower for lower, _ in rungs(config, max(32, min(LOWEST, config.resolution // 2)), bits)]
 
 
 def rungs(config: Config, smallest: int = LOWEST, bits: bool = True) -> Iterator[tuple[Config, tuple[str, ...]]]:
     """Settings that need less and less memory, the fastest first, each with what was changed.
 
-    Checkpointing, then 8-bit moments, a base in 4 bits, the batch in parts (the same learning), a lower resolution.
+    Checkpointing, then 8-bit moments, a base in 4 bits, the batch in parts (which learns the same), a lower resolution.
 
     Args:
         smallest: pixels below which no picture goes.
@@ -93,11 +92,9 @@ def rungs(config: Config, smallest: int = LOWEST, bits: bool = True) -> Iterator
         config = config.with_(quantize="nf4")
         changes["base"] = "the base held in NF4"
         yield config, tuple(changes.values())
-    while config.batch_size > 1:
-        parts = -(-config.batch_size // 2)
-        accumulation = config.gradient_accumulation_steps * -(-config.batch_size // parts)
-        config = config.with_(batch_size=parts, gradient_accumulation_steps=accumulation)
-        changes["batch"] = f"batch {parts} × accumulation {accumulation}"
+    while config.at_once > 1:
+        config = config.with_(micro_batch_size=-(-config.at_once // 2))
+        changes["batch"] = f"the batch in parts of {config.at_once}"
         yield config, tuple(changes.values())
     while config.resolution - config.bucket_step >= smallest:
         config = config.with_(resolution=config.resolution - config.bucket_step)
@@ -147,12 +144,15 @@ def predict(
         "config": {
             name: getattr(config, name)
             for name in ("algorithm", "lokr_factor", "rank", "targets", "conv_rank", "block_ranks", "train_unet",
-                         "batch_size", "optimizer", "loss", "gradient_accumulation_steps", "gradient_checkpointing",
+                         "batch_size", "micro_batch_size", "optimizer", "loss",
+                         "gradient_accumulation_steps", "gradient_checkpointing",
                          "asks_class", "prior_prediction", "quantize", "clip_skip")
         },
         "trained": list(config.text_rates(base.text_encoders)),
         "versions": [version(name) for name in ("torch", "diffusers", "peft")],
-        "code": [hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in (memory, adapter)],
+        "code": [
+            hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in (memory, adapter, optim, quantize)
+        ],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:24]
     file = store / f"{key}.json"
@@ -224,6 +224,7 @@ class Row:
             "asked_peak_gib": round(self.asked.peak / 2**30, 3), "file_mb": round(prediction.file_size / 1e6, 2),
             "changes": list(self.plan.changes), "estimated_minutes": self.minutes and round(self.minutes, 1),
             "resolution": self.plan.config.resolution, "batch_size": self.plan.config.batch_size,
+            "micro_batch_size": self.plan.config.at_once,
         }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -73,4 +74,6 @@ def join(device: str = "auto") -> Team:
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    return Team(state.process_index, state.num_processes, torch.distributed.new_group(backend="gloo"))
+    # Encoding a large dataset takes the first its time; the others wait for as long as it needs.
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+    return Team(state.process_index, state.num_processes, group)

@@ -6,11 +6,21 @@ Source: Dettmers et al. 2023, arXiv:2305.14314 (NF4, double quantization); 2022,
 """
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import nn
 
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale in NF4; scales that share a scale of their own
+
+
+def usable(device: torch.device) -> bool:
+    """Whether bitsandbytes is here and works on a device: on CPUs its newer releases alone, on Apple's none."""
+    try:
+        release = tuple(int(part) for part in version("bitsandbytes").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return False
+    return device.type == "cuda" or (device.type == "cpu" and release >= (0, 50))
 
 
 def layers(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -53,6 +63,8 @@ def hold(unet: nn.Module, kind: str, device: torch.device) -> nn.Module:
         else:
             held = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, **form)
             weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        # Lengths that DoRA's file gives are of the weight as other programs have it, not of the packed one.
+        held.register_buffer("column_norm", column_norm(layer.weight.to(device)), persistent=False)
         held.weight, held.bias = weight.to(device), layer.bias
         parent, _, child = name.rpartition(".")
         setattr(unet.get_submodule(parent), child, held)
@@ -79,6 +91,11 @@ def weight(layer: nn.Module) -> torch.Tensor:
     return codes * (scales / 127).unsqueeze(1)
 
 
+def column_norm(weight: torch.Tensor) -> torch.Tensor:
+    """The length of what each input of a weight (out, in[, k, k]) contributes to all outputs: (in,), float32."""
+    return weight.float().square().sum(dim=[0, *range(2, weight.ndim)]).sqrt()
+
+
 def shape(layer: nn.Module) -> tuple[int, ...]:
     """The shape of a layer's weight as it was before it was packed."""
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
@@ -86,9 +103,9 @@ def shape(layer: nn.Module) -> tuple[int, ...]:
 
 def size(weight: Sequence[int], kind: str) -> int:
     """Bytes of a linear layer's weight of shape (out, in)."""
-    count = weight[0] * weight[1]
+    count, lengths = weight[0] * weight[1], 4 * weight[1]
     if kind == "int8":
-        return count + 4 * weight[0]  # a scale a row
+        return count + 4 * weight[0] + lengths  # a scale a row
     scales = -(-count // BLOCK)
     tables = 4 * (16 + 256 + 1)  # what the codes stand for, and the scales' mean
-    return -(-count // 2) + scales + 4 * -(-scales // OUTER_BLOCK) + tables
+    return lengths + -(-count // 2) + scales + 4 * -(-scales // OUTER_BLOCK) + tables

@@ -105,14 +105,16 @@ def scan(config: Config) -> dataset.Dataset:
 
 
 def prepare(
-    config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool = True, shared_by: int = 1
-) -> Prepared:
+    config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool = True, shared_by: int = 1,
+    rungs: Sequence[Config] = (),
+) -> Prepared:  # fmt: skip
     """Check everything that can be checked, then encode pictures and captions into the run's cache.
 
     Where the run is predicted not to fit, it comes down to settings that do, if the config lets it.
 
     Args:
         shared_by: processes that share each batch.
+        rungs: settings to come down to, the config first; () takes `plan.ladder`'s.
 
     Raises:
         ValueError: settings that do not suit the base, or no usable picture.
@@ -165,8 +167,8 @@ def prepare(
         say(f"masks     {len(pictures) - len(bare)} of {len(pictures)} pictures have one" + "; not: " * bool(bare)
             + ", ".join(bare[:5]) + " …" * (len(bare) > 5))  # fmt: skip
     config, fits, batches = _fitting(
-        config, base, everything, kept, repeats, len(pictures) - len(held_out), step, device, dtype, say,
-        shared_by,
+        rungs or plan.ladder(config), base, everything, kept, repeats, len(pictures) - len(held_out), step, device,
+        dtype, say, shared_by,
     )  # fmt: skip
     prompts = list(config.sample_prompts) or [p.caption for p in pictures.pictures[:4]]
     began = time.monotonic()
@@ -193,8 +195,8 @@ def prepare(
 
 
 def _fitting(
-    config: Config, base: bases.Base, everything: Sequence, kept: Sequence[int], repeats: Sequence[int], own: int,
-    step: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None], shared_by: int,
+    rungs: Sequence[Config], base: bases.Base, everything: Sequence, kept: Sequence[int], repeats: Sequence[int],
+    own: int, step: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None], shared_by: int,
 ) -> tuple[Config, list[buckets.Fit], int]:  # fmt: skip
     """The first settings down the ladder that are predicted to fit; none does: those asked for.
 
@@ -202,12 +204,12 @@ def _fitting(
         The settings, each picture's bucket, and the batches of an epoch.
     """
     free, tried = memory.available(device), []
-    for lower in plan.ladder(config):
+    for lower in rungs:
         sizes = buckets.sizes(lower.resolution, step=step)
         fits = [buckets.fit(p.width, p.height, sizes) for p in everything]
         largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
         store = plan.default_store()
-        share = lower.with_(batch_size=-(-lower.batch_size // shared_by))
+        share = lower.with_(batch_size=-(-lower.batch_size // shared_by))  # this process's
         prediction = plan.predict(base, share, size=largest, dtype=dtype, device=device.type, store=store)
         tried.append((lower, fits, prediction, memory.verdict(prediction, free)))
         if tried[-1][-1].fits is not False:
@@ -221,7 +223,7 @@ def _fitting(
     say("length    " + length(own, repeats, batches, lower))
     if chosen is not asked:
         peak = memory.readable(asked[2].peak)
-        say(f"memory    {peak} predicted as asked for, which does not fit. Comes down to {_changes(config, lower)}")
+        say(f"memory    {peak} predicted as asked for, which does not fit. Comes down to {_changes(rungs[0], lower)}")
     say("memory    " + prediction.describe().replace("\n", "\n          "))
     say("          " + str(verdict).replace("\n", "\n          "))
     return lower, fits, batches
@@ -307,6 +309,11 @@ def _come_down(config: Config, prepared: Prepared, saved: dict) -> Config:
     return prepared.config
 
 
+def _as_of_now(saved: dict) -> dict:
+    """The settings of a run begun before some of today's were known, which then were as they are by default."""
+    return json.loads(Config(steps=1).model_dump_json(exclude=FREE | {"steps", "epochs", "base", "dataset"})) | saved
+
+
 def _same(saved: dict, wanted: dict, folder: Path) -> None:
     """Refuse to go on with other settings than a run was begun with."""
     changed = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
@@ -357,9 +364,9 @@ class Log:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def __call__(self, step: Step) -> None:
-        self.waiting.append((step, time.monotonic() - self.began))
-        if len(self.waiting) == 10 or step.number == step.total:
+        if len(self.waiting) == 10:  # not yet this one, to which others may still add marks
             self.flush()
+        self.waiting.append((step, time.monotonic() - self.began))
 
     def flush(self) -> None:
         if not self.waiting:
@@ -449,6 +456,7 @@ def start(
     alone speaks, listens, writes and returns the finished file.
     """
     folder, started, stop, team = Path(folder), time.time(), stop or threading.Event(), processes.join(config.device)
+    rungs = plan.ladder(config)
     if config.batch_size < team.size:
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out among {team.size} processes: "
@@ -470,35 +478,28 @@ def start(
 
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
-    models = _models(prepared.base, config, dtype, device)
-    state = _state(models, prepared.base, config, device, dtype, saved)
     if saved:
-        say(f"resume    at step {state.step}, from {saved.path.name}")
+        say(f"resume    at step {saved.step}, from {saved.path.name}")
     per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
     losses: dict[int, float] = {}
+    models = state = None
     while True:
         full = None
         try:
+            if state is None:
+                models = _models(prepared.base, config, dtype, device)
+                state = _state(models, prepared.base, config, device, dtype, saved)
             _drain(
-                models["unet"],
-                prepared,
-                state,
-                config,
-                folder,
-                decided,
-                total,
-                say,
-                progress,
-                stop,
-                listeners,
-                losses,
+                models["unet"], prepared, state, config, folder, decided, total, say, progress, stop, listeners, losses,
                 team,
-            )
+            )  # fmt: skip
             break
-        except RuntimeError as error:
-            if not train.out_of_memory(error) or len(plan.ladder(config)) == 1 or team.size > 1:
+        except (RuntimeError, MemoryError) as error:
+            below = rungs[rungs.index(config) + 1 :] if config in rungs else []
+            if not train.out_of_memory(error) or not below or team.size > 1:
                 raise
-            full = str(error).splitlines()[0].split(". ")[0]  # the error itself holds on to what the step allocated
+            # Its words alone: the error itself holds on to what the step allocated.
+            full = (str(error).splitlines() or ["MemoryError"])[0].split(". ")[0]
         except train.Diverged as error:
             factor = state.rate_factor / 2
             with team.in_turn():
@@ -510,19 +511,18 @@ def start(
             state.rate_factor = factor
             say(f"back      {error} Going on from step {back} with {factor:g} of the learning rate.")
         if full:
-            lower = plan.ladder(config)[1]
-            saved = _saved_anyhow(folder / "checkpoints", state, settings(lower, prepared))
-            del models, state
+            lower = below[0]
+            if state:
+                saved = _saved_anyhow(folder / "checkpoints", state, settings(lower, prepared))
+            models = state = None
             gc.collect()
             cache.free(device)
             back = f"step {saved.step}" if saved else "the beginning"
             say(f"memory    none left ({full}). Going on from {back} with {_changes(config, lower)}.")
-            prepared = prepare(lower, folder, say=say, progress=progress)
+            prepared = prepare(lower, folder, say=say, progress=progress, rungs=below)
             config, decided = prepared.config, settings(prepared.config, prepared)
             _write(config, folder)
             per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
-            models = _models(prepared.base, config, dtype, device)
-            state = _state(models, prepared.base, config, device, dtype, saved)
     if not team.first:
         return Result(folder, config, state.step, total, [], None, None)
     adapter = state.adapter
@@ -559,6 +559,7 @@ def _ready(
     prepared = prepare(config, folder, say=say, progress=progress, shared_by=team.size)
     saved = checkpoint.newest(folder / "checkpoints", warn=lambda text: say(f"resume    {text}"))
     if saved:
+        saved = replace(saved, settings=_as_of_now(saved.settings))
         lower = _come_down(config, prepared, saved.settings)
         if saved.settings not in [settings(above, prepared) for above in plan.ladder(config)]:
             _same(saved.settings, settings(prepared.config, prepared), folder)
@@ -670,7 +671,7 @@ def _drain(
                     config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
                     config, lambda mark: log.marks.update({mark.step: mark.facts()}),
                 )  # fmt: skip
-                own.insert(0, judge)  # before the log, which writes the marks down
+                own.append(judge)
             done = train.run(loop, *own, *listeners, stop=stop, team=team)
         finally:
             log.flush()

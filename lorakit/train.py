@@ -92,14 +92,17 @@ def groups(adapter: Adapter, config: Config) -> list[dict]:
     """
     adapters.known(config.block_rates, list(adapter.layers), "block_rates")
     rates = config.text_rates(list(adapter.encoders)) if adapter.encoders else {}
-    found: dict[float, list[Tensor]] = {}
+    found: dict[tuple[float, bool], list[Tensor]] = {}
     for name, weight in adapter.state().items():
         module, _, part = name.rpartition(".")
         factor = adapters.of_place(config.block_rates, module)
         ratio = (1.0 if factor is None else factor) * (config.learning_rate_ratio if part == "up" else 1.0)
         ratio *= rates.get(adapters.which(module), config.learning_rate) / config.learning_rate
-        found.setdefault(ratio, []).append(weight)
-    return [{"params": weights, "ratio": ratio} for ratio, weights in found.items()]
+        found.setdefault((ratio, part == "dora_scale"), []).append(weight)
+    return [
+        {"params": weights, "ratio": ratio} | ({"weight_decay": 0.0} if lengths else {})  # which would shrink the base
+        for (ratio, lengths), weights in found.items()
+    ]
 
 
 def prompts(pictures: Sequence[Encoded], config: Config) -> list[str]:
@@ -280,9 +283,10 @@ def steps(
             mine = team.share(len(indices))
             part, place = indices[mine], offset + mine.start
             for of_class in (False, True) if config.asks_class else (False,):
-                if part:
-                    item = batch(pictures, texts, part, step, place, config, of_class=of_class)
-                    items.append((item, len(part) / len(indices)))
+                for first in range(0, len(part), config.at_once):
+                    some = part[first : first + config.at_once]
+                    item = batch(pictures, texts, some, step, place + first, config, of_class=of_class)
+                    items.append((item, len(some) / len(indices)))
             offset += len(indices)
         return group, items
 
@@ -301,6 +305,8 @@ def steps(
             summed += value.detach()
         for weight in parameters:  # the last layers of an encoder say nothing where clip skip leaves them out
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if not items:  # a scaler that has seen no loss yet cannot unscale
+            state.scaler.scale(summed)
         if team.size > 1:
             team.add_up([*(weight.grad for weight in parameters), summed])
         state.scaler.unscale_(state.optimizer)

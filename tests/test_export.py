@@ -189,6 +189,47 @@ def test_every_algorithm_says_the_same_in_every_program(kind, tmp_path):
     assert json.loads(said["ss_network_args"])["algo"] == ("lora" if kind == "dora" else kind[:4])
 
 
+def test_lengths_are_not_rounded(tmp_path):
+    """In half precision they would lose more than is learned."""
+    twin = Twin("sd15", algorithm="dora")
+    tensors = load_file(export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.bfloat16))
+    for module, layer in twin.adapter.layers.items():
+        name = export.kohya_name(module, "sd15")
+        assert torch.equal(tensors[f"{name}.dora_scale"], layer.dora_scale)
+        assert tensors[f"{name}.lora_up.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 6, 8])
+def test_every_division_of_lokr_is_read_back(factor, tmp_path):
+    twin = Twin("sd15", "attention+conv", rank=1, algorithm="lokr", factor=factor)
+    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
+    export.inject(unet := copy.deepcopy(twin.bare), twin.base, path)
+    assert distance(answer(unet, "sd15"), answer(twin.unet, "sd15")) < 1e-6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_lokr_as_others_divide_it(rank, tmp_path):
+    """Small matrices of any shape, no two alike, in either order, whole or not."""
+    twin, tensors, generator = Twin("sd15"), {}, torch.Generator().manual_seed(0)
+    for number, (module, layer) in enumerate(twin.adapter.layers.items()):
+        out, inner = layer.get_base_layer().weight.shape[:2]
+        m, n = (1, 2, 4)[number % 3], (4, 1, 2)[number % 3]
+        name = export.kohya_name(module, "sd15")
+        tensors[f"{name}.lokr_w1"] = 0.3 * torch.randn(m, n, generator=generator)
+        two = torch.randn(out // m, inner // n, generator=generator)
+        if rank:
+            tensors[f"{name}.lokr_w2_a"], tensors[f"{name}.lokr_w2_b"] = two[:, :1].clone(), two[:1].clone()
+        else:
+            tensors[f"{name}.lokr_w2"] = two
+        tensors[f"{name}.alpha"] = torch.tensor(0.5)
+    save_file(tensors, tmp_path / "a.safetensors")
+    merged = copy.deepcopy(twin.bare)
+    assert readers.merge(tmp_path / "a.safetensors", merged, "sd15") == 192
+    adapter = export.inject(unet := copy.deepcopy(twin.bare), twin.base, tmp_path / "a.safetensors")
+    assert distance(answer(unet, "sd15"), answer(merged, "sd15")) < 1e-4
+    assert all(weight.requires_grad for weight in adapter.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_going_on_from_a_file_of_another_alpha(kind, tmp_path):
     twin = Twin("sd15", **KINDS[kind])

@@ -3,8 +3,11 @@ import subprocess
 import sys
 
 import pytest
+from diffusers import UNet2DConditionModel
 
+from lorakit import adapter as adapters
 from lorakit import config, kohya
+from lorakit.base import known
 
 TOML = """
 [model]
@@ -112,13 +115,56 @@ def test_the_guis_preset(tmp_path):
         ({"network_module": "lycoris.kohya", "network_args": ["algo=locon", "conv_dim=4"]}, "lora", None),
         ({"network_module": "lycoris.kohya", "network_args": ["dora_wd=True", "wd_on_output=False"]}, "dora", None),
         ({"LoRA_type": "LyCORIS/LoHa"}, "loha", None),
-        ({"LoRA_type": "Standard"}, "lora", None),
+        ({"LoRA_type": "Standard", "conv_dim": 1, "dora_wd": True, "factor": 8}, "lora", None),
     ],
 )
-def test_algorithms(settings, algorithm, factor):
-    imported = kohya.convert({kohya.GUI.get(key, key): value for key, value in settings.items()})
+def test_algorithms(settings, algorithm, factor, tmp_path):
+    file = tmp_path / "preset.json"
+    file.write_text(json.dumps(settings))
+    imported = kohya.read(file)
     assert (imported.config.algorithm, imported.config.lokr_factor) == (algorithm, factor)
-    assert not [note for note in imported.notes if not note.startswith("text encoder")]
+    assert not imported.notes
+    assert imported.config.targets == ("attention+conv" if "ycoris" in str(settings).lower() else "attention")
+
+
+def test_lycoris_presets_say_whether_convolutions_are_adapted():
+    for preset, targets in {"full": "attention+conv", "attn-mlp": "attention", "attn-only": "attention"}.items():
+        line = f"train_network.py --network_module=lycoris.kohya --network_args algo=loha preset={preset}"
+        assert kohya.from_command(line).config.targets == targets
+
+
+def test_whole_matrices_are_asked_for_by_a_rank_no_layer_has():
+    line = "train_network.py --network_module lycoris.kohya --network_dim=100000 --network_args algo=lokr conv_dim=1e5"
+    imported = kohya.from_command(line)
+    assert (imported.config.rank, imported.config.conv_rank) == (1024, 1024)
+    assert "network_dim=100000: 1024 here" in "\n".join(imported.notes)
+
+
+def test_names_and_paths_are_no_numbers_and_no_escapes():
+    line = (
+        r'train_network.py --output_name=2024_05 --train_data_dir "C:\imgs\my cat" --reg_data_dir C:\r --network_dim 8'
+    )
+    made = kohya.from_command(line).config
+    assert (made.name, made.dataset, made.regularisation, made.rank) == ("2024_05", r"C:\imgs\my cat", r"C:\r", 8)
+
+
+def test_ranks_and_rates_by_block():
+    dims = ",".join(str(n) for n in range(25))
+    line = f"train_network.py --network_args block_dims={dims} down_lr_weight={','.join(['0.5'] * 12)} mid_lr_weight=2"
+    made = kohya.from_command(line).config
+    assert made.block_ranks["down_blocks.0.attentions.0"] == 1 and made.block_ranks["down_blocks.2.attentions.1"] == 8
+    assert made.block_ranks["mid_block"] == 12
+    assert made.block_ranks["up_blocks.1.attentions.0"] == 16 and made.block_ranks["up_blocks.3.attentions.2"] == 24
+    assert made.block_rates == {f"down_blocks.{i}.attentions.{j}": 0.5 for i in range(3) for j in range(2)} | {
+        "mid_block": 2.0
+    }
+    wide = kohya.from_command(line + " conv_dim=4").config
+    assert wide.block_ranks["down_blocks.2.downsamplers"] == 9 and wide.block_ranks["up_blocks.0.resnets.2"] == 15
+    unet = UNet2DConditionModel.from_config(known("sd15").configs["unet"] | {"block_out_channels": [32] * 4})
+    adapter = adapters.fresh(unet, wide)  # every place is one
+    assert adapter.ranks["up_blocks.0.upsamplers.0.conv"] == 15
+    for odd in ("block_dims=1,2,3", "down_lr_weight=sine"):
+        assert "SD 1.x and 2.x alone" in kohya.from_command(f"train_network.py --network_args {odd}").notes[0]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +175,8 @@ def test_algorithms(settings, algorithm, factor):
         ({"lr_warmup_steps": 50}, "left out, as sd-scripts ignores it"),
         ({"network_module": "networks.oft"}, "network_module=networks.oft: lorakit trains LoRA, LoCon, DoRA"),
         ({"network_module": "lycoris.kohya", "network_args": ["algo=ia3"]}, "algo=ia3: lorakit trains LoRA"),
+        ({"gui_lora_type": "LyCORIS/Diag-OFT"}, "gui_lora_type=LyCORIS/Diag-OFT: lorakit trains LoRA"),
+        ({"network_args": ["algo=loha", "dora_wd=True"]}, "dora_wd: left out, lorakit has no DoRA of loha"),
         ({"network_module": "lycoris.kohya", "network_args": ["dora_wd=True"]}, "dora_wd: by columns here"),
         ({"optimizer_state": "old.pt"}, "optimizer_state=old.pt: lorakit has no such setting"),
         ({"bucket_no_upscale": True}, "bucket_no_upscale: small pictures are scaled up here"),

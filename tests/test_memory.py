@@ -145,6 +145,7 @@ class RealStep:
             if scales := getattr(weight, "quant_state", None):  # what NF4 keeps beside the weights
                 state += [scales.absmax, scales.code, scales.offset, scales.state2.absmax, scales.state2.code]
         state += [module.state.SCB for module in self.unet.modules() if hasattr(module, "state")]  # int8's scales
+        state += [module.column_norm for module in self.unet.modules() if hasattr(module, "column_norm")]
         return sum(tensor.nbytes for tensor in [*(w for model in models for w in model.parameters()), *state])
 
     def peak(self, side: int) -> int:
@@ -198,6 +199,13 @@ def test_other_algorithms(algorithm):
     config = make_config(algorithm=algorithm, targets="attention+conv")
     predicted = memory.predict(make_base("demo"), config, size=(64, 64), dtype=torch.float32, device="cpu")
     check(predicted, RealStep("demo", torch.float32, config), 64)
+
+
+def test_a_batch_in_parts_takes_what_a_part_takes():
+    config = make_config(batch_size=4, micro_batch_size=1, gradient_checkpointing=True, rank=64)
+    predicted = memory.predict(make_base("demo"), config, size=(32, 32), dtype=torch.float32, device="cpu")
+    one = predict("demo", 32, rank=64, gradient_checkpointing=True, gradient_accumulation_steps=4)
+    assert (predicted.peak, predicted.flops, predicted.batch_size) == (one.peak, one.flops, 1)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +360,7 @@ def test_the_margin_decides():
 def test_what_does_not_fit_comes_with_what_to_change():
     text = str(memory.verdict(made_up(), 4 * GIB))
     assert text.startswith("Does not fit: 4.30 GiB predicted, 4.00 GiB free (10%")
-    places = [text.index(word) for word in ("gradient_checkpointing", "batch_size 1", "adamw8bit", "resolution")]
+    places = [text.index(word) for word in ("gradient_checkpointing", "micro_batch_size 1", "adamw8bit", "resolution")]
     assert places == sorted(places)
     done = made_up(gradient_checkpointing=True, batch_size=1, optimizer=GIB // 20)
     text = str(memory.verdict(done, 4 * GIB))

@@ -16,7 +16,7 @@ GIB = 2**30
 def made_up(base, config, *, size, dtype, device=None) -> memory.Prediction:
     """A prediction in seconds' place: activations go with area and batch, checkpointing leaves a fifth, NF4 half."""
     made_up.calls += 1
-    activations = int(4 * GIB * config.batch_size * size[0] * size[1] / 512**2)
+    activations = int(4 * GIB * config.at_once * size[0] * size[1] / 512**2)
     return memory.Prediction(
         weights=GIB // (1 if config.quantize == "none" else 2), adapter=GIB // 10, gradients=GIB // 10,
         optimizer=GIB // {"adamw": 5}.get(config.optimizer, 20),
@@ -50,9 +50,9 @@ def test_a_large_card_changes_nothing(quick):
         (6.0, ["gradient checkpointing"]),
         (5.0, ["gradient checkpointing", "adamw8bit"]),
         (4.4, ["gradient checkpointing", "adamw8bit", "NF4"]),
-        (2.7, ["gradient checkpointing", "adamw8bit", "NF4", "batch 2 × accumulation 2"]),
-        (1.8, ["gradient checkpointing", "adamw8bit", "NF4", "batch 1 × accumulation 4"]),
-        (1.6, ["gradient checkpointing", "adamw8bit", "NF4", "batch 1 × accumulation 4", "resolution 448"]),
+        (2.7, ["gradient checkpointing", "adamw8bit", "NF4", "batch in parts of 2"]),
+        (1.8, ["gradient checkpointing", "adamw8bit", "NF4", "batch in parts of 1"]),
+        (1.6, ["gradient checkpointing", "adamw8bit", "NF4", "batch in parts of 1", "resolution 448"]),
     ],
 )
 def test_the_fastest_settings_that_fit_are_taken(quick, gib, changes):
@@ -60,7 +60,7 @@ def test_the_fastest_settings_that_fit_are_taken(quick, gib, changes):
     assert picked.fits and len(picked.changes) == len(changes)
     assert all(wanted in said for wanted, said in zip(changes, picked.changes, strict=True))
     assert picked.prediction.peak <= 0.9 * gib * GIB
-    assert picked.config.batch_size * picked.config.gradient_accumulation_steps == 4  # the same learning
+    assert (picked.config.batch_size, picked.config.gradient_accumulation_steps) == (4, 1)  # the same learning
 
 
 def test_where_nothing_helps_it_says_so(quick):
@@ -175,3 +175,10 @@ def test_what_is_adapted_decides_which_prediction_is_kept(tmp_path):
     first = [ask(**changes) for changes in kinds]
     assert len({prediction.adapter for prediction in first}) == len(kinds)
     assert [ask(**changes) for changes in kinds] == first
+
+
+def test_apples_devices_get_no_rung_that_needs_bitsandbytes(monkeypatch):
+    asked = Config(steps=1, batch_size=2)
+    assert any(rung.quantize == "nf4" for rung in plan.ladder(asked))
+    monkeypatch.setattr(bases, "choose_device", lambda name: torch.device("mps"))
+    assert {(rung.quantize, rung.optimizer) for rung in plan.ladder(asked)} == {("none", "adamw")}

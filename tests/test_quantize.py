@@ -1,4 +1,5 @@
 import pytest
+import readers
 import torch
 from torch import nn
 
@@ -39,6 +40,7 @@ def test_the_size_is_what_bitsandbytes_keeps():
     for _, layer in quantize.layers(unet):
         state = layer.weight.quant_state
         kept = [layer.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        kept.append(layer.column_norm)
         assert quantize.size(quantize.shape(layer), "nf4") == sum(tensor.nbytes for tensor in kept)
 
 
@@ -69,3 +71,32 @@ def test_what_cannot_be_done_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="needs bitsandbytes, which is not installed"):
         quantize.hold(nn.Linear(1, 1), "nf4", CPU)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_doras_lengths_are_those_of_the_base_that_others_have(tmp_path, kind):
+    """Untrained, a DoRA file changes nothing: the lengths of packed weights are off by as much as a LoRA learns."""
+    base = bases.open("demo")
+    plain, few = (bases.load_unet(base, torch.float32, CPU, few) for few in ("none", kind))
+    with torch.no_grad():
+        bare = ask(few, 128)
+        adapter = adapters.inject(few, 4, 2, algorithm="dora")
+        assert torch.allclose(ask(few, 128), bare, atol=1e-6)
+        path = export.save(adapter, base, tmp_path / "a.safetensors")
+        moved, changes = [], readers.updates(path)
+        for name in adapter.layers:
+            weight = plain.get_submodule(name).weight
+            change = readers.change(weight, changes[export.kohya_name(name, "sd15")])
+            moved.append((change.norm() / weight.norm()).item())
+        assert max(moved) < 1e-6
+        for weight in adapter.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        learned = ask(few, 128)
+        assert not torch.allclose(learned, bare, atol=1e-3)
+        export.save(adapter, base, path, dtype=torch.float32)
+        assert export.prove(path, adapter, base).error < 1e-6
+        merged = readers.merge(path, plain, "sd15")
+        assert merged == len(adapter.layers)
+        again = bases.load_unet(base, torch.float32, CPU, kind)
+        export.inject(again, base, path)
+        assert torch.allclose(ask(again, 128), learned, atol=1e-5)

@@ -12,6 +12,7 @@ from runs import begin, prepared
 from lorakit import adapter as adapters
 from lorakit import base as bases
 from lorakit import evaluate, loss, optim, run, train
+from lorakit.processes import Team
 
 CPU = torch.device("cpu")
 
@@ -475,3 +476,49 @@ def test_the_bare_base_is_asked_with_its_own_words(settings, tmp_path):
         expected = torch.nn.functional.mse_loss(unet(noisy, item.timesteps, texts).sample, said)
         ours = train.batch_loss(unet, ready.base, alphas, item, settings, state.adapter)
     assert torch.allclose(ours, expected, rtol=1e-5) and not torch.allclose(texts, item.embeddings, atol=1e-3)
+
+
+def test_a_batch_in_parts_learns_the_same(settings, tmp_path):
+    settings = settings.with_(batch_size=3, steps=4, learning_rate=1e-4)
+    ready = prepared(settings, tmp_path)
+    _, whole, loop = begin(settings, ready)
+    done = train.run(loop)
+    for parts in (2, 1):
+        _, state, loop = begin(settings.with_(micro_batch_size=parts), ready)
+        again = train.run(loop)
+        assert [step.examples for step in again] == [step.examples for step in done]
+        assert [float(step.loss) for step in again] == pytest.approx([float(step.loss) for step in done], rel=1e-5)
+        for name, weight in state.adapter.state().items():
+            assert torch.allclose(weight, whole.adapter.state()[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_a_process_without_pictures_in_a_step_keeps_its_scaler_in_step(settings, tmp_path):
+    """In the first step of a start it has scaled nothing yet, and unscaling used to fail."""
+    settings = settings.with_(steps=2)
+    ready = prepared(settings, tmp_path)
+    unet, state, _ = begin(settings, ready)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    class Idle(Team):
+        def share(self, count):
+            return slice(0, 0)
+
+        def add_up(self, tensors):
+            pass
+
+        def any(self, said):
+            return said
+
+    done = train.run(
+        train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings, Idle(1, 2)),
+    )
+    assert len(done) == 2 and state.scaler.get_scale() == 4.0
+
+
+def test_lengths_do_not_decay(settings, tmp_path):
+    settings = settings.with_(algorithm="dora", weight_decay=0.5)
+    _, state, _ = begin(settings, prepared(settings, tmp_path))
+    lengths = {id(weight) for name, weight in state.adapter.state().items() if name.endswith("dora_scale")}
+    for group in state.optimizer.param_groups:
+        assert group["weight_decay"] == (0.0 if id(group["params"][0]) in lengths else 0.5)
+        assert len({id(weight) in lengths for weight in group["params"]}) == 1
