@@ -95,7 +95,7 @@ def pictures(tmp_path) -> Path:
 @pytest.fixture
 def ready(settings, tmp_path):
     """The run of `settings`, prepared."""
-    from runs import prepared
+    from loops import prepared
 
     return prepared(settings, tmp_path)
 

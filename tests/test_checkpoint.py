@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from runs import begin
+from loops import begin
 
 from lorakit import checkpoint, optim, train
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from lorakit import adapter as adapters
@@ -40,6 +41,7 @@ def test_the_demo_keeps_the_style_presets_rank_and_alpha():
     assert (settings.rank, settings.alpha, settings.kind) == (style.rank, style.alpha, style.kind) == (32, 16, "style")
 
 
+@pytest.mark.no_cover
 def test_the_loss_falls_on_the_demo(tmp_path):
     """In a short run, on the same noise and timesteps for the bare base and for what was learned."""
     settings = demo.config(steps=80)

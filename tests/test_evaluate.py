@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import begin
+from loops import begin
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
@@ -66,6 +66,7 @@ def test_validation_leaves_the_run_bit_identical(settings, ready):
     assert seen[0].held_out != seen[0].held_out_base
 
 
+@pytest.mark.no_cover
 def test_memorising_opens_the_gap(tmp_path):
     """Three pictures of the demo's, learned by heart at a high rate: theirs falls, and the others' does not follow."""
     settings = demo.config(steps=120, learning_rate=4e-3, batch_size=3)
@@ -154,6 +155,7 @@ def test_a_run_holds_pictures_out_and_names_its_best_checkpoint(settings, tmp_pa
     assert run.describe(tmp_path / "run")["best"] == result.best.name
 
 
+@pytest.mark.no_cover
 def test_a_resumed_run_validates_as_an_uncut_one(settings, tmp_path):
     settings = settings.with_(validation_share=0.3, validate_every=2, steps=8)
     run.start(settings, tmp_path / "whole", say=lambda _: None, progress=False)

@@ -170,6 +170,7 @@ def check(predicted: memory.Prediction, step: RealStep, side: int) -> None:
     assert predicted.gradients + predicted.activations == pytest.approx(moment, rel=0.05, abs=400_000)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize(
     ("name", "side", "batch", "dtype"),
@@ -186,6 +187,7 @@ def test_predicted_peak_is_the_real_peak(name, side, batch, dtype, checkpointing
     check(predicted, RealStep(name, dtype, config), side)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_a_base_in_four_bits(checkpointing):
     config = make_config(quantize="nf4", gradient_checkpointing=checkpointing)
@@ -194,6 +196,7 @@ def test_a_base_in_four_bits(checkpointing):
     assert predicted.weights < 0.7 * predict("narrow sdxl").weights
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("algorithm", ["dora", "loha", "lokr"])
 def test_other_algorithms(algorithm):
     config = make_config(algorithm=algorithm, targets="attention+conv")
@@ -201,6 +204,7 @@ def test_other_algorithms(algorithm):
     check(predicted, RealStep("demo", torch.float32, config), 64)
 
 
+@pytest.mark.no_cover
 def test_a_batch_in_parts_takes_what_a_part_takes():
     config = make_config(batch_size=4, micro_batch_size=1, gradient_checkpointing=True, rank=64)
     predicted = memory.predict(make_base("demo"), config, size=(32, 32), dtype=torch.float32, device="cpu")
@@ -208,6 +212,7 @@ def test_a_batch_in_parts_takes_what_a_part_takes():
     assert (predicted.peak, predicted.flops, predicted.batch_size) == (one.peak, one.flops, 1)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "name, changes",
     [
@@ -222,6 +227,7 @@ def test_text_encoders_are_counted(name, changes):
     check(predicted, RealStep(name, torch.float32, config), 128)
 
 
+@pytest.mark.no_cover
 def test_a_base_in_eight_bits():
     # The CPU multiplies floats where a card multiplies integers: what stays is compared, the moment is not.
     config = make_config(quantize="int8", gradient_checkpointing=True)
@@ -234,6 +240,7 @@ def test_a_base_in_eight_bits():
     assert predicted.activations >= four.activations
 
 
+@pytest.mark.no_cover
 def test_gradients_wait_for_the_last_micro_batch():
     # Rank 64 on a small picture: gradients are as large as activations, and checkpointing hides nothing.
     config = make_config(rank=64, gradient_accumulation_steps=3, gradient_checkpointing=True)
@@ -264,6 +271,7 @@ def test_other_devices_than_the_cpu_keep_more(device):
         check(predicted, RealStep("demo", torch.bfloat16, make_config()), 64)
 
 
+@pytest.mark.no_cover
 def test_half_precision_kinds_and_full_precision():
     fp16, bf16 = (predict("demo", 64, dtype, "cuda") for dtype in (torch.float16, torch.bfloat16))
     assert (fp16.peak, fp16.flops, fp16.precision) == (bf16.peak, bf16.flops, "float16")
@@ -272,6 +280,7 @@ def test_half_precision_kinds_and_full_precision():
     assert predict("demo", 64, device="cuda").peak == full.peak  # without autocast the kinds of device agree
 
 
+@pytest.mark.no_cover
 def test_parts_add_up_and_checkpointing_trades_memory_for_work():
     kept, checkpointed = (predict("demo", 64, gradient_checkpointing=value) for value in (False, True))
     for p in (kept, checkpointed):
@@ -283,6 +292,7 @@ def test_parts_add_up_and_checkpointing_trades_memory_for_work():
     assert four.activations == pytest.approx(4 * kept.activations, rel=0.05)
 
 
+@pytest.mark.no_cover
 def test_sd15_as_published():
     p = predict("sd15", 512, torch.float16, "cuda", rank=32, alpha=16, gradient_checkpointing=True)
     assert p.weights == 859_520_964 * 2
@@ -432,6 +442,7 @@ def test_dreambooth_takes_what_a_real_step_takes(settings):
     )
 
 
+@pytest.mark.no_cover
 def test_the_guides_comparison_of_methods():
     """A LoRA and new words fit where DreamBooth does not, and leave megabytes and kilobytes instead of gigabytes."""
     config = make_config(rank=32, alpha=16, resolution=512, gradient_checkpointing=True)
@@ -451,6 +462,7 @@ def bare_answer(name: str, side: int) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.no_cover
 def test_the_classs_share_of_the_work_is_counted():
     plain = predict("demo", 32).flops
     trained = {"regularisation": "class", "prior_prediction": True}

@@ -34,8 +34,9 @@ def test_cells_are_thin_and_hold_no_outputs(path):
         assert not [node for node in ast.walk(tree) if isinstance(node, kinds)], cell["source"][0]
 
 
-def test_quickstart_runs_whole_and_shows_what_it_promises(tmp_path):
+def test_quickstart_runs_whole_and_shows_what_it_promises(tmp_path, monkeypatch):
     """With few steps: whether it learns is test_demo's question."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # tracing takes as long again
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
     for cell in notebook.cells:
         cell.source = cell.source.replace("steps = 400", "steps = 20")

@@ -165,16 +165,18 @@ def test_the_command_plans_for_a_card(tmp_path):
     assert "T4      14.7 GiB: fits" in told and "estimated" in told
 
 
-def test_what_is_adapted_decides_which_prediction_is_kept(tmp_path):
-    base, asked = bases.open("demo"), Config(steps=1, rank=4, resolution=64, bucket_step=32)
-    ask = lambda **changes: plan.predict(  # noqa: E731
-        base, asked.with_(**changes), size=(64, 64), dtype=torch.float32, device="cpu", store=tmp_path
-    )
-    kinds = [{}, {"algorithm": "loha"}, {"algorithm": "dora"}, {"text_encoder_rate": 1e-4},
-             {"text_encoder_rate": 1e-4, "train_unet": False}]  # fmt: skip
-    first = [ask(**changes) for changes in kinds]
-    assert len({prediction.adapter for prediction in first}) == len(kinds)
-    assert [ask(**changes) for changes in kinds] == first
+def test_what_is_adapted_decides_which_prediction_is_kept(quick, tmp_path):
+    base, asked = bases.known("sd15"), Config(steps=1)
+    kinds = [
+        {}, {"algorithm": "loha"}, {"algorithm": "lokr"}, {"algorithm": "lokr", "lokr_factor": 4}, {"clip_skip": 2},
+        {"text_encoder_rate": 1e-4}, {"text_encoder_rate": 1e-4, "train_unet": False}, {"batch_size": 4},
+        {"batch_size": 4, "micro_batch_size": 2},
+    ]  # fmt: skip
+    for _ in range(2):
+        for changes in kinds:
+            config = asked.with_(**changes)
+            plan.predict(base, config, size=(512, 512), dtype=torch.float16, device="cuda", store=tmp_path)
+        assert made_up.calls == len(kinds)
 
 
 def test_apples_devices_get_no_rung_that_needs_bitsandbytes(monkeypatch):

@@ -48,7 +48,8 @@ def test_two_processes_learn_what_one_does(settings, tmp_path):
     assert export.describe(tmp_path / "two" / "thing.safetensors")["hash"] == "verified"
 
 
-def test_a_stop_stops_all_and_the_run_goes_on(settings, tmp_path):
+def test_a_stop_stops_all_and_the_run_goes_on(settings, tmp_path, monkeypatch):
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # tracing takes as long again
     settings = settings.with_(steps=5000, save_every=5000, sample_every=5000)
     process = start(settings, tmp_path, tmp_path / "run", wait=False)
     log = tmp_path / "run" / "log.jsonl"

@@ -44,6 +44,7 @@ def test_the_size_is_what_bitsandbytes_keeps():
         assert quantize.size(quantize.shape(layer), "nf4") == sum(tensor.nbytes for tensor in kept)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_run_on_it_ends_in_a_file_for_the_whole_base(settings, tmp_path, kind):
     result = run.start(settings.with_(quantize=kind), tmp_path / "run", say=lambda _: None, progress=False)

@@ -58,6 +58,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(settings, tmp_path
     assert all((a.tensors[k] == b.tensors[k]).all() for k in a.tensors)
 
 
+@pytest.mark.no_cover
 def test_a_second_run_in_one_process_starts_clean(settings, tmp_path):
     """Other trainers raised, or inherited the first run's targets."""
     plain = run.start(settings.with_(steps=2), tmp_path / "a", **QUIET)
@@ -203,6 +204,7 @@ def starved(monkeypatch, at: int, times: int = 1, message: str = "CUDA out of me
     monkeypatch.setattr(train, "batch_loss", batch_loss)
 
 
+@pytest.mark.no_cover
 def test_out_of_memory_goes_on_with_less_from_the_last_step(settings, tmp_path, monkeypatch):
     """Down the ladder a rung at a time: checkpointing, 8-bit moments, NF4, smaller batches; all steps done once."""
     uncut = run.start(settings, tmp_path / "uncut", say=lambda _: None, progress=False)
@@ -275,6 +277,7 @@ def test_a_run_begun_before_a_setting_was_known_goes_on(settings, tmp_path):
     assert any("resume    at step 2" in line for line in said)
 
 
+@pytest.mark.no_cover
 def test_checkpointing_alone_changes_nothing_that_is_learned(settings, tmp_path, monkeypatch):
     uncut = run.start(settings, tmp_path / "uncut", say=lambda _: None, progress=False)
     starved(monkeypatch, at=2)
@@ -343,6 +346,7 @@ def test_what_is_predicted_not_to_fit_comes_down_before_it_starts(settings, tmp_
 # ── Where it begins, and what is held out by name ───────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("algorithm", ["dora", "loha", "lokr"])
 def test_every_algorithm_trains_resumes_and_is_proven(settings, tmp_path, algorithm):
     settings = settings.with_(algorithm=algorithm, targets="attention+conv", steps=4, save_every=2)
@@ -357,6 +361,7 @@ def test_every_algorithm_trains_resumes_and_is_proven(settings, tmp_path, algori
         assert all(torch.equal(tensor, theirs.parts[module][part]) for part, tensor in parts.items())
 
 
+@pytest.mark.no_cover
 def test_a_run_may_begin_from_a_file(settings, tmp_path):
     """What the file does is what the run starts with, whatever its alpha; going on needs the file's contents."""
     first = run.start(settings, tmp_path / "first", **QUIET)
@@ -389,6 +394,7 @@ def test_pictures_are_held_out_by_name(settings, tmp_path):
         run.prepare(settings.with_(validation_pictures=tuple("012345")), tmp_path, **QUIET)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "family, changes",
     [

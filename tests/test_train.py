@@ -6,8 +6,8 @@ from math import nan
 
 import pytest
 import torch
+from loops import begin, prepared
 from PIL import Image
-from runs import begin, prepared
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
@@ -22,6 +22,7 @@ def family(request):
     return request.param
 
 
+@pytest.mark.no_cover
 def test_only_the_adapter_moves_and_the_loss_falls(settings, small_bases, tmp_path, family):
     settings = settings.with_(base=str(small_bases[family]), steps=60, learning_rate=1e-2, batch_size=6)
     ready = prepared(settings, tmp_path)
