@@ -1,6 +1,6 @@
 """Adapter layers on a frozen UNet and text encoders: inject, set their strength, read and load their weights, eject.
 
-PEFT makes the layers; the names and their number are checked here against what the models' configs say there must be,
+PEFT makes the layers, their forward is here; the names and their number are checked against what the models' configs say there must be,
 because a renamed class would otherwise train half of a LoRA in silence. A layer is named by its path in the UNet; in a
 text encoder by `text_encoder.` (SDXL's second: `text_encoder_2.`) and the path in its `text_model`.
 
@@ -215,6 +215,46 @@ def as_file(part: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(torch.float32 if part == "dora_scale" else dtype)
 
 
+# ── LoRA ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _LowRank(torch.autograd.Function):
+    """x·Wᵀ + b + scale · (x·Aᵀ)·Bᵀ and its way back, each sum made in place: nothing of the output's size is copied.
+
+    Autograd alone scales, adds and keeps the two halves apart, in both directions.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, scale):
+        low = x @ down.T
+        ctx.save_for_backward(x, low, weight, down, up)
+        ctx.scale = scale
+        return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, low, weight, down, up = ctx.saved_tensors
+        of_low = (gradient @ up).mul_(ctx.scale)
+        of_x = (gradient @ weight).addmm_(of_low, down) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_low.T @ x, (gradient.T @ low).mul_(ctx.scale), None
+
+
+def _lora_forward(layer, x: Tensor) -> Tensor:
+    """In place of PEFT's own: the input is brought to the base's precision once, not for base and adapter each."""
+    frozen, scale = layer.base_layer, layer.scaling[NAME]
+    if scale == 0:
+        return frozen(x)
+    x = x.to(quantize.dtype(frozen))
+    down, up = (matrix.weight.to(x.dtype) for matrix in (layer.lora_A[NAME], layer.lora_B[NAME]))
+    if isinstance(frozen, nn.Conv2d):
+        low = F.conv2d(x, down, None, frozen.stride, frozen.padding, frozen.dilation, frozen.groups)
+        return frozen(x) + F.conv2d(low * scale, up)
+    if type(frozen) is not nn.Linear:  # one that is packed
+        return frozen(x) + F.linear(F.linear(x, down) * scale, up)
+    rows = x.reshape(-1, x.shape[-1])
+    return _LowRank.apply(rows, frozen.weight, frozen.bias, down, up, scale).view(*x.shape[:-1], -1)
+
+
 # ── DoRA ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -239,13 +279,13 @@ def _make_dora(layer: nn.Module) -> None:
     layer.forward = MethodType(_dora_forward, layer)
 
 
-def _dora_forward(layer, x: Tensor, *args, **kwargs) -> Tensor:
+def _dora_forward(layer, x: Tensor) -> Tensor:
     if layer.strength == 0:
-        return layer.base_layer(x, *args, **kwargs)
+        return layer.base_layer(x)
     share = _lengths(layer, layer.dora_scale.flatten()) / _merged_norm(layer) - 1  # small: rounding loses little of it
     share = share.view_as(layer.dora_scale)
-    full = type(layer).forward(layer, torch.addcmul(x, x, share.to(x.dtype)), *args, **kwargs)
-    return full if layer.strength == 1 else torch.lerp(layer.base_layer(x, *args, **kwargs), full, layer.strength)
+    full = _lora_forward(layer, torch.addcmul(x, x, share.to(x.dtype)))
+    return full if layer.strength == 1 else torch.lerp(layer.base_layer(x), full, layer.strength)
 
 
 def _lengths(layer: nn.Module, said: Tensor) -> Tensor:
@@ -470,10 +510,9 @@ def inject(
             inject_adapter_in_model(settings, next(iter(paths.values()))[0], NAME)
     layers = {name: find(models, name) for name in names}
     for name, layer in layers.items():
+        layer.forward = MethodType(_whole_forward if algorithm in WHOLE else _lora_forward, layer)
         if algorithm == "dora":
             _make_dora(layer)
-        elif algorithm in WHOLE:
-            layer.forward = MethodType(_whole_forward, layer)
         if algorithm == "lokr" and like:
             _divide(layer, like[name])
         for weight in parts(layer).values():

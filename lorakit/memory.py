@@ -328,6 +328,7 @@ def optimizer_state(name: str, shape: Sequence[int]) -> int:
 
 _aten = torch.ops.aten
 _FLOPS = flop_registry | {  # torch counts the attention kernels of cards alone
+    _aten.addmm_: flop_registry[_aten.addmm],
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward

@@ -63,6 +63,7 @@ def hold(unet: nn.Module, kind: str, device: torch.device) -> nn.Module:
         else:
             held = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, **form)
             weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        held.compute_dtype = layer.weight.dtype
         # Lengths that DoRA's file gives are of the weight as other programs have it, not of the packed one.
         held.register_buffer("column_norm", column_norm(layer.weight.to(device)), persistent=False)
         held.weight, held.bias = weight.to(device), layer.bias
@@ -94,6 +95,11 @@ def weight(layer: nn.Module) -> torch.Tensor:
 def column_norm(weight: torch.Tensor) -> torch.Tensor:
     """The length of what each input of a weight (out, in[, k, k]) contributes to all outputs: (in,), float32."""
     return weight.float().square().sum(dim=[0, *range(2, weight.ndim)]).sqrt()
+
+
+def dtype(layer: nn.Module) -> torch.dtype:
+    """What a layer multiplies in: its weight's dtype, or where that is packed what it was before."""
+    return layer.compute_dtype if held(layer) else layer.weight.dtype
 
 
 def shape(layer: nn.Module) -> tuple[int, ...]:
