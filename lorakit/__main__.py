@@ -82,6 +82,8 @@ def plan(
     steps: Annotated[Optional[int], typer.Option(help="of the run")] = None,  # noqa: UP045
     card: Annotated[Optional[list[str]], typer.Option(help="T4, 3060, 3090, 4090, A100; all when left out")] = None,  # noqa: UP045
     quantize: Annotated[str, typer.Option(help="none, nf4 or int8: the frozen base in fewer bits")] = "none",
+    checkpointing: Annotated[bool, typer.Option(help="gradient checkpointing from the start")] = False,
+    text_encoders: Annotated[bool, typer.Option(help="train the text encoders too")] = False,
     methods: Annotated[bool, typer.Option(help="compare DreamBooth and textual inversion of the same base")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
@@ -100,6 +102,10 @@ def plan(
     asked = {key: value for key, value in asked.items() if value is not None}
     if quantize != "none":
         asked["quantize"] = quantize
+    if checkpointing:
+        asked["gradient_checkpointing"] = True
+    if text_encoders:
+        asked["text_encoder_rate"] = settings.text_encoder_rate or settings.learning_rate
     if rank is not None and config is None:
         asked["alpha"] = rank / 2
     if methods:

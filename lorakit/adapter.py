@@ -1,8 +1,8 @@
 """Adapter layers on a frozen UNet and text encoders: inject, set their strength, read and load their weights, eject.
 
-PEFT makes the layers, their forward is here; the names and their number are checked against what the models' configs say there must be,
-because a renamed class would otherwise train half of a LoRA in silence. A layer is named by its path in the UNet; in a
-text encoder by `text_encoder.` (SDXL's second: `text_encoder_2.`) and the path in its `text_model`.
+PEFT makes the layers, what they do is here; the names and their number are checked against what the models' configs say
+there must be, because a renamed class would otherwise train half of a LoRA in silence. A layer is named by its path in
+the UNet; in a text encoder by `text_encoder.` (SDXL's second: `text_encoder_2.`) and the path in its `text_model`.
 
 What a layer learns are its parts, under the names that files give them: "down" and "up" of a LoRA, "dora_scale" beside
 them in DoRA, "hada_w1_a" … of LoHa, "lokr_w1" … of LoKr. `change` is the one place that says what they mean.
