@@ -478,6 +478,7 @@ def start(
 
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
+    bases.keep_freed_memory(device)
     if saved:
         say(f"resume    at step {saved.step}, from {saved.path.name}")
     per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
