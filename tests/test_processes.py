@@ -10,7 +10,9 @@ import torch
 from lorakit import checkpoint, export, plots, run
 from lorakit.processes import Team
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lorakit"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+LAUNCH += ["-m", "lorakit"]
 
 
 def start(settings, folder, out, *, wait: bool = True):

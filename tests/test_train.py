@@ -11,7 +11,7 @@ from PIL import Image
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import evaluate, loss, optim, run, train
+from lorakit import dataset, evaluate, loss, optim, run, train
 from lorakit.processes import Team
 
 CPU = torch.device("cpu")
@@ -346,6 +346,21 @@ def test_transparency_is_a_mask_too(settings, pictures, tmp_path):
         image.save(file)
     ready = prepared(settings.with_(mask="alpha"), tmp_path)
     assert ready.pictures[0].mask.max() == 0 and ready.pictures[1].mask is None
+
+
+def test_transparency_turns_with_its_picture(tmp_path):
+    """A camera's turn by EXIF: the left half as stored is the upper half as seen."""
+    file = tmp_path / "pictures" / "a.png"
+    file.parent.mkdir()
+    image, exif = Image.new("RGBA", (40, 24), (200, 0, 0, 255)), Image.Exif()
+    image.paste((0, 0, 200, 0), (0, 0, 20, 24))
+    exif[0x0112] = 6  # turn clockwise to see it upright
+    image.save(file, exif=exif)
+    scanned = dataset.scan(file.parent)
+    (mask,) = dataset.masks(scanned.pictures, "alpha", file.parent)
+    seen = dataset.open_mask(mask)
+    assert seen.size == (scanned.pictures[0].width, scanned.pictures[0].height) == (24, 40)
+    assert seen.crop((0, 0, 24, 20)).getextrema() == (0, 0) and seen.crop((0, 20, 24, 40)).getextrema() == (255, 255)
 
 
 def test_masks_that_mask_nothing_are_refused(settings, tmp_path):

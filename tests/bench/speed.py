@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -116,43 +117,54 @@ def main() -> None:
         pixels = np.random.default_rng(n).integers(0, 256, (512, 512, 3), np.uint8)
         Image.fromarray(pixels).save(work / "pictures" / f"{n}.png")
         (work / "pictures" / f"{n}.txt").write_text(f"a thing, {n}")
-    rows, facts = [], []
+    facts = known(options.out)
     for side, precision, kept in CASES:
         name = f"{side} {precision} {'kept' if kept else 'checkpointed'}"
         if options.only not in name:
             continue
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        found = {}
-        for steps in (2, STEPS):
-            file, folder = work / f"{name}.json", work / "runs" / f"{name} {steps}"
-            file.write_text(json.dumps(settings(work, side, precision, kept, steps)))
-            subprocess.run(["rm", "-rf", str(folder / "config.json"), str(folder / "checkpoints")], check=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            if steps == STEPS and not (folder / "cache").exists():
-                (work / "runs" / f"{name} 2" / "cache").rename(folder / "cache")
-            command = [sys.executable, __file__, str(work), "--child", str(file), str(folder), str(time.time())]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found = json.loads(out.strip().splitlines()[-1])
-        ends = found["ends"]
-        a_step = statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))
-        config = parse(settings(work, side, precision, kept, STEPS))
-        flops = memory.predict(
-            bases.known("sd15"), config, size=(side, side), dtype=dtype, device="cpu"
-        ).flops  # fmt: skip
-        rate = gemm(dtype)
-        times = a_step / (flops / rate)
-        bar = BARS[side, precision] if kept else None
-        facts.append({"case": name, "step": a_step, "peak": found["peak"], "first": ends[0], "flops": flops,
-                      "gemm": rate, "times": times})  # fmt: skip
-        rows.append([
-            side, {"no": "fp32"}.get(precision, precision), "no" if kept else "yes", f"{a_step:.2f}", f"{times:.2f}×",
-            f"≤ {bar}×" if bar else "", f"{found['peak'] / 2**30:.2f}", f"{ends[0]:.1f}", f"{flops / 1e12:.2f}",
-            f"{rate / 1e9:.0f}",
-        ])  # fmt: skip
-        print(*rows[-1], flush=True)
+        facts[name] = measure(work, name, side, precision, kept)
+        print(*row(name, facts[name]), flush=True)
+    names = [f"{side} {precision} {'kept' if kept else 'checkpointed'}" for side, precision, kept in CASES]
+    rows = [row(name, facts[name]) for name in names if name in facts]
     heads = ("px", "precision", "checkpointing", "s a step", "of the limit", "bar", "peak GiB", "s to the first step",
              "TFLOP a step", "GFLOP/s of a product")  # fmt: skip
     write(options.out, "Speed of a step on two CPU cores", [table(rows, *heads)], {"cases": facts})
+
+
+def known(out: Path) -> dict[str, dict]:
+    """The cases that were measured before; a new measurement takes its own's place."""
+    file = out.with_suffix(".json")
+    return json.loads(file.read_text())["cases"] if file.exists() else {}
+
+
+def measure(work: Path, name: str, side: int, precision: str, kept: bool) -> dict:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    found = {}
+    for steps in (2, STEPS):
+        file, folder = work / f"{name}.json", work / "runs" / f"{name} {steps}"
+        file.write_text(json.dumps(settings(work, side, precision, kept, steps)))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if steps == STEPS:
+            (work / "runs" / f"{name} 2" / "cache").rename(folder / "cache")
+        command = [sys.executable, __file__, str(work), "--child", str(file), str(folder), str(time.time())]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = json.loads(out.strip().splitlines()[-1])
+    ends, config = found["ends"], parse(settings(work, side, precision, kept, STEPS))
+    flops = memory.predict(bases.known("sd15"), config, size=(side, side), dtype=dtype, device="cpu").flops
+    a_step, rate = statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False)), gemm(dtype)
+    return {"side": side, "precision": precision, "kept": kept, "step": a_step, "peak": found["peak"],
+            "first": ends[0], "flops": flops, "gemm": rate}  # fmt: skip
+
+
+def row(name: str, facts: dict) -> list:
+    bar = BARS[facts["side"], facts["precision"]] if facts["kept"] else None
+    return [
+        facts["side"], {"no": "fp32"}.get(facts["precision"], facts["precision"]), "no" if facts["kept"] else "yes",
+        f"{facts['step']:.2f}", f"{facts['step'] * facts['gemm'] / facts['flops']:.2f}×", f"≤ {bar}×" if bar else "",
+        f"{facts['peak'] / 2**30:.2f}", f"{facts['first']:.1f}", f"{facts['flops'] / 1e12:.2f}",
+        f"{facts['gemm'] / 1e9:.0f}",
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
