@@ -7,6 +7,9 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
+
+from lorakit.__main__ import app
 
 
 def lorakit(*arguments, cwd=None, expect=0):
@@ -15,6 +18,13 @@ def lorakit(*arguments, cwd=None, expect=0):
     )
     assert done.returncode == expect, done.stderr
     return done
+
+
+def told(*arguments) -> str:
+    """What a command that needs no process of its own prints."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 @pytest.fixture
@@ -27,11 +37,11 @@ def config_file(settings, tmp_path):
 def test_train_info_and_sample(config_file, settings, tmp_path):
     trained = lorakit("train", config_file, "--out", tmp_path / "run")
     assert "done" in trained.stdout and "proof" in trained.stdout
-    facts = json.loads(lorakit("info", tmp_path / "run", "--json").stdout)
+    facts = json.loads(told("info", tmp_path / "run", "--json"))
     assert (facts["kind"], facts["steps"]) == ("run", 6)
     lora = tmp_path / "run" / "thing.safetensors"
-    assert json.loads(lorakit("info", lora, "--json").stdout)["family"] == "sd15"
-    assert "sks thing" in lorakit("info", lora).stdout
+    assert json.loads(told("info", lora, "--json"))["family"] == "sd15"
+    assert "sks thing" in told("info", lora)
     out = tmp_path / "pictures-out"
     lorakit(
         "sample", "sks thing", "a house", "--base", settings.base, "--lora", lora,
@@ -58,7 +68,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(settings, tmp_path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped" in output and "Traceback" not in errors
-    done = json.loads(lorakit("info", tmp_path / "run", "--json").stdout)
+    done = json.loads(told("info", tmp_path / "run", "--json"))
     assert done["steps"] == done["checkpoints"][-1]["step"] > 0
     assert not list((tmp_path / "run").rglob("*.partial"))
 

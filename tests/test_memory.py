@@ -231,12 +231,12 @@ def test_text_encoders_are_counted(name, changes):
 def test_a_base_in_eight_bits():
     # The CPU multiplies floats where a card multiplies integers: what stays is compared, the moment is not.
     config = make_config(quantize="int8", gradient_checkpointing=True)
-    predicted = memory.predict(make_base("narrow sdxl"), config, size=(256, 256), dtype=torch.bfloat16, device="cuda")
+    predicted = memory.predict(make_base("narrow sdxl"), config, size=(128, 128), dtype=torch.bfloat16, device="cuda")
     step = RealStep("narrow sdxl", torch.bfloat16, config)
-    step(256)
+    step(128)
     assert predicted.weights + predicted.adapter + predicted.optimizer == step.resident()
-    four = predict("narrow sdxl", 256, torch.bfloat16, "cuda", quantize="nf4", gradient_checkpointing=True)
-    assert four.weights < predicted.weights < predict("narrow sdxl", 256, torch.bfloat16, "cuda").weights
+    four = predict("narrow sdxl", 128, torch.bfloat16, "cuda", quantize="nf4", gradient_checkpointing=True)
+    assert four.weights < predicted.weights < predict("narrow sdxl", 128, torch.bfloat16, "cuda").weights
     assert predicted.activations >= four.activations
 
 
