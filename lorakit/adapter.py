@@ -10,7 +10,7 @@ them in DoRA, "hada_w1_a" … of LoHa, "lokr_w1" … of LoKr. `change` is the on
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 
@@ -299,7 +299,8 @@ def _merged_norm(layer) -> Tensor:
     weight = quantize.weight(layer.base_layer)
     down, up, scale = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight.flatten(1), layer.scaling[NAME]
     flat = down.flatten(1)
-    with torch.autocast(weight.device.type, enabled=False):
+    kind = weight.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         across = (up.T.to(weight.dtype) @ weight.flatten(1)).float() * flat
         own = ((up.T @ up) @ flat) * flat
     summed = (2 * scale * across + scale**2 * own).sum(0)

@@ -283,8 +283,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """
     if device.type == "cpu" and sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; others have their own ways
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD) if mallopt else ():
-            mallopt(option, 2**31 - 1)
+        if mallopt and mallopt(M_MMAP_THRESHOLD, 2**31 - 1):  # older ones refuse, and are better left alone then
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

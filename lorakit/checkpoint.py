@@ -123,6 +123,11 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     if any("exp_avg_sq" in values for values in saved.values()) and optim.is_8bit(state.optimizer):
         saved = optim.to_8bit(state.optimizer, saved)
     groups = state.optimizer.state_dict()["param_groups"]
+    if len(groups) != len(checkpoint.plain["groups"]):
+        raise ValueError(
+            f"{checkpoint.path.name} was written by an earlier lorakit, which grouped its weights otherwise for the "
+            "optimizer. Finish that run with it, or begin a new one."
+        )
     groups = [group | kept for group, kept in zip(groups, checkpoint.plain["groups"], strict=True)]
     state.optimizer.load_state_dict({"state": saved, "param_groups": groups})
     state.scaler.load_state_dict(checkpoint.plain["scaler"])

@@ -309,8 +309,9 @@ PARTS = {
     **{f".{part}": part for part in ("dora_scale", *(f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"),
                                      *(f"lokr_w{n}{side}" for n in (1, 2) for side in ("", "_a", "_b")))},  # LyCORIS
 }  # fmt: skip
-TEXT = re.compile(r"lora_te\d?_|text_encoder|(base_model\.model\.)?text_model|bundle_emb")
-DOTTED = re.compile(r"_(encoder)_(layers)_(\d+)_(?:(self_attn)_([qkv]_proj|out_proj)|(mlp)_(fc[12]))")
+TEXT = re.compile(r"lora_te\d?_|text_encoder|(base_model\.model\.)?(text_model|encoder\.layers)|bundle_emb")
+OF_TEXT = re.compile(r"lora_te(\d?)_text_model_(.+)|(?:text_encoder(_2)?\.)?(?:text_model\.)?(encoder\.layers\..+)")
+DOTTED = re.compile(r"(encoder)_(layers)_(\d+)_(?:(self_attn)_([qkv]_proj|out_proj)|(mlp)_(fc[12]))")
 OTHERS = {
     "lora_magnitude": "PEFT's DoRA", "hada_t": "Tucker LoHa", "lokr_t": "Tucker LoKr", "oft_": "OFT",
     "lora_mid": "Tucker LoCon",
@@ -402,8 +403,8 @@ def _module(stem: str) -> str | None:
     """The name of a module by its key without suffix; None if it is none of Stable Diffusion's modules."""
     if stem.startswith("lora_unet_"):
         return _modules_by_name().get(stem.removeprefix("lora_unet_"))
-    if text := re.fullmatch(r"lora_te(\d?)_text_model(_.+)|(?:text_encoder(_2)?\.)?text_model(\..+)",
-                            stem.removeprefix("base_model.model.")):  # fmt: skip
+    # Newer transformers have no inner text_model, and PEFT's names are those of the modules.
+    if text := OF_TEXT.fullmatch(stem.removeprefix("base_model.model.")):
         dotted = DOTTED.fullmatch((text[2] or text[4]).replace(".", "_"))
         which = "text_encoder_2" if text[1] == "2" or text[3] else "text_encoder"
         return f"{which}.{'.'.join(filter(None, dotted.groups()))}" if dotted else None
@@ -426,12 +427,14 @@ def _family(modules: dict[str, tuple[str, int]], metadata: dict[str, str]) -> st
     if any(re.search(r"(input|output)_blocks_|middle_block_|lora_te[12]_|text_encoder_2", key)
            for key, _ in modules.values()):  # fmt: skip
         return "sdxl"
+    said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
+    found = re.search(r"(?:sd_|stable-diffusion-)(v1|v2|xl)|sdxl", said)
+    if found:
+        return {"v1": "sd15", "v2": "sd2"}.get(found[1], "sdxl")
     for module, (_, inputs) in modules.items():
         if module.startswith("text_encoder.") and module.endswith("q_proj") and inputs in (768, 1024):
             return {768: "sd15", 1024: "sd2"}[inputs]
-    said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
-    found = re.search(r"(?:sd_|stable-diffusion-)(v1|v2|xl)|sdxl", said)
-    return {"v1": "sd15", "v2": "sd2"}.get(found[1], "sdxl") if found else None
+    return None
 
 
 def _alpha(metadata: dict[str, str], module: str, rank: int) -> float:
@@ -441,7 +444,9 @@ def _alpha(metadata: dict[str, str], module: str, rank: int) -> float:
     settings = {key.removeprefix(f"{which}."): value for key, value in settings.items()}
     alpha = settings.get("lora_alpha", rank)
     for pattern, own in (settings.get("alpha_pattern") or {}).items():
-        alpha = own if re.fullmatch(rf"(.*\.)?({pattern})", module) else alpha
+        path = module if which == "unet" else module.partition(".")[2]
+        pattern = pattern.removeprefix("^").removeprefix("text_model.")
+        alpha = own if re.fullmatch(rf"(.*\.)?({pattern})", path) else alpha
     return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1)
 
 

@@ -5,6 +5,7 @@ everything else that was set to something is named, with why: nothing is dropped
 """
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,10 +66,19 @@ def from_command(line: str) -> Imported:
 
 
 def _split(line: str) -> list[str]:
-    """The words of a command line, in which quotes hold together and a backslash is one of Windows' paths."""
-    words = shlex.shlex(line, posix=True, punctuation_chars=False)
+    """The words of a command line: quotes hold together, as a backslash before a space does; others are Windows'.
+
+    Raises:
+        ValueError: a quote is not closed.
+    """
+    words = shlex.shlex(re.sub(r"\\ (?!-)", "\0", line), posix=True, punctuation_chars=False)
     words.whitespace_split, words.escape, words.commenters = True, "", ""
-    return list(words)
+    try:
+        return [word.replace("\0", " ") for word in words]
+    except ValueError as error:
+        raise ValueError(
+            f"This command line of kohya's cannot be read: {error}. Close or leave out the quote."
+        ) from None
 
 
 TEXTS = ("pretrained_model_name_or_path", "train_data_dir", "reg_data_dir", "output_name", "network_weights")
@@ -114,6 +124,9 @@ def _from_gui(text: str, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name} holds a {type(settings).__name__}, not the GUI's settings in {{…}}.")
     renamed = {key: GUI.get(key, key) for key in settings}
     found = {renamed[key]: _value(v, renamed[key]) if isinstance(v, str) else v for key, v in settings.items()}
+    if not found.get("text_encoder_lr") and not found.get("unet_lr"):  # left empty: the run's rate for both
+        found.pop("text_encoder_lr", None)
+        found.pop("unet_lr", None)
     if found.get("gui_lora_type") == "Standard":  # the GUI keeps what it shows for other types alone
         for key in ("conv_dim", "conv_alpha", "dora_wd", "factor", "algo", "preset"):
             found.pop(key, None)
@@ -264,7 +277,7 @@ def _algorithm(take: Callable, notes: list[str]) -> dict:
     ours: dict[str, Any] = {}
     said = {key: str(take(key) or "").lower() for key in PLAIN}
     for key, value in said.items():
-        name = next((name for name in ("loha", "lokr") if value.rpartition("/")[2] == name), "")
+        name = next((name for name in ("loha", "lokr") if re.split(r"[/.]", value)[-1] == name), "")
         if name:
             ours["algorithm"] = name
             break
@@ -323,6 +336,12 @@ def _blocks(take: Callable, notes: list[str], convolutions: bool) -> dict:
     places = _places(convolutions)
     if dims := numbers.get("block_dims"):
         ours["block_ranks"] = {place: int(dims[number]) for place, number in places.items()}
+        wide = int(take("conv_dim") or 0)  # which the 3×3 convolutions keep
+        for place in [place for place in places if wide and "attentions" not in place and place != "mid_block"]:
+            inner = (".conv1", ".conv2") if "resnets" in place else ("",)
+            ours["block_ranks"] |= {place + name: wide for name in inner}
+        if wide:
+            ours["block_ranks"] |= {f"mid_block.resnets.{j}.conv{k}": wide for j in (0, 1) for k in (1, 2)}
         if take("block_alphas"):
             notes.append("block_alphas: left out, alpha / rank is the same in all blocks here")
     weights = [numbers.get(key, [1.0] * wanted[key]) for key in keys[1:]]
@@ -340,6 +359,8 @@ def _length(take: Callable, notes: list[str]) -> dict:
 def _rates(take: Callable, notes: list[str]) -> dict:
     rate, unet, text = take("learning_rate"), take("unet_lr"), take("text_encoder_lr")
     text_only, unet_only = take("network_train_text_encoder_only"), take("network_train_unet_only")
+    if unet == 0 and text != 0 and not unet_only:  # a rate of 0 trains nothing, in sd-scripts and its GUI
+        text_only, unet = True, None
     if text_only and unet_only:
         raise ValueError("network_train_unet_only and network_train_text_encoder_only leave nothing to train.")
     # sd-scripts trains text encoders unless it is told not to, at the run's rate where they have none of their own.

@@ -149,9 +149,10 @@ def predict(
                          "asks_class", "prior_prediction", "quantize", "clip_skip")
         },
         "trained": list(config.text_rates(base.text_encoders)),
-        "versions": [version(name) for name in ("torch", "diffusers", "peft")],
+        "versions": [version(name) for name in ("torch", "diffusers", "peft", "transformers")],
         "code": [
-            hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in (memory, adapter, optim, quantize)
+            hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest()
+            for room in (memory, adapter, bases, optim, quantize)
         ],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:24]

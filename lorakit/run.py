@@ -566,7 +566,9 @@ def _ready(
             _same(saved.settings, settings(prepared.config, prepared), folder)
         if lower != prepared.config:
             say(f"memory    goes on with {_changes(config, lower)}, which the run had come down to")
-            prepared = prepare(lower, folder, say=say, progress=progress, shared_by=team.size)
+            rungs = plan.ladder(config)
+            below = rungs[rungs.index(lower) :]
+            prepared = prepare(lower, folder, say=say, progress=progress, shared_by=team.size, rungs=below)
     _write(prepared.config, folder)
     return prepared, saved
 
@@ -664,15 +666,21 @@ def _drain(
         on_board = _board(folder / "tensorboard", state.step, say)
         log = Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses)
         keep = checkpoint.every(config.save_every, folder / "checkpoints", state, decided)
+
+        def safely(step: Step) -> None:
+            if step.number % config.save_every == 0:
+                log.flush()  # what a checkpoint goes on from is on disk before it
+            keep(step)
+
         try:
-            own = [log, keep, sampler(unet, state, prepared, config, folder, say, on_board), watch]
+            own = [log, safely, sampler(unet, state, prepared, config, folder, say, on_board), watch]
             if prepared.held_out:
                 own_pictures = [picture for picture in prepared.pictures if not picture.prior]
                 judge = evaluate.every(
                     config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
                     config, lambda mark: log.marks.update({mark.step: mark.facts()}),
                 )  # fmt: skip
-                own.append(judge)
+                own.insert(1, judge)
             done = train.run(loop, *own, *listeners, stop=stop, team=team)
         finally:
             log.flush()

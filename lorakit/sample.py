@@ -151,6 +151,8 @@ def generate(
     """
     import tempfile
 
+    if attach and not {"unet", *base.text_encoders} & set(adapts):
+        raise ValueError(f"It adapts {', '.join(adapts) or 'nothing'}, and {base.name} has no such part to adapt.")
     scheduler(scheduler_name, base)  # an unknown name is told before anything is loaded
     target = bases.choose_device(device)
     dtype = bases.compute_dtype(precision, target)

@@ -102,3 +102,13 @@ def test_every_saves_in_its_rhythm_and_at_the_end(settings, ready, tmp_path):
     _, state, loop = begin(settings.with_(steps=5), ready)
     train.run(loop, checkpoint.every(2, tmp_path, state, {}))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [checkpoint.name(n) for n in (2, 4, 5)]
+
+
+def test_weights_that_were_grouped_otherwise_are_refused(settings, ready, tmp_path):
+    _, state, loop = begin(settings, ready)
+    train.run(loop)
+    saved = checkpoint.read(checkpoint.save(tmp_path / checkpoint.name(6), state, {}))
+    saved.plain["groups"].append(saved.plain["groups"][0])
+    _, fresh, _ = begin(settings, ready)
+    with pytest.raises(ValueError, match="grouped its weights otherwise"):
+        checkpoint.restore(fresh, saved)

@@ -412,16 +412,30 @@ def test_text_encoders_in_diffusers_own_names(tmp_path):
 
     twin = TextTwin("sdxl")
     states = {}
-    for which, model in twin.models.items():
+    for which, model in twin.models.items():  # the second encoder's as newer transformers name them
         inner = model if which == "unet" else getattr(model, "text_model", model)
         state = get_peft_model_state_dict(inner, adapter_name="default")
-        states[which] = {f"text_model.{key}" if inner is not model or which != "unet" else key: weight
-                         for key, weight in state.items()}  # fmt: skip
+        prefix = "text_model." if which == "text_encoder" else ""
+        states[which] = {prefix + key: weight for key, weight in state.items()}
     StableDiffusionXLPipeline.save_lora_weights(
         tmp_path, states["unet"], states["text_encoder"], states["text_encoder_2"], weight_name="a.safetensors"
     )
     lora = export.load(tmp_path / "a.safetensors")
-    assert lora.modules.keys() == twin.adapter.layers.keys() and lora.family == "sdxl"
+    assert lora.modules.keys() == twin.adapter.layers.keys() and lora.family == "sdxl" and not lora.aside
+
+
+def test_alphas_of_text_encoders_from_diffusers_metadata(tmp_path):
+    layers = [f"text_model.encoder.layers.{n}.self_attn.q_proj" for n in range(2)]
+    tensors = {f"text_encoder.{name}.{part}.weight": torch.ones(shape) for name in layers
+               for part, shape in (("lora_A", (2, 768)), ("lora_B", (768, 2)))}  # fmt: skip
+    settings = {"text_encoder.lora_alpha": 4, "text_encoder.alpha_pattern": {layers[1]: 16}}
+    metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    lora = export.load(tmp_path / "a.safetensors")
+    assert [alpha for _, alpha in lora.modules.values()] == [4, 16] and lora.family == "sd15"
+    metadata |= {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}  # CLIP-L is in both families
+    save_file(tensors, tmp_path / "b.safetensors", metadata)
+    assert export.load(tmp_path / "b.safetensors").family == "sdxl"
 
 
 def test_a_layer_no_text_encoder_has_is_refused():

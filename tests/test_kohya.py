@@ -115,6 +115,8 @@ def test_the_guis_preset(tmp_path):
         ({"network_module": "lycoris.kohya", "network_args": ["algo=locon", "conv_dim=4"]}, "lora", None),
         ({"network_module": "lycoris.kohya", "network_args": ["dora_wd=True", "wd_on_output=False"]}, "dora", None),
         ({"LoRA_type": "LyCORIS/LoHa"}, "loha", None),
+        ({"network_module": "networks.lokr"}, "lokr", None),
+        ({"LoRA_type": "Standard", "text_encoder_lr": 0, "unet_lr": 0}, "lora", None),
         ({"LoRA_type": "Standard", "conv_dim": 1, "dora_wd": True, "factor": 8}, "lora", None),
     ],
 )
@@ -159,10 +161,12 @@ def test_ranks_and_rates_by_block():
         "mid_block": 2.0
     }
     wide = kohya.from_command(line + " conv_dim=4").config
-    assert wide.block_ranks["down_blocks.2.downsamplers"] == 9 and wide.block_ranks["up_blocks.0.resnets.2"] == 15
+    assert wide.block_ranks["up_blocks.0.resnets.2"] == 15 and wide.block_ranks["down_blocks.2.downsamplers"] == 4
     unet = UNet2DConditionModel.from_config(known("sd15").configs["unet"] | {"block_out_channels": [32] * 4})
     adapter = adapters.fresh(unet, wide)  # every place is one
-    assert adapter.ranks["up_blocks.0.upsamplers.0.conv"] == 15
+    assert adapter.ranks["up_blocks.0.upsamplers.0.conv"] == adapter.ranks["mid_block.resnets.1.conv2"] == 4
+    assert adapter.ranks["up_blocks.0.resnets.2.conv1"] == 4
+    assert adapter.ranks["up_blocks.0.resnets.2.time_emb_proj"] == 15
     for odd in ("block_dims=1,2,3", "down_lr_weight=sine"):
         assert "SD 1.x and 2.x alone" in kohya.from_command(f"train_network.py --network_args {odd}").notes[0]
 
@@ -231,8 +235,18 @@ def test_the_command_prints_a_config_and_tells_the_rest(tmp_path):
         ("--learning_rate=1e-4 --text_encoder_lr=0", (1e-4, 0, None, True)),
         ("--learning_rate=1e-4 --cache_text_encoder_outputs", (1e-4, 0, None, True)),
         ("--learning_rate=1e-4 --network_train_text_encoder_only", (1e-4, 1e-4, None, False)),
+        ("--learning_rate=1e-4 --unet_lr=0 --text_encoder_lr=5e-5", (1e-4, 5e-5, None, False)),
     ],
 )
 def test_which_text_encoders_are_trained(options, rates):
     made = kohya.from_command(f"train_network.py {options}").config
     assert (made.learning_rate, made.text_encoder_rate, made.text_encoder_2_rate, made.train_unet) == rates
+
+
+def test_escaped_spaces_hold_a_word_together():
+    made = kohya.from_command(r"train.py --train_data_dir=my\ folder --network_dim 8").config
+    assert made.dataset == "my folder"
+    made = kohya.from_command("train.py --train_data_dir C:\\imgs\\ --network_dim 8").config
+    assert (made.dataset, made.rank) == ("C:\\imgs\\", 8)
+    with pytest.raises(ValueError, match="cannot be read: No closing quotation"):
+        kohya.from_command("train.py --output_name=it's_me")

@@ -432,3 +432,30 @@ def test_text_encoders_are_trained_resumed_and_exported(settings, small_bases, t
 def test_a_rate_for_a_text_encoder_that_is_not_there(settings, tmp_path):
     with pytest.raises(ValueError, match="this base has one text encoder"):
         run.start(settings.with_(text_encoder_2_rate=1e-4), tmp_path / "out", **QUIET)
+
+
+def test_the_log_is_on_disk_before_a_checkpoint_is(settings, tmp_path, monkeypatch):
+    whole, lines = checkpoint.save, []
+
+    def save(path, *rest):
+        lines.append(len(plots.read_log(tmp_path / "run" / "log.jsonl")))
+        return whole(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    run.start(settings.with_(validation_share=0.2, validate_every=3), tmp_path / "run", **QUIET)
+    assert lines[0] == 3
+    assert "validation_loss" in plots.read_log(tmp_path / "run" / "log.jsonl")[2]
+
+
+def test_a_resumed_run_comes_down_by_its_own_rungs(settings, tmp_path, monkeypatch):
+    settings = settings.with_(steps=4)
+    rungs, asked = plan.ladder(settings), []
+    starved(monkeypatch, at=1, times=1)
+    stop = threading.Event()
+    run.start(settings, tmp_path / "run", stop=stop, listeners=[lambda s: stop.set() if s.number == 2 else None],
+              **QUIET)  # fmt: skip
+    monkeypatch.undo()
+    whole = run.prepare
+    monkeypatch.setattr(run, "prepare", lambda *a, rungs=(), **k: (asked.append(rungs), whole(*a, rungs=rungs, **k))[1])
+    run.start(settings, tmp_path / "run", **QUIET)
+    assert asked == [(), rungs[1:]]

@@ -127,3 +127,10 @@ def test_strengths_are_those_of_text_encoders_too(small_bases, family, adapts):
 def test_pngs_carry_prompt_and_seed(tmp_path):
     path = sample.save([Image.new("RGB", (8, 8))], tmp_path / "out", ["a red apple"], [7])[0]
     assert Image.open(path).text["parameters"] == "a red apple\nSeed: 7, Size: 8x8"
+
+
+def test_what_adapts_nothing_of_the_base_is_refused(small_bases):
+    base = bases.open(small_bases["sd15"])
+    for adapts in ((), ("text_encoder_2",)):
+        with pytest.raises(ValueError, match="no such part to adapt"):
+            sample.generate(base, ["a"], attach=lambda models: None, adapts=adapts, steps=1, device="cpu")
