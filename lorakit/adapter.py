@@ -330,7 +330,7 @@ def _divide(layer: nn.Module, like: Mapping[str, Tensor]) -> None:
 # ── Into the models and out of them ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _together(models: nn.Module | Models) -> dict[str, nn.Module]:
+def together(models: nn.Module | Models) -> dict[str, nn.Module]:
     """A UNet alone, or models by name."""
     return {"unet": models} if isinstance(models, nn.Module) else dict(models)
 
@@ -351,7 +351,7 @@ def _within(models: Models, name: str) -> tuple[nn.Module, str]:
 
 def find(models: nn.Module | Models, name: str) -> nn.Module | None:
     """The module of a name; None where there is none."""
-    models = _together(models)
+    models = together(models)
     if which(name) not in models:
         return None
     start, path = _within(models, name)
@@ -478,7 +478,7 @@ def inject(
     from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    models = _together(models)
+    models = together(models)
     for name, model in models.items():
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise RuntimeError(f"This {name} already holds an adapter. Call adapter.eject on it first.")
@@ -542,7 +542,7 @@ def fresh(models: nn.Module | Models, config: Config) -> Adapter:
 
     Source: Kalajdzievski 2023, arXiv:2312.03732 (rsLoRA). Its scale goes into the alphas, and so into every file.
     """
-    models = _together(models)
+    models = together(models)
     modules = _names(models if config.train_unet else {n: m for n, m in models.items() if n != "unet"}, config.targets)
     known(config.block_ranks, modules, "block_ranks")
     ranks = {name: of_place(config.block_ranks, name) for name in modules}
@@ -584,7 +584,7 @@ def eject(models: nn.Module | Models) -> None:
     """Take every adapter out again (in place): the models are then the very ones they were before `inject`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for model in _together(models).values():
+    for model in together(models).values():
         for name, module in list(model.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 parent, _, child = name.rpartition(".")

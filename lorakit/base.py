@@ -419,14 +419,6 @@ def encode(encoder, tokens: Tensor, family: str, clip_skip: int = 1) -> tuple[Te
     return inner.final_layer_norm(output.hidden_states[-clip_skip]), pooled
 
 
-@torch.no_grad()
-def encode_prompts(
-    encoder, tokenizer, prompts: Sequence[str], family: str, clip_skip: int = 1
-) -> tuple[Tensor, Tensor]:
-    """`tokenize` and `encode`, without a way back."""
-    return encode(encoder, tokenize(tokenizer, prompts).to(encoder.device), family, clip_skip)
-
-
 def encode_anew(
     base: Base, encoders: Mapping[str, torch.nn.Module], embeddings: Tensor, pooled: Tensor, tokens: Tensor,
     clip_skip: int = 1,

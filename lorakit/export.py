@@ -494,7 +494,7 @@ def inject(models: nn.Module | adapters.Models, base: Base, lora: Lora | str | P
         ValueError: a LoRA of another family, or for layers that this base does not have; nothing is changed then.
     """
     lora = lora if isinstance(lora, Lora) else load(lora)
-    models = {"unet": models} if isinstance(models, nn.Module) else models
+    models = adapters.together(models)
     if lora.family not in (None, base.family):
         raise ValueError(
             f"{lora.name} is an {FAMILIES[lora.family]} LoRA, the base {base.name} is {FAMILIES[base.family]}: "

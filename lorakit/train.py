@@ -91,7 +91,7 @@ def groups(adapter: Adapter, config: Config) -> list[dict]:
     Source: Hayou et al. 2024, arXiv:2402.12354 (LoRA+: the up matrices learn faster).
     """
     adapters.known(config.block_rates, list(adapter.layers), "block_rates")
-    rates = config.text_rates(list(adapter.encoders)) if adapter.encoders else {}
+    rates = config.text_rates(adapters.TEXT_ENCODERS)
     found: dict[tuple[float, bool], list[Tensor]] = {}
     for name, weight in adapter.state().items():
         module, _, part = name.rpartition(".")

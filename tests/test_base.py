@@ -9,6 +9,11 @@ from lorakit import base as bases
 CPU = torch.device("cpu")
 
 
+@torch.no_grad()
+def encode_prompts(encoder, tokenizer, prompts, family, clip_skip=1):
+    return bases.encode(encoder, bases.tokenize(tokenizer, prompts), family, clip_skip)
+
+
 def test_families_are_recognised_by_their_form(small_bases):
     for family, folder in small_bases.items():
         base = bases.open(folder)
@@ -88,7 +93,7 @@ def test_prompts_are_encoded_as_diffusers_encodes_them(small_bases, family):
     base = bases.open(small_bases[family])
     prompts = ["a red apple", "noto style, rocket, blue background, small, left"]
     parts = [bases.load_text_encoder(base, torch.float32, CPU, which) for which in base.text_encoders]
-    encoded = [bases.encode_prompts(encoder, tokenizer, prompts, family) for encoder, tokenizer in parts]
+    encoded = [encode_prompts(encoder, tokenizer, prompts, family) for encoder, tokenizer in parts]
     ours = torch.cat([embeddings for embeddings, _ in encoded], dim=-1)
     shared = {"unet": bases.load_unet(base, torch.float32, CPU), "vae": bases.load_vae(base, torch.float32, CPU)}
     shared["scheduler"] = diffusers.DDIMScheduler.from_config(base.configs["scheduler"])
@@ -115,10 +120,10 @@ def test_prompts_are_encoded_as_diffusers_encodes_them(small_bases, family):
 def test_clip_skip_is_an_encoder_without_its_last_layers(small_bases):
     base = bases.open(small_bases["sd15"])
     encoder, tokenizer = bases.load_text_encoder(base, torch.float32, CPU)
-    skipped, _ = bases.encode_prompts(encoder, tokenizer, ["a cat"], "sd15", clip_skip=2)
+    skipped, _ = encode_prompts(encoder, tokenizer, ["a cat"], "sd15", clip_skip=2)
     inner = getattr(encoder, "text_model", encoder)
     inner.encoder.layers = inner.encoder.layers[:-1]
-    shorter, _ = bases.encode_prompts(encoder, tokenizer, ["a cat"], "sd15")
+    shorter, _ = encode_prompts(encoder, tokenizer, ["a cat"], "sd15")
     assert torch.allclose(skipped, shorter, atol=1e-6)
 
 
@@ -144,7 +149,7 @@ def test_a_device_that_is_not_there_is_refused():
 def test_only_what_has_learned_is_encoded_anew(small_bases):
     base = bases.open(small_bases["sdxl"])
     loaded = {which: bases.load_text_encoder(base, torch.float32, CPU, which) for which in base.text_encoders}
-    told = [bases.encode_prompts(*loaded[which], ["a cat", "a dog"], "sdxl") for which in base.text_encoders]
+    told = [encode_prompts(*loaded[which], ["a cat", "a dog"], "sdxl") for which in base.text_encoders]
     embeddings, pooled = torch.cat([part for part, _ in told], -1), told[1][1]
     tokens = torch.stack([bases.tokenize(tokenizer, ["a cat", "a dog"]) for _, tokenizer in loaded.values()], 1)
     encoders = {which: encoder for which, (encoder, _) in loaded.items()}

@@ -401,6 +401,7 @@ def test_pictures_are_held_out_by_name(settings, tmp_path):
         ("sd15", {"text_encoder_rate": 5e-4, "clip_skip": 2, "ema_decay": 0.9, "caption_dropout": 0.3}),
         ("sd15", {"text_encoder_rate": 5e-4, "train_unet": False, "validation_share": 0.2, "validate_every": 3}),
         ("sdxl", {"text_encoder_rate": 5e-4, "text_encoder_2_rate": 1e-3, "algorithm": "dora"}),
+        ("sdxl", {"text_encoder_rate": 5e-4, "text_encoder_2_rate": 0.0}),
         ("sdxl", {"text_encoder_2_rate": 1e-3, "prior_prediction": True, "class_word": "thing"}),
     ],
 )
