@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ app = typer.Typer(
     help="Train Stable Diffusion LoRAs (SD 1.5, SD 2.x, SDXL).", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
+
+Dtype = Annotated[str, typer.Option(help="fp16, bf16 or fp32")]
+Layout = Annotated[str, typer.Option("--format", help="kohya, peft or diffusers")]
 
 
 def main() -> None:
@@ -40,14 +43,18 @@ def demo(out: Annotated[Path, typer.Option(help="folder for the run")] = Path("r
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="JSON file with the settings; `preset` writes one")],
-    out: Annotated[Optional[Path], typer.Option(help="folder for the run; runs/NAME when left out")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="folder for the run; runs/NAME when left out")] = None,
+    fork: Annotated[Path | None, typer.Option(help="begin where the run in this folder is")] = None,
+    backup: Annotated[str | None, typer.Option(help="second place: a folder, or hub:owner/name")] = None,
 ) -> None:
     """Train a LoRA, or go on with a run that was cut."""
     from lorakit import config as configs
     from lorakit.run import start
 
     settings = configs.load(config)
-    finish(start(settings, out or Path("runs") / settings.name))
+    if backup is not None:
+        settings = settings.with_(backup=backup)
+    finish(start(settings, out or Path("runs") / settings.name, fork=fork))
 
 
 def finish(result) -> None:
@@ -75,12 +82,12 @@ def plan(
     base: Annotated[
         str, typer.Option(help="sd15, sd21, sd21-base, sdxl, a diffusers folder, a hub id or 'demo'")
     ] = "sd15",
-    config: Annotated[Optional[Path], typer.Option(help="JSON file whose settings are planned")] = None,  # noqa: UP045
-    resolution: Annotated[Optional[int], typer.Option(help="pixels; the base's own when left out")] = None,  # noqa: UP045
-    rank: Annotated[Optional[int], typer.Option(help="of the adapter")] = None,  # noqa: UP045
-    batch_size: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="of the run")] = None,  # noqa: UP045
-    card: Annotated[Optional[list[str]], typer.Option(help="T4, 3060, 3090, 4090, A100; all when left out")] = None,  # noqa: UP045
+    config: Annotated[Path | None, typer.Option(help="JSON file whose settings are planned")] = None,
+    resolution: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
+    rank: Annotated[int | None, typer.Option(help="of the adapter")] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(help="of the run")] = None,
+    card: Annotated[list[str] | None, typer.Option(help="T4, 3060, 3090, 4090, A100; all when left out")] = None,
     quantize: Annotated[str, typer.Option(help="none, nf4 or int8: the frozen base in fewer bits")] = "none",
     checkpointing: Annotated[bool, typer.Option(help="gradient checkpointing from the start")] = False,
     text_encoders: Annotated[bool, typer.Option(help="train the text encoders too")] = False,
@@ -151,12 +158,12 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(help="one picture each")],
     base: Annotated[str, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = "demo",
     prediction_type: Annotated[str, typer.Option(help="auto, epsilon or v_prediction")] = "auto",
-    lora: Annotated[Optional[Path], typer.Option(help="LoRA file")] = None,  # noqa: UP045
-    strength: Annotated[Optional[list[float]], typer.Option(help="of the LoRA; several make a sheet")] = None,  # noqa: UP045
+    lora: Annotated[Path | None, typer.Option(help="LoRA file")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="of the LoRA; several make a sheet")] = None,
     negative: Annotated[str, typer.Option(help="what to steer away from")] = "",
     seed: Annotated[int, typer.Option(help="of the first picture")] = 0,
-    width: Annotated[Optional[int], typer.Option(help="pixels; the base's own when left out")] = None,  # noqa: UP045
-    height: Annotated[Optional[int], typer.Option(help="pixels; the base's own when left out")] = None,  # noqa: UP045
+    width: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
     steps: int = 25,
     guidance: float = 7.0,
     scheduler: Annotated[str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc")] = "dpm++_2m_karras",
@@ -188,17 +195,131 @@ def sample(
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="a run folder, one of its checkpoints, or a LoRA file or folder")],
+    out: Annotated[Path, typer.Option(help="the file to write; a folder of layout peft")],
+    layout: Layout = "kohya",
+    dtype: Dtype = "fp16",
+    step: Annotated[str, typer.Option(help="of a run: newest, best, or a number")] = "newest",
+) -> None:
+    """Write a run's weights, or a LoRA that others made, for other programs, and prove the file."""
+    from lorakit import export as exports
+    from lorakit.record import lora_of
+
+    lora = lora_of(source, step)
+    exports.write(lora, out, dtype=exports.dtype_of(dtype), layout=layout)
+    print(f"export    {out} from {lora.name}, layout {layout}, {dtype}")
+    print(f"proof     read back: {exports.prove(out, lora, layout=layout).describe()}")
+
+
+@app.command()
+def merge(
+    loras: Annotated[list[Path], typer.Argument(help="LoRA files, or folders of runs")],
+    out: Annotated[Path, typer.Option(help="the LoRA file to write; with --base a new folder or file for the base")],
+    strength: Annotated[list[float] | None, typer.Option(help="of each LoRA, in their order; 1 when left out")] = None,
+    rank: Annotated[int | None, typer.Option(help="of the result; left out, all are put side by side, exactly")] = None,
+    base: Annotated[str | None, typer.Option(help="merge into this base; with --rank, what DoRAs are taken of")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; of a base its own when left out")] = None,
+    layout: Layout = "kohya",
+) -> None:
+    """Make one LoRA of several, or put LoRAs into a base."""
+    from lorakit import base as bases
+    from lorakit import export as exports
+    from lorakit import merge as merges
+    from lorakit.record import lora_of
+
+    found = [lora_of(path) for path in loras]
+    strengths = strength or [1.0] * len(found)
+    opened = bases.open(base) if base else None
+    if opened and rank is None:
+        made = merges.into_base(opened, found, strengths, out, dtype=exports.dtype_of(dtype) if dtype else None)
+        print(f"done      {made}")
+        return
+    _write(merges.merge(found, strengths, rank, opened), out, dtype or "fp16", layout)
+
+
+@app.command()
+def resize(
+    lora: Annotated[Path, typer.Argument(help="a LoRA file, or the folder of a run")],
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    rank: Annotated[int | None, typer.Option(help="at most this")] = None,
+    energy: Annotated[float | None, typer.Option(help="share of each module's change to keep, 0 to 1")] = None,
+    dtype: Dtype = "fp16",
+    layout: Layout = "kohya",
+) -> None:
+    """Bring a LoRA to another rank."""
+    from lorakit import merge as merges
+    from lorakit.record import lora_of
+
+    _write(merges.resize(lora_of(lora), rank, energy), out, dtype, layout)
+
+
+@app.command()
+def extract(
+    tuned: Annotated[str, typer.Argument(help="the fine-tuned base: folder, checkpoint file or hub id")],
+    original: Annotated[str, typer.Argument(help="the base that it was made of")],
+    out: Annotated[Path, typer.Option(help="the LoRA file to write")],
+    rank: Annotated[int, typer.Option(help="at most this")] = 32,
+    energy: Annotated[float | None, typer.Option(help="share of each module's difference to keep, 0 to 1")] = None,
+    targets: Annotated[str, typer.Option(help="attention or attention+conv")] = "attention",
+    text_encoders: Annotated[bool, typer.Option(help="their difference too")] = True,
+    dtype: Dtype = "fp16",
+    layout: Layout = "kohya",
+) -> None:
+    """Make a LoRA of what parts two bases."""
+    from lorakit import base as bases
+    from lorakit import merge as merges
+
+    made = merges.extract(
+        bases.open(tuned), bases.open(original), rank, energy=energy, targets=targets, text_encoders=text_encoders
+    )
+    _write(made, out, dtype, layout)
+
+
+def _write(made, out: Path, dtype: str, layout: str) -> None:
+    """Write and prove a LoRA that was made of others."""
+    from lorakit import export as exports
+
+    exports.write(made.lora, out, dtype=exports.dtype_of(dtype), layout=layout)
+    print(f"done      {out}: {made.describe()}")
+    print(f"proof     read back: {exports.prove(out, made.lora, layout=layout).describe()}")
+
+
+@app.command()
+def upload(
+    source: Annotated[Path, typer.Argument(help="a finished run's folder, or a LoRA file")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub; made where there is none")],
+    licence: Annotated[str | None, typer.Option(help="as the Hub names it; the base's usual one when left out")] = None,
+    public: Annotated[bool, typer.Option(help="a repository that is made is for everybody to see")] = False,
+    pictures: Annotated[bool, typer.Option(help="the dataset's pictures and captions too")] = False,
+    comment: Annotated[str, typer.Option(help="a paragraph for the model card")] = "",
+    overwrite: Annotated[bool, typer.Option(help="replace a README.md that lorakit did not write")] = False,
+) -> None:
+    """Put a LoRA with a model card on the Hugging Face Hub, private unless told otherwise."""
+    from lorakit import hub
+
+    address = hub.upload(
+        source, repository, licence=licence, private=not public, pictures=pictures, comment=comment, overwrite=overwrite
+    )
+    print(f"done      {address}")
+
+
+@app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or a LoRA file")],
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Tell what a run folder or a LoRA file is, from its own records."""
-    from lorakit import export
-    from lorakit.run import describe
+    from lorakit import export, merge
+    from lorakit.record import describe, is_run
 
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}. Give a run folder or a .safetensors file.")
-    facts = describe(path) if path.is_dir() else export.describe(path)
+    if is_run(path):
+        facts, table = describe(path), ""
+    else:
+        facts = export.describe(path)
+        table = "" if facts["kind"] == "checkpoint" else merge.table(merge.norms(export.load(path)))
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -208,6 +329,8 @@ def info(
         elif isinstance(value, list):
             value = ", ".join(str(v.get("file", v)) if isinstance(v, dict) else str(v) for v in value)
         print(f"{key:<12} {value}")
+    if table:
+        print(f"\nWhat it changes, by the norm of its updates:\n{table}")
 
 
 if __name__ == "__main__":

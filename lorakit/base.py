@@ -34,6 +34,7 @@ KNOWN = {  # whose configs ship with lorakit -> hub id
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h: bytes above which freed memory is handed back
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+SHARDS = ("diffusion_pytorch_model-*.safetensors", "model-*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,11 @@ def _fetch(repository: str, patterns: list[str]) -> Path:
         ) from error
 
 
+def _from_hub(base: Base) -> bool:
+    """Whether it was opened by its hub id, so that what is here of it is what has been asked for."""
+    return _is_hub_id(base.name) and base.folder not in (DEMO, Path(base.name))
+
+
 def component_folder(base: Base, component: str) -> Path:
     """The folder of one component, its weights fetched from the hub when it is only known by its configs.
 
@@ -215,8 +221,8 @@ def component_folder(base: Base, component: str) -> Path:
         FileNotFoundError: no safetensors weights; a pickle beside is named as such.
     """
     folder = base.folder / component
-    if not list(folder.glob("*.safetensors")) and _is_hub_id(base.name) and base.folder != DEMO:
-        _fetch(base.name, [f"{component}/{file}" for file in (*WEIGHTS, "*.safetensors.index.json")])
+    if not list(folder.glob("*.safetensors")) and _from_hub(base):
+        _fetch(base.name, [f"{component}/{file}" for file in (*WEIGHTS, *SHARDS)])
     if not list(folder.glob("*.safetensors")):
         pickles = [f.name for f in folder.glob("*") if f.suffix in (".bin", ".ckpt", ".pt")]
         raise FileNotFoundError(
@@ -225,6 +231,42 @@ def component_folder(base: Base, component: str) -> Path:
             + ". Use the safetensors form of this base."
         )
     return folder
+
+
+def component_folders(base: Base) -> list[Path]:
+    """The folders of all that its pipeline is made of, fetched from the hub when it is only known by its configs."""
+    index = base.folder / "model_index.json"
+    named = _read_json(index) if index.is_file() else {folder.name: [folder.name] for folder in base.folder.iterdir()}
+    names = [n for n, kind in named.items() if isinstance(kind, list) and kind[0] and n[0] not in "._"]
+    if _from_hub(base):
+        _fetch(base.name, [f"{name}/{file}" for name in names for file in ("*.json", "*.txt", *WEIGHTS, *SHARDS)])
+    return sorted(base.folder / name for name in names if (base.folder / name).is_dir())
+
+
+def weight_files(base: Base, component: str) -> list[Path]:
+    """The safetensors files that hold a component: those its index names, else that of the usual name, else all.
+
+    Raises:
+        FileNotFoundError: as `component_folder`; or a file that the index names is missing.
+    """
+    folder = component_folder(base, component)
+    for index in folder.glob("*.safetensors.index.json"):
+        files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{component}/ of {base.name} lacks {', '.join(missing)}. Copy or fetch it again.")
+        return files
+    usual = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    return usual[:1] or sorted(folder.glob("*.safetensors"))
+
+
+def weights(base: Base, component: str) -> dict[str, original.Place]:
+    """Where the weights of a component stand, by diffusers' names (a text encoder's without `text_model.`).
+
+    Shapes are known from headers alone; `read` of a place reads that one weight.
+    """
+    if base.file:
+        return original.places(base.file, base.family, component)
+    return {name: x for file in weight_files(base, component) for name, x in original.places(file).items()}
 
 
 def fingerprint(base: Base, component: str) -> str:
@@ -344,6 +386,19 @@ def _load_from_file(cls, base: Base, component: str, dtype: torch.dtype, device:
         )
     model.load_state_dict({own[name]: tensor for name, tensor in state.items()}, strict=False, assign=True)
     return model
+
+
+def empty(base: Base, component: str) -> torch.nn.Module:
+    """The UNet or a text encoder on the meta device: names and shapes alone, from its config."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    _quiet()
+    with torch.device("meta"):
+        if component == "unet":
+            return UNet2DConditionModel.from_config(base.configs[component])
+        kind = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
+        return kind(CLIPTextConfig(**base.configs[component]))
 
 
 def load_unet(base: Base, dtype: torch.dtype, device: torch.device, quantize: str = "none"):

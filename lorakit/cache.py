@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit import base as bases
@@ -51,17 +51,34 @@ def _key(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def _read(file: Path) -> dict[str, Tensor] | None:
+def digest(tensors: Mapping[str, Tensor], facts: dict | None = None) -> str:
+    """A digest of tensors, on the CPU, and what is said of them, hex."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _read(file: Path, say: Callable[[str], None]) -> dict[str, Tensor] | None:
     """A cached entry; None when it is missing or damaged, which only means that it is encoded again."""
-    try:
-        return load_file(file)
-    except (FileNotFoundError, SafetensorError):
+    if not file.is_file():
         return None
+    try:
+        with safe_open(file, "pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            if digest(tensors) == (handle.metadata() or {}).get("digest"):
+                return tensors
+    except (OSError, SafetensorError):
+        pass
+    say(f"cache     {file.name} is damaged: encoded again")
+    return None
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     with files.replacing(file) as partial:
-        save_file(tensors, partial)
+        save_file(tensors, partial, {"digest": digest(tensors)})
     return tensors
 
 
@@ -74,9 +91,12 @@ def free(device: torch.device) -> None:
 
 def encode_texts(
     base: bases.Base, prompts: Iterable[str], folder: Path, *, device: torch.device, dtype: torch.dtype,
-    clip_skip: int = 1, progress: Progress | None = None, batch: int = 16,
+    clip_skip: int = 1, progress: Progress | None = None, batch: int = 16, say: Callable[[str], None] = print,
 ) -> dict[str, Text]:  # fmt: skip
     """Encode prompts with the base's text encoders, reusing what `folder` holds.
+
+    Args:
+        say: told of what is there and damaged.
 
     Returns:
         prompt -> its embeddings. SDXL's are those of both encoders side by side, and the second's pooled one.
@@ -91,7 +111,7 @@ def encode_texts(
         names = {
             p: folder / f"{_key('text 2', p, weights, clip_skip, base.family, str(dtype))}.safetensors" for p in prompts
         }
-        found = {p: _read(names[p]) for p in prompts}
+        found = {p: _read(names[p], say) for p in prompts}
         missing = [p for p in prompts if found[p] is None]
         if missing:
             encoder, tokenizer = bases.load_text_encoder(base, dtype, device, which)
@@ -144,7 +164,7 @@ def encode_anew(
 def encode_pictures(
     base: bases.Base, pictures: Sequence[dataset.Picture], fits: Sequence[Fit], folder: Path, *,
     device: torch.device, dtype: torch.dtype, flip: bool = False, masks: Sequence[dataset.Mask | None] = (),
-    progress: Progress | None = None,
+    progress: Progress | None = None, say: Callable[[str], None] = print,
 ) -> list[Encoded]:  # fmt: skip
     """Encode pictures with the base's VAE, reusing what `folder` holds.
 
@@ -152,6 +172,7 @@ def encode_pictures(
         fits: how each picture is scaled and cropped.
         flip: encode the mirrored pictures too (mirroring latents is not the same).
         masks: of each picture, None for one that counts as a whole; () for none at all.
+        say: told of what is there and damaged.
 
     Raises:
         FloatingPointError: the VAE answers NaN or infinity; names the picture.
@@ -162,7 +183,7 @@ def encode_pictures(
         for mirrored in (False, True)[: 1 + flip]:
             key = _key("latents", picture.digest, fit.scaled, fit.crop, fit.size, mirrored, weights, str(dtype))
             wanted.append((number, mirrored, folder / f"{key}.safetensors"))
-    found = {(number, mirrored): _read(file) for number, mirrored, file in wanted}
+    found = {(number, mirrored): _read(file, say) for number, mirrored, file in wanted}
     missing = [entry for entry in wanted if found[entry[:2]] is None]
     if missing:
         vae = bases.load_vae(base, dtype, device)
@@ -193,15 +214,18 @@ def encode_pictures(
         sizes = bases.size_conditions((picture.height, picture.width), (top, left), (height, width))
         mirrored = found[number, True]["latents"] if flip else None
         latents = found[number, False]["latents"]
-        seen = _mask(mask, picture, fit, latents.shape[-2:], folder) if mask else None
+        seen = _mask(mask, picture, fit, latents.shape[-2:], folder, say) if mask else None
         encoded.append(Encoded(latents, mirrored, sizes, picture.caption, mask=seen))
     return encoded
 
 
-def _mask(mask: dataset.Mask, picture: dataset.Picture, fit: Fit, cells: tuple[int, int], folder: Path) -> Tensor:
+def _mask(
+    mask: dataset.Mask, picture: dataset.Picture, fit: Fit, cells: tuple[int, int], folder: Path,
+    say: Callable[[str], None],
+) -> Tensor:  # fmt: skip
     """A mask, scaled and cropped as its picture: (1, h, w), the mean over the pixels of each latent cell."""
     file = folder / f"{_key('mask', mask.digest, mask.alpha, fit.scaled, fit.crop, fit.size, cells)}.safetensors"
-    if (found := _read(file)) is None:
+    if (found := _read(file, say)) is None:
         image = dataset.open_mask(mask).resize((picture.width, picture.height)).convert("RGB")
         pixels = torch.from_numpy(buckets.apply(image, fit)[..., 0].copy())[None].float() / 255
         found = _write(file, {"mask": torch.nn.functional.adaptive_avg_pool2d(pixels, cells)})

@@ -1,24 +1,30 @@
 """Save, verify and resume a run.
 
-A checkpoint is one safetensors file: adapter, optimizer and scaler state, with the settings and a digest in its JSON
-metadata. Nothing is pickled, nothing is half-written, and a file whose digest does not hold is never resumed from.
+A checkpoint is one safetensors file: adapter, optimizer and scaler state, the average of the weights where one is kept,
+with the settings and a digest in its JSON metadata. Nothing is pickled, nothing is half-written, and a file whose
+digest does not hold is never resumed from. The newest few are kept whole; older ones are thinned to their weights.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit import files, optim
+from lorakit.cache import digest
+from lorakit.lora import Lora
 from lorakit.train import State, Step
 
-FORMAT = "lorakit checkpoint 2"
+FORMAT = "lorakit checkpoint 3"
+SHAPING = (  # settings that decide what weights there are, and what they mean
+    "algorithm", "rank", "alpha", "rank_stabilized", "targets", "conv_rank", "conv_alpha", "block_ranks", "lokr_factor",
+    "train_unet",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,10 @@ class Checkpoint:
     settings: dict  # of the run that wrote it
     tensors: dict[str, Tensor]
     plain: dict  # optimizer and scaler values that are no tensors
-
-
-def _digest(tensors: dict[str, Tensor], facts: dict) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    whole: bool = True  # False: its weights alone, to sample and export, not to go on from
+    regular: bool = True  # False: saved between the run's regular ones, because time had passed or it was stopped
+    clean: bool = True  # no step was skipped shortly before
+    about: dict | None = None  # of the LoRA: family, algorithm, alphas and metadata; and what the run came from
 
 
 def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -50,19 +51,25 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key}", value
 
 
-def save(path: Path, state: State, settings: dict) -> Path:
+# ── Writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save(path: Path, state: State, settings: dict, *, regular: bool = True, about: dict | None = None) -> Path:
     """Write a run's state.
 
     Args:
         settings: the run's config as plain values, kept to compare when resuming.
+        regular: whether it is one of those to be kept.
+        about: the LoRA's "family" and "metadata", so that it can be exported without the base.
 
     Raises:
         OSError: no room or no right to write; no file is left then.
     """
-    names = list(state.adapter.state())
-    tensors = {f"adapter.{k}": v.detach() for k, v in state.adapter.state().items()} | {"skipped": state.skipped}
-    if state.ema:
-        tensors |= {f"ema.{name}": value for name, value in zip(names, state.ema.average, strict=True)}
+    weights = state.adapter.state()
+    tensors = {f"adapter.{name}": weight.detach() for name, weight in weights.items()} | {"skipped": state.skipped}
+    if state.ema or hasattr(state.optimizer, "eval"):  # what is judged and exported differs from what is trained
+        with state.evaluated():
+            tensors |= {f"average.{name}": weight.detach().clone() for name, weight in weights.items()}
     plain = {"scaler": state.scaler.state_dict(), "rate_factor": state.rate_factor, "optimizer": {}}
     # Some optimizers keep figures of their own with the groups: Prodigy's rate, the schedule-free average's weight.
     plain["groups"] = [
@@ -74,13 +81,39 @@ def save(path: Path, state: State, settings: dict) -> Path:
                 tensors[f"optimizer.{index}.{key}"] = value.detach()
             else:
                 plain["optimizer"][f"{index}.{key}"] = value
-    tensors = {k: v.to("cpu", copy=False).contiguous() for k, v in tensors.items()}
-    facts = {"format": FORMAT, "step": state.step, "settings": settings, "plain": plain}
-    metadata = {"lorakit": json.dumps(facts, sort_keys=True), "digest": _digest(tensors, facts)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as partial:
+    lora = {"algorithm": state.adapter.algorithm, "alphas": state.adapter.alphas}
+    clean = not bool(state.skipped.any())
+    return _write(Checkpoint(path, state.step, settings, tensors, plain, True, regular, clean, lora | (about or {})))
+
+
+def _write(checkpoint: Checkpoint) -> Path:
+    facts = {name: value for name, value in vars(checkpoint).items() if name not in ("path", "tensors")}
+    facts["format"] = FORMAT
+    tensors = {k: v.to("cpu", copy=False).contiguous() for k, v in checkpoint.tensors.items()}
+    metadata = {"lorakit": json.dumps(facts, sort_keys=True), "digest": digest(tensors, facts)}
+    with files.replacing(checkpoint.path, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         save_file(tensors, partial, metadata)
-    return path
+    return checkpoint.path
+
+
+def thin(checkpoint: Checkpoint) -> Path:
+    """Leave of a checkpoint's file the weights to sample and export, about a third of it."""
+    averages = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("average.")}
+    weights = averages or {k: v for k, v in checkpoint.tensors.items() if k.startswith("adapter.")}
+    return _write(replace(checkpoint, tensors=weights, plain={}, whole=False))
+
+
+def sizes(adapter: int, optimizer: int, averaged: bool) -> tuple[int, int]:
+    """Bytes of a whole checkpoint and of a thinned one, names and metadata not counted.
+
+    Args:
+        adapter, optimizer: bytes of the weights and of the optimizer's state.
+        averaged: whether an average of the weights is kept.
+    """
+    return adapter * (1 + averaged) + optimizer, adapter
+
+
+# ── Reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read(path: Path) -> Checkpoint:
@@ -89,32 +122,104 @@ def read(path: Path) -> Checkpoint:
     Raises:
         ValueError: not a checkpoint, damaged, or its digest does not hold.
     """
+    facts, expected = _facts(path)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(_damaged(path, error)) from error
+    if digest(tensors, facts) != expected:
+        raise ValueError(_damaged(path, "its digest does not match its contents"))
+    return Checkpoint(path, tensors=tensors, **{key: value for key, value in facts.items() if key != "format"})
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file says that it is a checkpoint: not verified."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "lorakit" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _facts(path: Path) -> tuple[dict, str | None]:
+    """What a checkpoint says of itself, and its digest: not verified.
+
+    Raises:
+        ValueError: not a checkpoint, or damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path.name} cannot be read: {error}. It was cut off or damaged; use an older one."
-        ) from error
-    if "lorakit" not in metadata:
+        facts = json.loads(metadata["lorakit"]) if "lorakit" in metadata else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(_damaged(path, error)) from error
+    if facts is None:
         raise ValueError(f"{path.name} is no checkpoint of lorakit's: it has no record of a run in its metadata.")
-    facts = json.loads(metadata["lorakit"])
     if facts.get("format") != FORMAT:
         raise ValueError(f"{path.name} was written as {facts.get('format')!r}; this lorakit reads {FORMAT!r}.")
-    if _digest(tensors, facts) != metadata.get("digest"):
-        raise ValueError(f"{path.name} is damaged: its digest does not match its contents. Use an older one.")
-    return Checkpoint(path, facts["step"], facts["settings"], tensors, facts["plain"])
+    return facts, metadata.get("digest")
+
+
+def _damaged(path: Path, why) -> str:
+    return f"{path.name} cannot be read: {why}. It was cut off or damaged; use an older one."
+
+
+def newest(folder: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest checkpoint in a folder that can be trusted and gone on from; each passed over is told to `warn`."""
+    for path in paths(folder):
+        try:
+            return read_whole(path)
+        except ValueError as error:
+            warn(str(error))
+    return None
+
+
+def read_whole(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint to go on from.
+
+    Raises:
+        ValueError: as `read`; or it was thinned to its weights.
+    """
+    if not (found := read(path)).whole:
+        raise ValueError(f"{path.name} holds the weights alone: it can be exported, not gone on from.")
+    return found
+
+
+def lora(checkpoint: Checkpoint) -> Lora:
+    """The LoRA that a checkpoint holds, with the weights to sample and export: the average where one is kept.
+
+    Raises:
+        ValueError: it was saved without saying what it is a LoRA of.
+    """
+    about = checkpoint.about or {}
+    if "family" not in about:
+        raise ValueError(f"{checkpoint.path.name} does not say which family its base is of.")
+    averaged = any(name.startswith("average.") for name in checkpoint.tensors)
+    prefix, modules = "average." if averaged else "adapter.", {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(prefix):
+            module, _, part = name.removeprefix(prefix).rpartition(".")
+            modules.setdefault(module, ({}, about["alphas"][module]))[0][part] = tensor
+    metadata = about.get("metadata", {})
+    return Lora(checkpoint.path.name, about["family"], metadata, modules, {})
 
 
 def restore(state: State, checkpoint: Checkpoint) -> None:
     """Put a run's state back (in place)."""
-    prefix = "adapter."
-    state.adapter.load({k[len(prefix) :]: v for k, v in checkpoint.tensors.items() if k.startswith(prefix)})
+    weights, averages = (_under(checkpoint.tensors, prefix) for prefix in ("adapter.", "average."))
+    state.adapter.load(weights)
+    if state.ema:
+        for name, average in zip(state.adapter.state(), state.ema.average, strict=True):
+            average.copy_((averages or weights)[name])
+    state.scaler.load_state_dict(checkpoint.plain["scaler"])
+    state.skipped = checkpoint.tensors["skipped"].to(state.skipped.device)
+    state.rate_factor = checkpoint.plain["rate_factor"]
+    state.step = checkpoint.step
+    if checkpoint.plain["groups"] is None:  # of a fork with another optimizer
+        return
     saved: dict = {}
-    ours = "optimizer."
-    entries = {k[len(ours) :]: v for k, v in checkpoint.tensors.items() if k.startswith(ours)}
-    for key, value in (entries | checkpoint.plain["optimizer"]).items():
+    for key, value in (_under(checkpoint.tensors, "optimizer.") | checkpoint.plain["optimizer"]).items():
         index, *path = key.split(".")
         place = saved.setdefault(int(index), {})
         for part in path[:-1]:
@@ -130,34 +235,117 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
         )
     groups = [group | kept for group, kept in zip(groups, checkpoint.plain["groups"], strict=True)]
     state.optimizer.load_state_dict({"state": saved, "param_groups": groups})
-    state.scaler.load_state_dict(checkpoint.plain["scaler"])
-    state.skipped = checkpoint.tensors["skipped"].to(state.skipped.device)
-    if state.ema:
-        for name, average in zip(state.adapter.state(), state.ema.average, strict=True):
-            average.copy_(checkpoint.tensors[f"ema.{name}"])
-    state.rate_factor = checkpoint.plain["rate_factor"]
-    state.step = checkpoint.step
 
 
-def newest(folder: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint in a folder that can be trusted; each one passed over is told to `warn`."""
-    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
-        try:
-            return read(path)
-        except ValueError as error:
-            warn(str(error))
-    return None
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def fork(checkpoint: Checkpoint, folder: Path, settings: dict) -> Checkpoint:
+    """Begin a run of other settings from a checkpoint of one: written into its folder, and read back.
+
+    The optimizer's state goes along where the optimizer and what it groups by are the same.
+
+    Args:
+        folder: for the new run's checkpoints.
+
+    Raises:
+        ValueError: settings that make other weights.
+    """
+    if odd := [name for name in SHAPING if checkpoint.settings.get(name) != settings.get(name)]:
+        raise ValueError(
+            f"{checkpoint.path.name} cannot be forked with other weights than it holds: "
+            + "; ".join(f"{k} was {checkpoint.settings.get(k)!r}, is now {settings.get(k)!r}" for k in odd)
+            + ". Begin a new run for that."
+        )
+    grouping = ("optimizer", "learning_rate_ratio", "block_rates", "text_encoder_rate", "text_encoder_2_rate")
+    kept = all(checkpoint.settings.get(name) == settings.get(name) for name in grouping)
+    tensors, plain = checkpoint.tensors, checkpoint.plain
+    if not kept:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+        plain = plain | {"groups": None, "optimizer": {}}
+    path = folder / checkpoint.path.name
+    return read(_write(replace(checkpoint, path=path, settings=settings, tensors=tensors, plain=plain, regular=True)))
+
+
+# ── Keeping ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def name(step: int) -> str:
     return f"step-{step:06d}.safetensors"
 
 
-def every(steps: int, folder: Path, state: State, settings: dict) -> Callable[[Step], None]:
-    """A listener that saves the run every so many steps, and at the last one."""
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.stem.partition("-")[2])
+
+
+def kind(path: Path) -> tuple[int, bool, bool]:
+    """Step of a checkpoint, whether it is whole, and whether it is a regular one: as it says, not verified.
+
+    Raises:
+        ValueError: not a checkpoint, or damaged.
+    """
+    facts = _facts(path)[0]
+    return facts["step"], facts["whole"], facts["regular"]
+
+
+def paths(folder: Path) -> list[Path]:
+    """A folder's checkpoints by their names, the newest first."""
+    return sorted(folder.glob("step-*.safetensors"), key=lambda path: (len(path.name), path.name), reverse=True)
+
+
+def tidy(folder: Path, states: int, keep: int | None = None, spare: Collection[int] = ()) -> None:
+    """Thin regular checkpoints to their weights and remove the others, beyond the newest `states`.
+
+    The newest regular one before any skipped step stays whole besides: a run that diverges goes back to it. What
+    cannot be read is left alone, and counts for nothing.
+
+    Args:
+        states: how many stay whole.
+        keep: how many of the regular ones stay at all; None keeps all.
+        spare: steps whose weights stay anyhow.
+    """
+    known = []
+    for path in paths(folder):
+        try:
+            known.append((path, _facts(path)[0]))
+        except ValueError:
+            continue
+    whole = [path for path, facts in known if facts["whole"]]
+    good = [path for path, facts in known if facts["whole"] and facts["regular"] and facts["clean"]]
+    kept = {*whole[:states], *good[:1]}
+    regular = [path for path, facts in known if facts["regular"]]
+    old = set(regular[keep:]) if keep else set()
+    for path, facts in known:
+        if path in kept:
+            continue
+        if not facts["regular"] or (path in old and facts["step"] not in spare):
+            path.unlink(missing_ok=True)
+        elif facts["whole"]:
+            try:
+                thin(read(path))
+            except ValueError:  # damaged since: newer ones are whole, and this one is told when it is asked for
+                continue
+
+
+def every(
+    steps: int, minutes: float, save: Callable[[bool], None], clock: Callable[[], float] = time.monotonic
+) -> Callable[[Step], None]:
+    """A listener that has a run saved every so many steps, at the last one, and when so many minutes have passed.
+
+    Args:
+        minutes: since the last time; 0 leaves the clock alone.
+        save: told whether it is one of the regular ones.
+        clock: seconds, which never jump.
+    """
+    last = clock()
 
     def listener(step: Step) -> None:
-        if step.number % steps == 0 or step.number == step.total:
-            save(folder / name(step.number), state, settings)
+        nonlocal last
+        regular = step.number % steps == 0 or step.number == step.total
+        if regular or (minutes and clock() - last >= 60 * minutes):
+            save(regular)
+            last = clock()
 
     return listener

@@ -154,7 +154,15 @@ class Config(BaseModel):
     )
 
     # While it runs
-    save_every: int = Field(500, ge=1, description="steps between checkpoints; all are kept")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints; the weights of all are kept")
+    save_minutes: float = Field(5.0, ge=0, description="minutes between checkpoints besides; 0 saves by steps alone")
+    keep_states: int = Field(
+        3, ge=1, description="newest checkpoints kept whole, to go on from; older ones keep their weights"
+    )
+    keep_checkpoints: int | None = Field(None, ge=1, description="checkpoints whose weights are kept; None keeps all")
+    backup: str | None = Field(
+        None, description="a second place for verified copies: a folder (Drive, /workspace) or 'hub:owner/name'"
+    )
     validation_share: float = Field(
         0.0, ge=0, le=0.5, description="share of the pictures kept from training to judge it"
     )

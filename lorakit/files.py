@@ -1,6 +1,7 @@
 """Files that are whole or not there at all."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -44,6 +45,106 @@ def replacing(path: str | Path, size: int | None = None) -> Iterator[Path]:
             raise explained from error
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; when the block ends, give it that name. All of it is there, or nothing.
+
+    Raises:
+        FileExistsError: something of that name is there already.
+        OSError: as `replacing`.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, f"{path.name} is there already: name a new folder, or remove it first")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed program left
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        shutil.rmtree(partial, ignore_errors=True)
+        if explained := _explain(error, path, partial, f"more than {written:,}"):
+            raise explained from error
+        raise
+    _sync_folder(path.parent)
+
+
+def append(path: str | Path, text: str) -> None:
+    """Add lines to a file, all of them or none, in UTF-8.
+
+    Raises:
+        OSError: as `replacing`; the file is what it was then.
+    """
+    path, left = Path(path), memoryview(text.encode())
+    with path.open("ab", buffering=0) as stream:  # a buffer would try again while it is closed
+        before = stream.tell()
+        try:
+            while left:
+                left = left[stream.write(left) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, before)
+            if explained := _explain(error, path, path, f"{len(text):,}"):
+                raise explained from error
+            raise
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Let nobody else claim the folder inside a `with` block: no other process, and no other thread of this one.
+
+    The system takes the claim back when a process dies. File systems that know no locks are used without.
+
+    Raises:
+        BlockingIOError: somebody has claimed it.
+        OSError: it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"{folder.name} is in use: another program, notebook or cell works in it. Stop that one first (a file "
+            "named STOP in the folder ends a run after its step), or name another folder."
+        ) from None
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if explained := _explain(error, folder / ".lock", folder / ".lock", "a few"):
+            raise explained from error
+        raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed program left half-written in a folder."""
+    for path in folder.rglob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _explain(error: BaseException, path: Path, partial: Path, size: str) -> OSError | None:

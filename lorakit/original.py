@@ -6,11 +6,13 @@ diffusers' names, so that opening a component never holds more than that compone
 The names are written down, not read off live classes: a renamed class has silently emptied LoRAs before.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -223,12 +225,56 @@ def tensors(file: Path, family: str, component: str, wanted: dict[str, torch.Siz
             names = _names(prefix, key) if key.startswith(prefix) else []
             if not names or names[0] not in wanted:
                 continue
-            tensor = handle.get_tensor(key)
-            if key.endswith(".text_projection"):
-                tensor = tensor.T  # OpenCLIP multiplies from the other side
-            for name, part in zip(names, tensor.chunk(len(names)), strict=True):
+            for name, part in zip(names, _split(key, handle.get_tensor(key), len(names)), strict=True):
                 flat = part.ndim > len(wanted[name]) and part.numel() == wanted[name].numel()
                 yield name, part.reshape(wanted[name]) if flat else part  # the VAE's attention was 1×1 convolutions
+
+
+def _split(key: str, tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """A file's tensor as transformers has it: OpenCLIP multiplies with its projection from the other side."""
+    return (tensor.T if key.endswith(".text_projection") else tensor).chunk(parts)
+
+
+class Place(NamedTuple):
+    """Where a weight stands: all of a tensor in a file, or one of its equal parts along the first axis."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]  # of the weight
+    part: int = 0
+    parts: int = 1  # 3 where OpenCLIP's queries, keys and values are one tensor
+
+    def read(self) -> Tensor:
+        """The weight, in the file's dtype."""
+        with opened(self.file) as handle:
+            return _split(self.key, handle.get_tensor(self.key), self.parts)[self.part]
+
+
+def places(file: Path, family: str | None = None, component: str = "") -> dict[str, Place]:
+    """Where the weights of a component stand, by diffusers' names (a text encoder's without `text_model.`).
+
+    No weight is read.
+
+    Args:
+        family, component: of a whole checkpoint; without them the file is one of a diffusers folder.
+    """
+    found, prefix = {}, _prefix(family, component) if family else ""
+    with opened(file) as handle:
+        for key in handle.keys():  # noqa: SIM118
+            names = _names(prefix, key) if key.startswith(prefix) else []
+            shape = handle.get_slice(key).get_shape() if names else []
+            shape = shape[::-1] if key.endswith(".text_projection") else shape
+            own = (*(n // len(names) for n in shape[:1]), *shape[1:])
+            found |= {name: Place(file, key, own, part, len(names)) for part, name in enumerate(names)}
+    return found
+
+
+def header(file: Path) -> tuple[dict[str, str], dict[str, dict]]:
+    """A safetensors file's metadata, and its tensors in their order: key → dtype, shape and data_offsets."""
+    with opened(file), file.open("rb") as stream:
+        table = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    metadata = table.pop("__metadata__", {})
+    return metadata, dict(sorted(table.items(), key=lambda item: item[1]["data_offsets"]))
 
 
 def raw(file: Path, family: str, component: str) -> Iterator[tuple[str, Tensor]]:

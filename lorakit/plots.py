@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +31,11 @@ SMALLEST = 128  # pixels of a cell's shorter side
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 cannot hold
 
 
-def read_log(path: str | Path) -> list[dict]:
+def read_log(path: str | Path, warn: Callable[[str], None] | None = None) -> list[dict]:
     """The lines of a run's `log.jsonl`. A last line that a crash tore is left out.
+
+    Args:
+        warn: told of other damaged lines, which are then left out as well.
 
     Raises:
         FileNotFoundError: no such file.
@@ -47,11 +50,13 @@ def read_log(path: str | Path) -> list[dict]:
             line = json.loads(text)
         except ValueError:
             line = None
-        if isinstance(line, dict):
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
         elif number < len(texts):
-            shown = text[:40].decode(errors="replace")
-            raise ValueError(f"Line {number} of {path} is no JSON object: {shown!r}. Remove it, or give a run's log.")
+            if warn is None:
+                shown = text[:40].decode(errors="replace")
+                raise ValueError(f"Line {number} of {path} is not a log's: {shown!r}. Remove it, or give a run's log.")
+            warn(f"line {number} of {path.name} is damaged and left out")
     return lines
 
 

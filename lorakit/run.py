@@ -3,64 +3,52 @@
     config.json · log.jsonl · tensorboard/ · loss.png · checkpoints/step-000500.safetensors · samples/step-000500/…png ·
     comparison.png · <name>.safetensors
 
-Starting on a folder that already holds a run resumes it from the newest checkpoint whose digest holds.
+Starting on a folder that already holds a run resumes it from the newest checkpoint whose digest holds, here or at the
+run's second place.
 """
 
+import errno
 import gc
-import hashlib
 import json
 import math
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from lorakit import adapter as adapters
-from lorakit import base as bases
 from lorakit import (
+    backup,
     board,
-    buckets,
     cache,
-    captions,
     checkpoint,
-    dataset,
     evaluate,
     export,
     files,
     memory,
     plan,
     plots,
+    prepare,
     processes,
+    record,
     sample,
     train,
 )
+from lorakit import base as bases
 from lorakit import config as configs
-from lorakit.cache import Encoded, Text
+from lorakit import metadata as metadatas
 from lorakit.config import Config
+from lorakit.prepare import Prepared
 from lorakit.train import Step
 
-DEMO = Path(__file__).parent / "demo" / "pictures"
+PATIENCE = 600  # seconds that the end of a run waits for the second place
 LEAST_FACTOR = 1 / 8  # of the learning rate: a run that diverges even then is given up
 STRENGTHS = (0.0, 0.5, 0.7, 0.9, 1.0)  # the guide's, and the bare base
-# What may change between two starts of one run: it does not decide the weights.
-FREE = {
-    "name",
-    "trigger",
-    "device",
-    "fit_memory",
-    "save_every",
-    "validate_every",
-    "sample_every",
-    "sample_prompts",
-    "sample_steps",
-    "sample_guidance",
-}
 
 
 @dataclass(frozen=True)
@@ -77,241 +65,22 @@ class Result:
     best: Path | None = None  # the checkpoint nearest to the lowest validation loss, where pictures are held out
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Everything the loop needs but the UNet."""
-
-    config: Config  # as asked for, or what the run came down to for want of memory
-    base: bases.Base
-    dataset: dataset.Dataset
-    pictures: list[Encoded]  # trained on, regularisation pictures last
-    held_out: list[Encoded]  # not trained on
-    names: list[str]  # of the pictures trained on
-    texts: dict[str, Text]
-    repeats: list[int]
-    prompts: list[str]  # sampled while training and at the end
-    batches: int  # an epoch
-    contents: dict[str, str]  # what stands for masks and regularisation pictures among the settings
-
-    @property
-    def prior_repeats(self) -> int:
-        """Regularisation pictures an epoch, repeats counted."""
-        return sum(times for picture, times in zip(self.pictures, self.repeats, strict=True) if picture.prior)
-
-
-def scan(config: Config) -> dataset.Dataset:
-    """The run's pictures."""
-    return dataset.scan(DEMO if config.dataset == "demo" else config.dataset, repeats=config.repeats)
-
-
-def prepare(
-    config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool = True, shared_by: int = 1,
-    rungs: Sequence[Config] = (),
-) -> Prepared:  # fmt: skip
-    """Check everything that can be checked, then encode pictures and captions into the run's cache.
-
-    Where the run is predicted not to fit, it comes down to settings that do, if the config lets it.
-
-    Args:
-        shared_by: processes that share each batch.
-        rungs: settings to come down to, the config first; () takes `plan.ladder`'s.
-
-    Raises:
-        ValueError: settings that do not suit the base, or no usable picture.
-        FileNotFoundError: no such base or dataset.
-    """
-    device = bases.choose_device(config.device)
-    dtype = bases.compute_dtype(config.mixed_precision, device)
-    base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr)
-    step = max(config.bucket_step, base.step)
-    if step % base.step or config.resolution % step:
-        raise ValueError(
-            f"resolution {config.resolution} and bucket_step {config.bucket_step} do not suit {base.name}, "
-            f"whose picture sides are multiples of {base.step} pixels."
-        )
-    encoders = config.text_rates(base.text_encoders)
-    say(f"base      {base.name}: {base.family}, made for {base.resolution} px, predicts {base.prediction_type}")
-    if config.algorithm != "lora":
-        say(f"adapter   {config.algorithm}: A1111, Forge and ComfyUI read its files, diffusers does not")
-    if encoders:
-        learn = [f"{which} at {rate:g}" for which, rate in encoders.items()]
-        say(f"text      {', '.join(learn)}: trained too{'' if config.train_unet else ', the UNet is not'}")
-    pictures = scan(config)
-    say("pictures  " + pictures.describe().replace("\n", "\n          "))
-    held_out = evaluate.hold_out([p.digest for p in pictures.pictures], config.validation_share, config.seed)
-    held_out = sorted({*held_out, *_named(config.validation_pictures, pictures)})
-    kept = [place for place in range(len(pictures)) if place not in held_out]
-    if held_out:
-        names = [pictures.pictures[place].path.name for place in held_out]
-        say(f"held out  {len(names)} of {len(pictures)} pictures, to judge by: {', '.join(names)}")
-    repeats, everything = [pictures.pictures[place].repeats for place in kept], list(pictures.pictures)
-    contents = {}
-    if config.regularisation:
-        prior = dataset.scan(config.regularisation)
-        say("class     " + prior.describe().replace("\n", "\n          "))
-        kept += range(len(everything), len(everything) + len(prior))
-        everything += prior.pictures
-        repeats += evenly(sum(repeats), len(prior))
-        contents["regularisation"] = _digest([[p.digest, p.caption] for p in prior.pictures])
-    if config.start_from:
-        file = Path(config.start_from)
-        if not file.is_file():
-            raise FileNotFoundError(f"start_from: there is no file {file.name}. Give a LoRA's .safetensors file.")
-        contents["start_from"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    masks = []
-    if config.mask:
-        masks = dataset.masks(pictures.pictures, config.mask, pictures.root)
-        masks += [None] * (len(everything) - len(masks))
-        contents["mask"] = _digest([mask and [mask.digest, mask.alpha] for mask in masks])
-        bare = [p.path.name for p, mask in zip(pictures.pictures, masks, strict=False) if mask is None]
-        say(f"masks     {len(pictures) - len(bare)} of {len(pictures)} pictures have one" + "; not: " * bool(bare)
-            + ", ".join(bare[:5]) + " …" * (len(bare) > 5))  # fmt: skip
-    config, fits, batches = _fitting(
-        rungs or plan.ladder(config), base, everything, kept, repeats, len(pictures) - len(held_out), step, device,
-        dtype, say, shared_by,
-    )  # fmt: skip
-    prompts = list(config.sample_prompts) or [p.caption for p in pictures.pictures[:4]]
-    began = time.monotonic()
-    with bar(progress) as show:
-        store = folder / "cache"
-        encoded = cache.encode_pictures(
-            base, everything, fits, store, device=device, dtype=dtype, flip=config.flip, masks=masks, progress=show
-        )
-        for place, picture in enumerate(encoded):
-            varied = captions.variants(
-                picture.caption, config.caption_variants, shuffle=config.shuffle_captions,
-                keep_tokens=config.keep_tokens, tag_dropout=config.tag_dropout, seed=config.seed,
-            )  # fmt: skip
-            encoded[place] = replace(picture, variants=varied, prior=place >= len(pictures))
-        wanted = [*train.prompts(encoded, config), *prompts]
-        texts = cache.encode_texts(
-            base, wanted, store, device=device, dtype=dtype, clip_skip=config.clip_skip, progress=show
-        )
-    say(f"cache     {len(encoded)} pictures and {len(texts)} texts ready in {time.monotonic() - began:.1f} s")
-    return Prepared(
-        config, base, pictures, [encoded[i] for i in kept], [encoded[i] for i in held_out],
-        [everything[i].path.name for i in kept], texts, repeats, prompts, batches, contents,
-    )  # fmt: skip
-
-
-def _fitting(
-    rungs: Sequence[Config], base: bases.Base, everything: Sequence, kept: Sequence[int], repeats: Sequence[int],
-    own: int, step: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None], shared_by: int,
-) -> tuple[Config, list[buckets.Fit], int]:  # fmt: skip
-    """The first settings down the ladder that are predicted to fit; none does: those asked for.
-
-    Returns:
-        The settings, each picture's bucket, and the batches of an epoch.
-    """
-    free, tried = memory.available(device), []
-    for lower in rungs:
-        sizes = buckets.sizes(lower.resolution, step=step)
-        fits = [buckets.fit(p.width, p.height, sizes) for p in everything]
-        largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
-        store = plan.default_store()
-        share = lower.with_(batch_size=-(-lower.batch_size // shared_by))  # this process's
-        prediction = plan.predict(base, share, size=largest, dtype=dtype, device=device.type, store=store)
-        tried.append((lower, fits, prediction, memory.verdict(prediction, free)))
-        if tried[-1][-1].fits is not False:
-            break
-    asked, chosen = tried[0], tried[-1] if tried[-1][-1].fits is not False else tried[0]
-    lower, fits, prediction, verdict = chosen
-    used = sorted({fit.size for fit in fits})
-    counts = [f"{w}×{h}: {sum(fit.size == (w, h) for fit in fits)}" for w, h in used]
-    say(f"buckets   {', '.join(counts)}")
-    batches = buckets.steps_per_epoch([fits[place].size for place in kept], repeats, lower.batch_size)
-    say("length    " + length(own, repeats, batches, lower))
-    if chosen is not asked:
-        peak = memory.readable(asked[2].peak)
-        say(f"memory    {peak} predicted as asked for, which does not fit. Comes down to {_changes(rungs[0], lower)}")
-    say("memory    " + prediction.describe().replace("\n", "\n          "))
-    say("          " + str(verdict).replace("\n", "\n          "))
-    return lower, fits, batches
-
-
-def _changes(asked: Config, lower: Config) -> str:
-    before, after = asked.model_dump(), lower.model_dump()
-    return ", ".join(f"{name} {after[name]}" for name in after if after[name] != before[name])
-
-
-def length(pictures: int, repeats: Sequence[int], batches: int, config: Config) -> str:
-    """The arithmetic of the run's length, kohya's way, in one line.
-
-    Args:
-        pictures: how many of those that repeats are given for are the dataset's own; the rest is regularisation.
-    """
-    times = f"{repeats[0]} repeats" if len(set(repeats[:pictures])) == 1 else "their repeats"
-    of_class = f", + {sum(repeats[pictures:])} of the class" * (len(repeats) > pictures)
-    updates = -(-batches // config.gradient_accumulation_steps)
-    total = config.total_steps(batches)
-    accumulated = f" / accumulation {config.gradient_accumulation_steps}" * (config.gradient_accumulation_steps > 1)
-    return (
-        f"{pictures} pictures × {times} = {sum(repeats[:pictures])}{of_class}, / batch {config.batch_size}"
-        f"{accumulated} = {updates} steps an epoch; {total} steps = {total / updates:.3g} epochs"
-    )
-
-
-def evenly(wanted: int, pictures: int) -> list[int]:
-    """Repeats that show so many pictures `wanted` times in all, as sd-scripts balances regularisation pictures."""
-    return [wanted // pictures + (place < wanted % pictures) for place in range(pictures)]
-
-
-def _named(names: Sequence[str], pictures: dataset.Dataset) -> list[int]:
-    """The places of pictures by their file names, with or without suffix.
-
-    Raises:
-        ValueError: no such picture, or nothing is left to train on.
-    """
-    places = []
-    for name in names:
-        found = [i for i, p in enumerate(pictures.pictures) if name in (p.path.name, p.path.stem)]
-        if not found:
-            raise ValueError(f"validation_pictures: {pictures.root.name} holds no picture {name!r}.")
-        places += found
-    if len(set(places)) == len(pictures):
-        raise ValueError("validation_pictures names all pictures: none is left to train on.")
-    return places
-
-
-def _digest(values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def bar(visible: bool) -> Iterator[cache.Progress]:
-    """A progress bar that says itself what it counts: show(what, done, of)."""
-    with tqdm(disable=not visible, leave=False) as line:
-
-        def show(what: str, done: int, of: int) -> None:
-            line.set_description(what, refresh=False)
-            line.total, line.n = of, done
-            line.refresh()
-
-        yield show
-
-
 # ── Resuming ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def settings(config: Config, prepared: Prepared) -> dict:
-    """What decides the result, as plain values that name no path of this machine."""
-    pictures = _digest([[p.digest, p.caption, p.repeats] for p in prepared.dataset.pictures])
-    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
-    return values | {"base": prepared.base.name, "dataset": pictures} | prepared.contents
 
 
 def _come_down(config: Config, prepared: Prepared, saved: dict) -> Config:
     """The lower of what is predicted to fit now and what a run had come down to when it was saved."""
     ladder = plan.ladder(config)
     for place, lower in enumerate(ladder):
-        if settings(lower, prepared) == saved:
+        if prepare.settings(lower, prepared) == saved:
             return ladder[max(place, ladder.index(prepared.config))]
     return prepared.config
 
 
 def _as_of_now(saved: dict) -> dict:
     """The settings of a run begun before some of today's were known, which then were as they are by default."""
-    return json.loads(Config(steps=1).model_dump_json(exclude=FREE | {"steps", "epochs", "base", "dataset"})) | saved
+    unlike = prepare.FREE | {"steps", "epochs", "base", "dataset"}
+    return json.loads(Config(steps=1).model_dump_json(exclude=unlike)) | saved
 
 
 def _same(saved: dict, wanted: dict, folder: Path) -> None:
@@ -321,7 +90,8 @@ def _same(saved: dict, wanted: dict, folder: Path) -> None:
         raise ValueError(
             f"{folder.name} was begun with other settings: "
             + "; ".join(f"{k} was {saved.get(k)!r}, is now {wanted.get(k)!r}" for k in changed)
-            + ". Put them back to go on, or name another folder for a new run."
+            + ". Put them back to go on, or name another folder for a new run: an empty one, or with --fork one that "
+            "goes on from this run's newest checkpoint with the new settings."
         )
 
 
@@ -334,62 +104,18 @@ def claim(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Name a folder for the run.")
-    foreign = folder.is_dir() and {path.name for path in folder.iterdir()} - {"cache"}
+    own = {"cache", ".lock", "checkpoints", "log.jsonl", "STOP"}  # before there is a config.json
+    foreign = folder.is_dir() and {path.name for path in folder.iterdir() if path.suffix != ".partial"} - own
     if foreign and "config.json" not in foreign:
         raise ValueError(f"{folder} holds other files and no run. Name a new or empty folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror.lower() if error.strerror else error
+        raise OSError(error.errno, f"the run folder {folder.name} cannot be made: {reason}. Choose another") from error
 
 
 # ── Listeners ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Log:
-    """A listener that writes log.jsonl, a line a step; losses are fetched from the device in tens.
-
-    Args:
-        names: of the pictures, to tell which ones a skipped step saw.
-        on_board: draws the same curves in TensorBoard, where that is installed.
-        losses: gets each step's, by its number.
-    """
-
-    def __init__(
-        self, file: Path, resumed_at: int, names: Sequence[str], show: Callable[[Step, float], None],
-        say: Callable[[str], None], on_board: board.Board | None, losses: dict[int, float],
-    ):  # fmt: skip
-        self.file, self.names, self.show, self.say, self.board = file, names, show, say, on_board
-        self.waiting, self.losses, self.marks = [], losses, {}
-        self.began = time.monotonic()
-        kept = [line for line in plots.read_log(file) if line["step"] <= resumed_at] if file.exists() else []
-        with files.replacing(file) as partial:  # steps after the checkpoint are trained again
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-    def __call__(self, step: Step) -> None:
-        if len(self.waiting) == 10:  # not yet this one, to which others may still add marks
-            self.flush()
-        self.waiting.append((step, time.monotonic() - self.began))
-
-    def flush(self) -> None:
-        if not self.waiting:
-            return
-        losses = torch.stack([step.loss for step, _ in self.waiting]).tolist()
-        finite = torch.stack([step.finite for step, _ in self.waiting]).tolist()
-        with self.file.open("a") as log:
-            for (step, seconds), value, fine in zip(self.waiting, losses, finite, strict=True):
-                line = {"step": step.number, "loss": round(value, 6), "learning_rate": step.learning_rate}
-                line |= {"epoch": step.epoch, "seconds": round(seconds, 3)} | self.marks.pop(step.number, {})
-                if not fine:
-                    seen = sorted({self.names[i] for i in step.examples})
-                    line["skipped"] = seen
-                    self.say(f"skipped   step {step.number}: loss or gradients not finite; it saw {', '.join(seen)}")
-                log.write(json.dumps(line) + "\n")
-                if self.board:
-                    curves = {k: v for k, v in line.items() if isinstance(v, float) and k != "seconds"}
-                    self.board.figures(step.number, **curves)
-        if self.board:
-            self.board.flush()
-        self.losses.update((step.number, value) for (step, _), value in zip(self.waiting, losses, strict=True))
-        self.show(self.waiting[-1][0], losses[-1])
-        self.waiting = []
 
 
 def sampler(
@@ -436,6 +162,7 @@ def _at_once(config: Config) -> int:
 def start(
     config: Config, folder: str | Path, *, say: Callable[[str], None] = print, progress: bool = True,
     stop: threading.Event | None = None, listeners: Sequence[Callable[[Step], None]] = (),
+    fork: str | Path | None = None,
 ) -> Result:  # fmt: skip
     """Train a LoRA from pictures to finished file, or go on with a run that was cut.
 
@@ -443,38 +170,53 @@ def start(
         folder: of the run; new, empty, or the folder of the same run.
         say: gets each line of what is done.
         progress: whether bars are drawn.
-        stop: set it from anywhere to end after the current step; Ctrl-C and a file named STOP do the same.
+        stop: set it from anywhere to end after the current step; Ctrl-C, SIGTERM and a file named STOP do the same.
         listeners: called with every Step, after the run's own.
+        fork: another run's folder: where this one has no checkpoint yet, it begins from the newest of that one.
 
     Returns:
         What was made. A stopped run has no finished file yet; start again to go on.
 
     Raises:
+        BlockingIOError: the folder is in use.
         ValueError, FileNotFoundError, OSError, FloatingPointError: what is wrong and what to do.
 
     Of several processes (`accelerate launch`) every one calls this; each batch is shared out among them, and the first
     alone speaks, listens, writes and returns the finished file.
     """
-    folder, started, stop, team = Path(folder), time.time(), stop or threading.Event(), processes.join(config.device)
-    rungs = plan.ladder(config)
+    folder, stop, team = Path(folder), stop or threading.Event(), processes.join(config.device)
     if config.batch_size < team.size:
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out among {team.size} processes: "
             f"set it to {team.size} or a multiple, with as much less gradient_accumulation_steps."
         )
     if not team.first:
-        say, progress, listeners = lambda _: None, False, ()
+        return _start(config, folder, lambda _: None, False, stop, (), None, team)
+    claim(folder)
+    with files.claimed(folder):
+        return _start(config, folder, say, progress, stop, listeners, fork and Path(fork), team)
+
+
+def _start(
+    config: Config, folder: Path, say: Callable[[str], None], progress: bool, stop: threading.Event,
+    listeners: Sequence[Callable[[Step], None]], fork: Path | None, team: processes.Team,
+) -> Result:  # fmt: skip
+    """`start`, in a folder that is this run's alone."""
+    # The computer's clock may jump; what has passed since the start does not.
+    started, began, rungs = time.time(), time.monotonic(), plan.ladder(config)
+    clock = lambda: started + time.monotonic() - began  # noqa: E731
     with team.in_turn():
         if team.first:
-            claim(folder)
+            files.sweep(folder)
             (folder / "STOP").unlink(missing_ok=True)
-            prepared, saved = _ready(config, folder, team, say, progress)
+            prepared, saved = _ready(config, folder, team, say, progress, fork)
+            _room(prepared, folder, say)
         else:  # as the first one has decided, from what it has encoded
             config = configs.load(folder / "config.json")
-            prepared = prepare(config.with_(fit_memory=False), folder, say=say, progress=False)
+            prepared = prepare.run(config.with_(fit_memory=False), folder, say=say, progress=False)
             prepared = replace(prepared, config=config)
             saved = checkpoint.newest(folder / "checkpoints", warn=say)
-    config, decided = prepared.config, settings(prepared.config, prepared)
+    config, decided = prepared.config, prepare.settings(prepared.config, prepared)
 
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
@@ -490,9 +232,10 @@ def start(
             if state is None:
                 models = _models(prepared.base, config, dtype, device)
                 state = _state(models, prepared.base, config, device, dtype, saved)
+            at = _telling(config, prepared, state, per_epoch, saved, clock)
             _drain(
-                models["unet"], prepared, state, config, folder, decided, total, say, progress, stop, listeners, losses,
-                team,
+                models["unet"], prepared, state, config, folder, decided, at, total, say, progress, stop, listeners,
+                losses, team,
             )  # fmt: skip
             break
         except (RuntimeError, MemoryError) as error:
@@ -504,7 +247,7 @@ def start(
         except train.Diverged as error:
             factor = state.rate_factor / 2
             with team.in_turn():
-                saved = _last_good(folder / "checkpoints", config.save_every)
+                saved = _last_good(folder / "checkpoints")
             back = saved.step if saved else 0
             if factor < LEAST_FACTOR:
                 raise FloatingPointError(_hopeless(error, config)) from error
@@ -514,63 +257,163 @@ def start(
         if full:
             lower = below[0]
             if state:
-                saved = _saved_anyhow(folder / "checkpoints", state, settings(lower, prepared))
+                about = {"family": prepared.base.family, "metadata": at(state.step)}
+                saved = _saved_anyhow(folder / "checkpoints", state, lower, prepare.settings(lower, prepared), about)
             models = state = None
             gc.collect()
             cache.free(device)
             back = f"step {saved.step}" if saved else "the beginning"
-            say(f"memory    none left ({full}). Going on from {back} with {_changes(config, lower)}.")
-            prepared = prepare(lower, folder, say=say, progress=progress, rungs=below)
-            config, decided = prepared.config, settings(prepared.config, prepared)
+            say(f"memory    none left ({full}). Going on from {back} with {prepare.changes(config, lower)}.")
+            prepared = prepare.run(lower, folder, say=say, progress=progress, rungs=below)
+            config, decided = prepared.config, prepare.settings(prepared.config, prepared)
             _write(config, folder)
             per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
     if not team.first:
         return Result(folder, config, state.step, total, [], None, None)
     adapter = state.adapter
-    _draw_loss(folder, config)
     if state.step < total:
+        _draw(say, "loss.png", lambda: _draw_loss(folder, config))
         say(f"stopped   at step {state.step} of {total}, saved. Start again to go on from there.")
         done = [losses[step] for step in sorted(losses)]
-        return Result(folder, config, state.step, total, done, None, None, best_checkpoint(folder)[0])
+        return Result(folder, config, state.step, total, done, None, None, record.best_checkpoint(folder)[0])
 
-    metadata = export.run_metadata(
-        config, prepared.base, prepared.dataset, steps=total, epochs=-(-total // per_epoch), started=started,
-        finished=time.time(), adapter=adapter, batches=prepared.batches,
-        prior=prepared.prior_repeats, thumbnail=_thumbnail(folder / "samples" / f"step-{total:06d}"),
-    )  # fmt: skip
+    thumbnail = record.thumbnail(folder / "samples" / f"step-{total:06d}")
     with state.evaluated():
-        lora = export.save(adapter, prepared.base, folder / f"{config.name}.safetensors", metadata=metadata)
+        lora = export.save(
+            adapter, prepared.base, folder / f"{config.name}.safetensors", metadata=at(total) | thumbnail
+        )
         proof = export.prove(lora, adapter, prepared.base)
     say(f"export    {lora.name}, {lora.stat().st_size / 1e6:.1f} MB, kohya's format (A1111, Forge, ComfyUI, Civitai)")
     say(f"proof     read back: {proof.describe()}")
-    best, advice = best_checkpoint(folder)
+    _draw(say, "loss.png", lambda: _draw_loss(folder, config))
+    best, advice = record.best_checkpoint(folder)
     if best:
         say(f"best      {best.name}. {advice}")
     del models, adapter, state
     cache.free(device)
-    comparison = compare(prepared.base, lora, prepared.prompts, config, folder / "comparison.png", progress=progress)
-    say(f"look      {comparison.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
+    sheet = folder / "comparison.png"
+    comparison = _draw(
+        say, sheet.name, lambda: compare(prepared.base, lora, prepared.prompts, config, sheet, progress=progress)
+    )
+    if comparison:
+        say(f"look      {sheet.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
+    if config.backup:
+        _bring_finished(config, folder, [path for path in (lora, comparison) if path], total, say)
     return Result(folder, config, total, total, [losses[step] for step in sorted(losses)], lora, comparison, best)
 
 
 def _ready(
-    config: Config, folder: Path, team: processes.Team, say: Callable[[str], None], progress: bool
+    config: Config, folder: Path, team: processes.Team, say: Callable[[str], None], progress: bool, fork: Path | None
 ) -> tuple[Prepared, checkpoint.Checkpoint | None]:
     """Prepare a run, or find where it goes on, and write down the settings it has."""
-    prepared = prepare(config, folder, say=say, progress=progress, shared_by=team.size)
-    saved = checkpoint.newest(folder / "checkpoints", warn=lambda text: say(f"resume    {text}"))
-    if saved:
+    if fork and (fork / "cache").is_dir() and not (folder / "cache").exists():
+        shutil.copytree(fork / "cache", folder / "cache")  # nothing is encoded twice
+    prepared = prepare.run(config, folder, say=say, progress=progress, shared_by=team.size)
+    warn = lambda text: say(f"resume    {text}")  # noqa: E731
+    saved, fetched = checkpoint.newest(folder / "checkpoints", warn), None
+    if config.backup:
+        place, here = backup.place(config.backup, folder.name), saved.step if saved else 0
+        fetched = backup.newest(place, here, folder / "cache" / "fetched", checkpoint.read_whole, warn)
+    if saved := fetched or saved:
         saved = replace(saved, settings=_as_of_now(saved.settings))
         lower = _come_down(config, prepared, saved.settings)
-        if saved.settings not in [settings(above, prepared) for above in plan.ladder(config)]:
-            _same(saved.settings, settings(prepared.config, prepared), folder)
+        if saved.settings not in [prepare.settings(above, prepared) for above in plan.ladder(config)]:
+            _same(saved.settings, prepare.settings(prepared.config, prepared), folder)
         if lower != prepared.config:
-            say(f"memory    goes on with {_changes(config, lower)}, which the run had come down to")
+            say(f"memory    goes on with {prepare.changes(config, lower)}, which the run had come down to")
             rungs = plan.ladder(config)
             below = rungs[rungs.index(lower) :]
-            prepared = prepare(lower, folder, say=say, progress=progress, shared_by=team.size, rungs=below)
+            prepared = prepare.run(lower, folder, say=say, progress=progress, shared_by=team.size, rungs=below)
+    if fetched:
+        saved = replace(saved, path=_take_in(fetched.path, folder))
+        say(f"resume    step {saved.step} comes from the second place")
+    if fork and not saved:
+        saved = _forked(fork, folder, prepared, warn)
+        say(f"fork      begins where {fork.name} was at step {saved.step}")
     _write(prepared.config, folder)
     return prepared, saved
+
+
+def _take_in(fetched: Path, folder: Path) -> Path:
+    """Put a checkpoint that was fetched among the run's own, and its log in place of an older one."""
+    log, path = fetched.with_name("log.jsonl"), folder / "checkpoints" / fetched.name
+    path.parent.mkdir(exist_ok=True)
+    if log.exists():
+        log.replace(folder / "log.jsonl")
+    return fetched.replace(path)
+
+
+def _forked(origin: Path, folder: Path, prepared: Prepared, warn: Callable[[str], None]) -> checkpoint.Checkpoint:
+    """The first checkpoint of a run that begins where another one is.
+
+    Raises:
+        ValueError: there is nothing to begin from, it is past this run's end, or its weights are for other modules.
+    """
+    saved = checkpoint.newest(origin / "checkpoints", warn)
+    if saved is None:
+        raise ValueError(f"{origin.name} has no checkpoint to fork from. Name the folder of a run that has saved one.")
+    if saved.step >= (total := prepared.config.total_steps(prepared.batches)):
+        raise ValueError(f"{origin.name} is at step {saved.step}: set steps above that, it is {total} now.")
+    forked = checkpoint.fork(saved, folder / "checkpoints", prepare.settings(prepared.config, prepared))
+    if (log := origin / "log.jsonl").exists():
+        shutil.copyfile(log, folder / "log.jsonl")
+    return forked
+
+
+def _room(prepared: Prepared, folder: Path, say: Callable[[str], None]) -> None:
+    """Say how much of the disk the run may take, and make sure that it can be saved at all.
+
+    Raises:
+        OSError: there is no room for two checkpoints, as replacing one needs, and the finished file.
+    """
+    config, prediction = prepared.config, prepared.prediction
+    averaged = bool(config.ema_decay) or config.optimizer == "adamw_schedulefree"
+    whole, weights = checkpoint.sizes(prediction.adapter, prediction.optimizer, averaged)
+    regular = -(-config.total_steps(prepared.batches) // config.save_every)
+    thinned = max(0, min(regular, config.keep_checkpoints or regular) - config.keep_states)
+    least = 2 * whole + prediction.file_size
+    most = (config.keep_states + 1) * whole + thinned * weights + prediction.file_size
+    here = sum(path.stat().st_size for path in checkpoint.paths(folder / "checkpoints"))
+    free = shutil.disk_usage(folder).free + here
+    readable = memory.readable
+    say(
+        f"disk      {readable(most)} predicted for checkpoints ({readable(whole)} each, of all but the newest "
+        f"{config.keep_states} the weights, {readable(weights)}) and the file; {readable(free)} free"
+    )
+    if free < least:
+        raise OSError(
+            errno.ENOSPC,
+            f"no room for the run in {folder.name}: {least:,} bytes are needed at least, {free:,} are free. Make room "
+            "or choose another folder",
+        )
+    if free < most:
+        say(
+            "          not enough for all: raise save_every, set keep_checkpoints or make room. What finds none is told"
+        )
+
+
+def _bring_finished(
+    config: Config, folder: Path, made: Sequence[Path], step: int, say: Callable[[str], None]
+) -> None:  # fmt: skip
+    """Copy what was made to the second place, under names with its step."""
+    copier = backup.Copier(backup.place(config.backup, folder.name), config.keep_states)
+    copier.put(step, {f"{path.stem}-step-{step:06d}{path.suffix}": path for path in made})
+    copier.close(PATIENCE)
+    for text in copier.told():
+        say(text)
+
+
+def _telling(
+    config: Config, prepared: Prepared, state: train.State, per_epoch: int, saved: checkpoint.Checkpoint | None,
+    clock: Callable[[], float],
+) -> Callable[[int], dict[str, str]]:  # fmt: skip
+    """What makes of a step the metadata of a LoRA that was trained until then."""
+    said = ((saved.about or {}) if saved else {}).get("metadata", {})
+    about = metadatas.of_run(
+        config, prepared.base, prepared.dataset, adapter=state.adapter, batches=prepared.batches,
+        started=float(said.get("ss_training_started_at", clock())), prior=prepared.prior_repeats,
+    )  # fmt: skip
+    return lambda step: about | metadatas.at_step(step, -(-step // per_epoch), clock())
 
 
 def _write(config: Config, folder: Path) -> None:
@@ -578,11 +421,14 @@ def _write(config: Config, folder: Path) -> None:
         partial.write_text(config.to_json(), encoding="utf-8")
 
 
-def _saved_anyhow(folder: Path, state: train.State, decided: dict) -> checkpoint.Checkpoint | None:
+def _saved_anyhow(
+    folder: Path, state: train.State, config: Config, decided: dict, about: dict
+) -> checkpoint.Checkpoint | None:  # fmt: skip
     """A checkpoint of the last whole step, written now; where an update was cut in its midst, the newest there is."""
     if state.updating:
         return checkpoint.newest(folder)
-    return checkpoint.read(checkpoint.save(folder / checkpoint.name(state.step), state, decided))
+    path, regular = folder / checkpoint.name(state.step), state.step % config.save_every == 0
+    return checkpoint.read(checkpoint.save(path, state, decided, regular=regular, about=about))
 
 
 def _models(base: bases.Base, config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
@@ -607,17 +453,17 @@ def _state(
     return state
 
 
-def _last_good(folder: Path, every: int) -> checkpoint.Checkpoint | None:
+def _last_good(folder: Path) -> checkpoint.Checkpoint | None:
     """The newest regular checkpoint before any step of the bad row; newer ones are put aside as `….diverged`.
 
-    Only regular ones, at multiples of `every`: a run that was stopped in between goes back as far as one that was not.
+    Only regular ones: a run that was stopped in between goes back as far as one that was not.
     """
-    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+    for path in checkpoint.paths(folder):
         try:
-            found = checkpoint.read(path)
+            found = checkpoint.read_whole(path)
         except ValueError:
             continue
-        if found.step % every == 0 and not found.tensors["skipped"].any():
+        if found.regular and found.clean:
             return found
         path.replace(path.with_suffix(".diverged"))
     return None
@@ -632,21 +478,11 @@ def _hopeless(error: Exception, config: Config) -> str:
 
 
 def _drain(
-    unet,
-    prepared,
-    state,
-    config,
-    folder,
-    decided,
-    total,
-    say,
-    progress,
-    stop,
-    listeners,
-    losses: dict[int, float],
-    team: processes.Team,
-) -> None:
-    """The training itself, with the run's own listeners; saves where it is stopped, puts down each step's loss."""
+    unet, prepared: Prepared, state: train.State, config: Config, folder: Path, decided: dict,
+    at: Callable[[int], dict[str, str]], total: int, say: Callable[[str], None], progress: bool, stop: threading.Event,
+    listeners: Sequence[Callable[[Step], None]], losses: dict[int, float], team: processes.Team,
+) -> None:  # fmt: skip
+    """The training itself, with the run's own listeners; saves where it ends, puts down each step's loss."""
     loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config, team)
     if not team.first:
         train.run(loop, stop=stop, team=team)
@@ -664,30 +500,33 @@ def _drain(
             line.update(step.number - line.n)
 
         on_board = _board(folder / "tensorboard", state.step, say)
-        log = Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses)
-        keep = checkpoint.every(config.save_every, folder / "checkpoints", state, decided)
-
-        def safely(step: Step) -> None:
-            if step.number % config.save_every == 0:
-                log.flush()  # what a checkpoint goes on from is on disk before it
-            keep(step)
-
+        log = record.Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses)
+        copier = backup.Copier(backup.place(config.backup, folder.name), config.keep_states) if config.backup else None
+        about = lambda step: {"family": prepared.base.family, "metadata": at(step)}  # noqa: E731
+        keeper = record.Keeper(folder, state, decided, config, about, log, copier, say)
+        keep = checkpoint.every(config.save_every, config.save_minutes, keeper)
+        own = [log, keep, sampler(unet, state, prepared, config, folder, say, on_board), watch]
+        if prepared.held_out:
+            own_pictures = [picture for picture in prepared.pictures if not picture.prior]
+            judge = evaluate.every(
+                config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
+                config, lambda mark: log.marks.update({mark.step: mark.facts()}),
+            )  # fmt: skip
+            own.insert(1, judge)
         try:
-            own = [log, safely, sampler(unet, state, prepared, config, folder, say, on_board), watch]
-            if prepared.held_out:
-                own_pictures = [picture for picture in prepared.pictures if not picture.prior]
-                judge = evaluate.every(
-                    config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
-                    config, lambda mark: log.marks.update({mark.step: mark.facts()}),
-                )  # fmt: skip
-                own.insert(1, judge)
-            done = train.run(loop, *own, *listeners, stop=stop, team=team)
+            train.run(loop, *own, *listeners, stop=stop, team=team)
+            if state.step < total:  # at its end there is the finished file, which needs less room
+                keeper.stopped()
+        except BaseException as error:
+            # A run that diverged goes back, and one that lacks memory is saved with the settings it comes down to.
+            if not isinstance(error, train.Diverged) and not train.out_of_memory(error):
+                keeper.stopped(error)
+            raise
         finally:
-            log.flush()
-            if on_board:
-                on_board.close()
-        if done and done[-1].number < total:
-            checkpoint.save(folder / "checkpoints" / checkpoint.name(state.step), state, decided)
+            log.close()
+            if copier:
+                copier.close(PATIENCE)
+            keeper.listen()
 
 
 def _board(folder: Path, resumed_at: int, say: Callable[[str], None]) -> board.Board | None:
@@ -698,20 +537,13 @@ def _board(folder: Path, resumed_at: int, say: Callable[[str], None]) -> board.B
         return None
 
 
-def best_checkpoint(folder: Path) -> tuple[Path | None, evaluate.Advice | None]:
-    """The saved checkpoint nearest to the lowest validation loss, and what the curve says; None where none was made."""
-    log = plots.read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-    marks = [(line["step"], line["validation_loss"]) for line in log if "validation_loss" in line]
-    saved = {int(path.stem.removeprefix("step-")): path for path in (folder / "checkpoints").glob("step-*.safetensors")}
-    if not marks or not saved:
-        return None, None
-    advice = evaluate.advise(*zip(*marks, strict=True))
-    return saved[min(saved, key=lambda step: (abs(step - advice.best), -step))], advice
-
-
-def _thumbnail(samples: Path) -> Image.Image | None:
-    first = next(iter(sorted(samples.glob("*.png"))), None)
-    return Image.open(first) if first else None
+def _draw(say: Callable[[str], None], what: str, how: Callable[[], Path | None]) -> Path | None:
+    """A picture of the run; what stands in its way is said, and undoes nothing."""
+    try:
+        return how()
+    except Exception as error:  # a full disk or card too
+        say(f"look      no {what}: {type(error).__name__}: {error}")
+        return None
 
 
 def _draw_loss(folder: Path, config: Config) -> None:
@@ -727,7 +559,7 @@ def compare(
 ) -> Path:  # fmt: skip
     """A sheet of pictures made with the exported file: a row a prompt, a column a strength, the same noise in each."""
     loaded = export.load(lora)
-    with bar(progress) as show:
+    with prepare.bar(progress) as show:
         rows = sample.generate(
             base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
             attach=lambda models: export.inject(models, base, loaded), adapts=loaded.adapts, steps=config.sample_steps,
@@ -738,29 +570,3 @@ def compare(
     labels = ["base" if s == 0 else f"strength {s:g}" for s in strengths]
     plots.grid(rows, row_labels=list(prompts), column_labels=labels, path=path)
     return path
-
-
-def describe(folder: str | Path) -> dict:
-    """What a run folder is and how far it came, from its own files.
-
-    Raises:
-        FileNotFoundError, ValueError: no run there.
-    """
-    folder = Path(folder)
-    config = configs.load(folder / "config.json")
-    checkpoints = []
-    for path in sorted((folder / "checkpoints").glob("step-*.safetensors")):
-        try:
-            checkpoints.append({"step": checkpoint.read(path).step, "file": path.name, "intact": True})
-        except ValueError as error:
-            checkpoints.append({"file": path.name, "intact": False, "problem": str(error)})
-    log = plots.read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-    lora = folder / f"{config.name}.safetensors"
-    best, advice = best_checkpoint(folder)
-    return {
-        "kind": "run", "name": config.name, "steps": log[-1]["step"] if log else 0,
-        "loss": plots.smooth([line["loss"] for line in log])[-1] if log else None,
-        "checkpoints": checkpoints, "best": best.name if best else None,
-        "advice": str(advice) if advice else None, "finished": lora.name if lora.exists() else None,
-        "config": config.model_dump(mode="json"),
-    }  # fmt: skip

@@ -375,9 +375,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def interruptible(stop: threading.Event) -> Iterator[threading.Event]:
-    """Let the first Interrupt (Ctrl-C) set `stop` instead of raising inside a step; a second one raises.
+    """Let the first Interrupt (Ctrl-C, or the host's SIGTERM) set `stop` instead of ending a step; a second one raises.
 
-    Outside the main thread nothing is changed: whoever supervises the thread sets `stop`.
+    A closed terminal counts too (SIGHUP), unless the program was told not to mind it. Outside the main thread nothing
+    is changed: whoever supervises the thread sets `stop`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -388,11 +389,15 @@ def interruptible(stop: threading.Event) -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = [signal.signal(number, handle) for number in numbers]
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, own in zip(numbers, before, strict=True):
+            signal.signal(number, own or signal.SIG_DFL)  # None: not Python's own
 
 
 def run(

@@ -4,14 +4,14 @@ import torch
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import run, train
+from lorakit import prepare, train
 
 CPU = torch.device("cpu")
 
 
 def prepared(settings, folder):
     """The run's pictures and texts, encoded into a folder."""
-    return run.prepare(settings, folder / "prepared", say=lambda _: None, progress=False)
+    return prepare.run(settings, folder / "prepared", say=lambda _: None, progress=False)
 
 
 def begin(settings, ready):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -162,3 +163,57 @@ def test_only_what_has_learned_is_encoded_anew(small_bases):
         rest = [x for x in range(32) if x not in range(place.start, place.stop)]
         assert torch.equal(some[..., rest], -embeddings[..., rest])
     assert bases.encode_anew(base, {}, embeddings, pooled, tokens)[0].equal(embeddings)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
+def test_weights_are_found_by_header_and_read_one_by_one(small_bases, family):
+    base = bases.open(small_bases[family])
+    for component in ("unet", "vae", *base.text_encoders):
+        load = {"unet": bases.load_unet, "vae": bases.load_vae}.get(component)
+        text = () if load else bases.load_text_encoder(base, torch.float32, CPU, component)
+        model = load(base, torch.float32, CPU) if load else text[0]
+        own = {name.removeprefix("text_model."): weight for name, weight in model.named_parameters()}
+        places = bases.weights(base, component)
+        assert own.keys() <= places.keys()
+        for name, weight in own.items():
+            assert places[name].shape == weight.shape and places[name].read().equal(weight)
+        if component != "vae":
+            empty = {name.removeprefix("text_model."): x for name, x in bases.empty(base, component).named_parameters()}
+            assert {name: x.shape for name, x in empty.items()} == {name: x.shape for name, x in own.items()}
+            assert all(weight.is_meta for weight in empty.values())
+
+
+def test_the_files_that_hold_a_component(tmp_path, small_bases):
+    base = bases.open(shutil.copytree(small_bases["sd15"], tmp_path / "base"))
+    folder = base.folder / "unet"
+    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another form")
+    assert bases.weight_files(base, "unet") == [folder / "diffusion_pytorch_model.safetensors"]
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    assert bases.weight_files(base, "unet") == [folder / "diffusion_pytorch_model.fp16.safetensors"]
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    where = {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}
+    index.write_text(json.dumps({"weight_map": where}))
+    (folder / "one.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="unet/ of base lacks two.safetensors. Copy or fetch it again"):
+        bases.weight_files(base, "unet")
+    (folder / "two.safetensors").write_bytes(b"")
+    assert bases.weight_files(base, "unet") == [folder / "one.safetensors", folder / "two.safetensors"]
+
+
+def test_what_a_pipeline_is_made_of(tmp_path, small_bases, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(bases, "_fetch", lambda name, patterns: fetched.append((name, patterns)))
+    base = bases.open(shutil.copytree(small_bases["sd15"], tmp_path / "owner" / "model"))
+    (base.folder / ".cache").mkdir()
+    names = ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+    assert [folder.name for folder in bases.component_folders(base)] == names
+    index = {"_class_name": "X", "unet": ["diffusers", "X"], "vae": ["diffusers", "X"], "safety_checker": [None, None]}
+    (base.folder / "model_index.json").write_text(json.dumps(index))
+    assert [folder.name for folder in bases.component_folders(base)] == ["unet", "vae"]
+    monkeypatch.chdir(tmp_path)
+    bases.component_folders(bases.open("owner/model"))  # a folder here, however much it looks like a hub id
+    assert not fetched
+    bases.component_folders(dataclasses.replace(base, name="owner/model"))
+    ((name, patterns),) = fetched
+    assert name == "owner/model" and {pattern.split("/")[0] for pattern in patterns} == {"unet", "vae"}
+    assert {"unet/*.json", "vae/diffusion_pytorch_model.safetensors", "unet/model-*.safetensors"} < set(patterns)

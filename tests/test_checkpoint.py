@@ -100,8 +100,13 @@ def test_other_files_are_no_checkpoints(tmp_path):
 
 def test_every_saves_in_its_rhythm_and_at_the_end(settings, ready, tmp_path):
     _, state, loop = begin(settings.with_(steps=5), ready)
-    train.run(loop, checkpoint.every(2, tmp_path, state, {}))
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == [checkpoint.name(n) for n in (2, 4, 5)]
+    saved, now = [], iter(range(0, 10_000, 100))  # seconds: 100 pass between any two looks
+    train.run(loop, checkpoint.every(4, 3, lambda regular: saved.append((state.step, regular)), lambda: next(now)))
+    assert saved == [(2, False), (4, True), (5, True)]
+    _, state, loop = begin(settings.with_(steps=5), ready)
+    saved = []
+    train.run(loop, checkpoint.every(2, 0, lambda regular: saved.append((state.step, regular))))
+    assert saved == [(2, True), (4, True), (5, True)]
 
 
 def test_weights_that_were_grouped_otherwise_are_refused(settings, ready, tmp_path):

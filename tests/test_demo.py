@@ -8,7 +8,7 @@ import torch
 from lorakit import adapter as adapters
 from lorakit import base as bases
 from lorakit import config as configs
-from lorakit import demo, run, train
+from lorakit import demo, prepare, train
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def test_the_base_is_small_and_an_ordinary_folder():
 
 
 def test_thirty_pictures_with_captions_and_licences():
-    pictures = run.scan(demo.config())
+    pictures = prepare.scan(demo.config())
     assert len(pictures) == 30 and not pictures.problems
     assert all(p.caption.startswith(f"{demo.TRIGGER} style, ") for p in pictures.pictures)
     shown = {prompt.split(", ")[1] for prompt in demo.PROMPTS}
@@ -45,7 +45,7 @@ def test_the_demo_keeps_the_style_presets_rank_and_alpha():
 def test_the_loss_falls_on_the_demo(tmp_path):
     """In a short run, on the same noise and timesteps for the bare base and for what was learned."""
     settings = demo.config(steps=80)
-    ready = run.prepare(settings, tmp_path, say=lambda _: None, progress=False)
+    ready = prepare.run(settings, tmp_path, say=lambda _: None, progress=False)
     unet = bases.load_unet(ready.base, torch.float32, CPU)
     adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
     state = train.start(adapter, settings, CPU, torch.float32)

@@ -7,7 +7,7 @@ from loops import begin
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import checkpoint, demo, evaluate, plots, run, train
+from lorakit import checkpoint, demo, evaluate, plots, prepare, record, run, train
 
 CPU = torch.device("cpu")
 DIGESTS = [f"{i * 7919:064x}"[::-1] for i in range(1, 41)]
@@ -70,7 +70,7 @@ def test_validation_leaves_the_run_bit_identical(settings, ready):
 def test_memorising_opens_the_gap(tmp_path):
     """Three pictures of the demo's, learned by heart at a high rate: theirs falls, and the others' does not follow."""
     settings = demo.config(steps=80, learning_rate=4e-3, batch_size=3)
-    ready = run.prepare(settings, tmp_path, say=lambda _: None, progress=False)
+    ready = prepare.run(settings, tmp_path, say=lambda _: None, progress=False)
     unet = bases.load_unet(ready.base, torch.float32, CPU)
     adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=0)
     state, seen = train.start(adapter, settings, CPU, torch.float32), []
@@ -152,7 +152,7 @@ def test_a_run_holds_pictures_out_and_names_its_best_checkpoint(settings, tmp_pa
     assert any(line.startswith("held out  2 of 6 pictures") for line in said)
     assert any(line.startswith("best      ") for line in said)
     assert result.best and result.best.name in {checkpoint.name(step) for step in (3, 6, 9, 12)}
-    assert run.describe(tmp_path / "run")["best"] == result.best.name
+    assert record.describe(tmp_path / "run")["best"] == result.best.name
 
 
 @pytest.mark.no_cover

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lorakit import adapter as adapters
 from lorakit import config as configs
 from lorakit import export, files
+from lorakit import metadata as metadatas
 from lorakit.base import Base
 from lorakit.dataset import Dataset, Picture
 
@@ -496,7 +497,7 @@ def test_a_wrong_file_is_caught(sd15, tmp_path, fault):
             tensors[f"lora_unet_conv_in.{part}"] = tensors[f"lora_unet_mid_block_attentions_0_proj_in.{part}"].clone()
     save_file(tensors, path, metadata)
     with pytest.raises(
-        RuntimeError, match="does not hold this adapter" if "ing" in fault or "super" in fault else "differs"
+        RuntimeError, match="does not hold this LoRA" if "ing" in fault or "super" in fault else "differs"
     ):
         export.prove(path, sd15.adapter, sd15.base)
 
@@ -518,10 +519,11 @@ def a_run(twin, **changes) -> dict[str, str]:
     settings = configs.Config(
         name="my cat_v1", trigger="sks cat", rank=4, alpha=3, epochs=10, batch_size=2, min_snr_gamma=None
     )  # fmt: skip
-    return export.run_metadata(
-        settings.with_(**changes), twin.base, a_dataset(), steps=120, epochs=10, started=1700000000.5,
-        finished=1700000600.0, adapter=twin.adapter, thumbnail=Image.new("RGBA", (1024, 512), "red"),
-    )  # fmt: skip
+    of_run = metadatas.of_run(
+        settings.with_(**changes), twin.base, a_dataset(), started=1700000000.5, adapter=twin.adapter
+    )
+    picture = metadatas.thumbnail(Image.new("RGBA", (1024, 512), "red"))
+    return of_run | metadatas.at_step(120, 10, 1700000600.0) | picture
 
 
 def test_metadata_of_a_run(sd15, tmp_path):
@@ -574,7 +576,7 @@ def test_the_thumbnail_is_small():
     import base64
     import io
 
-    url = export._data_url(Image.effect_noise((2000, 1000), 90))
+    url = metadatas.thumbnail(Image.effect_noise((2000, 1000), 90))["modelspec.thumbnail"]
     assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size == (256, 128)
 
 
@@ -673,7 +675,9 @@ def test_spoilt_weights_are_not_written(tmp_path, value, dtype):
 
 @pytest.mark.parametrize("name, layout", [("a.safetensors", "lycoris"), ("a.pt", "kohya")])
 def test_unknown_layouts_are_refused(sd15, tmp_path, name, layout):
-    with pytest.raises(ValueError, match="LoRAs are written in layout 'kohya' as .safetensors"):
+    with pytest.raises(
+        ValueError, match="layout '(lycoris' is unknown|kohya' is written as a file that ends in .safetensors)"
+    ):
         export.save(sd15.adapter, sd15.base, tmp_path / name, layout=layout)
 
 

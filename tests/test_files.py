@@ -80,3 +80,74 @@ def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder"), files.replacing(tmp_path):
         pass
     assert tmp_path.is_dir()
+
+
+# ── Folders ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_new_folder_appears_whole(tmp_path):
+    path = tmp_path / "outer" / "new"
+    for number in range(2):
+        with files.new_folder(path) as partial:
+            assert partial.parent == path.parent and partial.name == ".new.partial"
+            (partial / "inner").mkdir()
+            (partial / "inner" / "a.txt").write_text(f"{number}")
+            assert sorted(os.listdir(path.parent)) == [".new.partial", *(["new"] if number else [])]
+        assert os.listdir(path.parent) == ["new"] and (path / "inner" / "a.txt").read_text() == f"{number}"
+        (path / "inner" / "a.txt").unlink()
+        (path / "inner").rmdir()  # an empty folder of that name is taken
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EIO, "input/output error")])
+def test_an_error_leaves_no_folder(tmp_path, error):
+    with pytest.raises(type(error)) as raised, files.new_folder(tmp_path / "new") as partial:
+        (partial / "a.txt").write_text("half of")
+        raise error
+    assert raised.value is error and os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_program_left_of_a_folder_is_not_kept(tmp_path):
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / "old.txt").write_text("of a run that was killed")
+    with files.new_folder(tmp_path / "new") as partial:
+        (partial / "a.txt").write_text("x")
+    assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["a.txt"]
+
+
+@pytest.mark.parametrize("held", ["a folder", "a file"])
+def test_what_is_there_is_left_alone(tmp_path, held):
+    path = tmp_path / "new"
+    if held == "a folder":
+        path.mkdir()
+        (path / "a.txt").write_text("old")
+    else:
+        path.write_text("old")
+    with (
+        pytest.raises(FileExistsError, match="new is there already: name a new folder, or remove it first"),
+        files.new_folder(path),
+    ):
+        raise AssertionError("the block is not to be entered")
+    assert os.listdir(tmp_path) == ["new"] and (path / "a.txt" if path.is_dir() else path).read_text() == "old"
+
+
+def test_a_disk_that_is_full_leaves_no_folder(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no room for new in .*: more than 7 bytes are needed") as raised:  # noqa: SIM117
+        with files.new_folder(tmp_path / "new") as partial:
+            (partial / "a.txt").write_text("half of")
+    assert raised.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []
+
+
+def test_a_folder_where_nothing_may_be_made(tmp_path, monkeypatch):
+    def forbidden(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(files.Path, "mkdir", forbidden)
+    with (
+        pytest.raises(PermissionError, match="new cannot be written in .*permission denied. Choose another folder"),
+        files.new_folder(tmp_path / "new"),
+    ):
+        raise AssertionError("the block is not to be entered")

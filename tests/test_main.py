@@ -94,3 +94,50 @@ def test_a_preset_is_a_config_to_start_from(tmp_path):
     (tmp_path / "style.json").write_text(lorakit("preset", "style", "sdxl", "--trigger", "sks style").stdout)
     settings = json.loads((tmp_path / "style.json").read_text())
     assert (settings["rank"], settings["resolution"], settings["trigger"]) == (128, 1024, "sks style")
+
+
+def test_what_can_be_made_of_a_run_at_a_terminal(config_file, settings, tmp_path):
+    """A second run forked from the first with copies elsewhere; exports, merges, another rank, a base and back."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    told("train", config_file, "--out", run, "--backup", tmp_path / "drive")
+    assert (tmp_path / "drive" / "run" / "step-000006.safetensors").is_file()
+    longer = tmp_path / "longer.json"
+    longer.write_text(settings.with_(steps=8).to_json())
+    assert "fork      begins where run was at step 6" in told("train", longer, "--out", tmp_path / "two", "--fork", run)
+    lora = tmp_path / "two" / "thing.safetensors"
+
+    said = told("export", run, "--step", 3, "--format", "diffusers", "--dtype", "bf16", "--out", out / "a.safetensors")
+    assert "proof     read back: ΔW of all" in said
+    told("export", lora, "--format", "peft", "--out", out / "peft")
+    assert (out / "peft" / "unet" / "adapter_config.json").is_file()
+    assert json.loads(told("info", out / "a.safetensors", "--json"))["dtype"] == ["bfloat16"]
+    assert "kind         LoRA" in told("info", out / "peft")
+
+    said = told("merge", run, lora, "--strength", 0.5, "--strength", -0.2, "--out", out / "both.safetensors")
+    assert "modules of rank 8 keep 100.0% of the change" in said
+    assert "of rank 2 keep" in told("resize", out / "both.safetensors", "--rank", 2, "--out", out / "small.safetensors")
+    tables = told("info", out / "small.safetensors")
+    assert "down_blocks.0   attention" in tables and "share" in tables and "all " in tables
+
+    told("merge", lora, "--base", settings.base, "--out", out / "tuned")
+    told("extract", out / "tuned", settings.base, "--rank", 4, "--out", out / "again.safetensors", "--dtype", "fp32")
+    facts = json.loads(told("info", out / "again.safetensors", "--json"))
+    assert (facts["family"], facts["rank"]) == ("sd15", [4])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["export", "{run}", "--step", "5", "--out", "a.safetensors"], "run has no checkpoint of step 5. It has 3, 6"),
+        (["export", "{run}", "--dtype", "fp8", "--out", "a.safetensors"], "dtype 'fp8' is unknown. Use fp16"),
+        (["export", "{run}", "--format", "ckpt", "--out", "a.safetensors"], "layout 'ckpt' is unknown"),
+        (["export", "{run}", "--out", "a.pt"], "layout 'kohya' is written as a file"),
+        (["upload", "{run}", "nobody"], "names no repository on the Hub"),
+    ],
+)  # fmt: skip
+def test_mistakes_with_a_run(settings, tmp_path, arguments, message):
+    from lorakit import run
+
+    run.start(settings, tmp_path / "run", say=lambda _: None, progress=False)
+    done = CliRunner().invoke(app, [argument.replace("{run}", str(tmp_path / "run")) for argument in arguments])
+    assert message in str(done.exception)

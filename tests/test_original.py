@@ -166,6 +166,29 @@ def test_a_file_holds_what_its_folder_holds(made, family):
             assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize("family", WIDTHS)
+def test_a_weight_of_a_file_is_read_alone(made, family):
+    folder, file = (bases.open(reference) for reference in made[family])
+    for component in ("unet", *folder.text_encoders):
+        theirs, ours = bases.weights(file, component), bases.weights(folder, component)
+        assert ours.keys() - {"embeddings.position_ids"} <= theirs.keys()
+        for name in ours.keys() & theirs.keys():
+            assert theirs[name].shape == ours[name].shape, name
+        ends = ("q_proj.weight", "v_proj.bias", "conv_in.weight", "projection.weight")
+        some = [name for name in ours if name.endswith(ends)]
+        assert some and all(torch.equal(theirs[name].read(), ours[name].read()) for name in some)
+
+
+def test_a_header_is_told_in_the_files_own_order(tmp_path):
+    tensors = {"b": torch.ones(2, 3), "a": torch.ones(4, dtype=torch.float16), "none": torch.empty(0)}
+    save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
+    metadata, table = original.header(tmp_path / "x.safetensors")
+    assert metadata == {"format": "pt"} and table.keys() == tensors.keys()
+    ends = [0, *(entry["data_offsets"][1] for entry in table.values())]
+    assert [entry["data_offsets"][0] for entry in table.values()] == ends[:-1] and ends[-1] == 32
+    assert table["a"]["dtype"] == "F16" and table["b"]["shape"] == [2, 3]
+
+
 def test_prompts_fill_up_as_each_encoder_learned(made):
     """OpenAI's CLIP repeats its last word, OpenCLIP has zeros."""
     for family, which, filling in (

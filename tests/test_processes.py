@@ -44,9 +44,12 @@ def test_two_processes_learn_what_one_does(settings, tmp_path):
     assert two == pytest.approx(one.losses, rel=1e-5, abs=2e-6)  # the log has six decimals
     first, second = (checkpoint.newest(tmp_path / name / "checkpoints") for name in ("one", "two"))
     assert first.step == second.step == 5 and first.settings == second.settings
-    for name, tensor in first.tensors.items():
-        if name.startswith("adapter."):
-            assert torch.allclose(tensor, second.tensors[name], rtol=1e-3, atol=1e-5), name
+    # As a whole: AdamW makes full steps of gradients that are nothing but rounding, and so of their sign.
+    one, two = (
+        torch.cat([tensor.flatten() for name, tensor in sorted(found.tensors.items()) if name.startswith("adapter.")])
+        for found in (first, second)
+    )
+    assert (one - two).norm() < 1e-3 * one.norm(), (one - two).norm() / one.norm()
     assert export.describe(tmp_path / "two" / "thing.safetensors")["hash"] == "verified"
 
 

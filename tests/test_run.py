@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import checkpoint, export, memory, plan, plots, run, train
+from lorakit import cache, checkpoint, export, memory, plan, plots, prepare, record, run, train
 
 
 def tensor_bytes(file):
@@ -109,7 +110,7 @@ def test_a_wrong_dataset_or_base_is_told_before_anything_is_made(settings, tmp_p
     ]:
         with pytest.raises(kind):
             run.start(settings.with_(**changes), tmp_path / "out", **QUIET)
-        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+        assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == [".lock"]
     with pytest.raises(ValueError, match="multiples of 8 pixels"):
         run.start(settings.with_(resolution=36, bucket_step=12), tmp_path / "out", **QUIET)
 
@@ -141,11 +142,11 @@ def test_an_error_in_the_loop_leaves_log_and_checkpoints(settings, tmp_path):
 
 def test_a_folder_tells_what_it_is(settings, tmp_path):
     run.start(settings, tmp_path / "out", **QUIET)
-    facts = run.describe(tmp_path / "out")
+    facts = record.describe(tmp_path / "out")
     assert (facts["kind"], facts["steps"], facts["finished"]) == ("run", 6, "thing.safetensors")
     assert [c["intact"] for c in facts["checkpoints"]] == [True, True]
     with pytest.raises(FileNotFoundError):
-        run.describe(tmp_path)
+        record.describe(tmp_path)
 
 
 def test_no_path_of_the_machine_reaches_a_checkpoint_or_the_lora(settings, tmp_path):
@@ -269,9 +270,7 @@ def test_a_run_begun_before_a_setting_was_known_goes_on(settings, tmp_path):
         facts, tensors = json.loads(file.metadata()["lorakit"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for name in ("text_encoder_rate", "micro_batch_size", "algorithm"):
         del facts["settings"][name]
-    save_file(
-        tensors, path, {"lorakit": json.dumps(facts, sort_keys=True), "digest": checkpoint._digest(tensors, facts)}
-    )
+    save_file(tensors, path, {"lorakit": json.dumps(facts, sort_keys=True), "digest": cache.digest(tensors, facts)})
     said = []
     assert run.start(settings, tmp_path / "run", say=said.append, progress=False).steps == 6
     assert any("resume    at step 2" in line for line in said)
@@ -317,12 +316,12 @@ def test_nothing_left_to_give_up_is_an_error(settings, tmp_path, monkeypatch):
 
 def test_what_is_predicted_not_to_fit_comes_down_before_it_starts(settings, tmp_path, monkeypatch):
     said = []
-    whole = run.prepare(settings, tmp_path / "a", say=said.append, progress=False)
+    whole = prepare.run(settings, tmp_path / "a", say=said.append, progress=False)
     assert whole.config == settings
     asked = next(line for line in said if "peak" in line)
     for free, expected in ((10**9, {}), (1, {})):  # all of it, and so little that nothing helps
         monkeypatch.setattr(memory, "available", lambda device, free=free: free)
-        assert run.prepare(settings, tmp_path / "b", say=said.append, progress=False).config == settings.with_(
+        assert prepare.run(settings, tmp_path / "b", say=said.append, progress=False).config == settings.with_(
             **expected
         )
     predict = run.plan.predict
@@ -333,12 +332,12 @@ def test_what_is_predicted_not_to_fit_comes_down_before_it_starts(settings, tmp_
         return predict(base, config, **rest)
 
     monkeypatch.setattr(run.plan, "predict", remember)
-    run.prepare(settings, tmp_path / "c", say=said.append, progress=False)
+    prepare.run(settings, tmp_path / "c", say=said.append, progress=False)
     enough = int(peaks[True, "adamw"] / (1 - memory.MARGIN)) + 1000
     assert peaks[True, "adamw"] < peaks[False, "adamw"]
     monkeypatch.setattr(memory, "available", lambda device: enough)
     said.clear()
-    down = run.prepare(settings, tmp_path / "d", say=said.append, progress=False)
+    down = prepare.run(settings, tmp_path / "d", say=said.append, progress=False)
     assert down.config == settings.with_(gradient_checkpointing=True)
     assert any("which does not fit. Comes down to gradient_checkpointing True" in line for line in said), asked
 
@@ -386,12 +385,12 @@ def test_a_run_may_begin_from_a_file(settings, tmp_path):
 
 
 def test_pictures_are_held_out_by_name(settings, tmp_path):
-    ready = run.prepare(settings.with_(validation_pictures=("0.png", "3")), tmp_path, **QUIET)
+    ready = prepare.run(settings.with_(validation_pictures=("0.png", "3")), tmp_path, **QUIET)
     assert ready.names == ["1.png", "2.png", "4.png", "5.png"] and len(ready.held_out) == 2
     with pytest.raises(ValueError, match="pictures holds no picture '9'"):
-        run.prepare(settings.with_(validation_pictures=("9",)), tmp_path, **QUIET)
+        prepare.run(settings.with_(validation_pictures=("9",)), tmp_path, **QUIET)
     with pytest.raises(ValueError, match="none is left to train on"):
-        run.prepare(settings.with_(validation_pictures=tuple("012345")), tmp_path, **QUIET)
+        prepare.run(settings.with_(validation_pictures=tuple("012345")), tmp_path, **QUIET)
 
 
 @pytest.mark.no_cover
@@ -438,9 +437,9 @@ def test_a_rate_for_a_text_encoder_that_is_not_there(settings, tmp_path):
 def test_the_log_is_on_disk_before_a_checkpoint_is(settings, tmp_path, monkeypatch):
     whole, lines = checkpoint.save, []
 
-    def save(path, *rest):
+    def save(*arguments, **more):
         lines.append(len(plots.read_log(tmp_path / "run" / "log.jsonl")))
-        return whole(path, *rest)
+        return whole(*arguments, **more)
 
     monkeypatch.setattr(checkpoint, "save", save)
     run.start(settings.with_(validation_share=0.2, validate_every=3), tmp_path / "run", **QUIET)
@@ -456,7 +455,7 @@ def test_a_resumed_run_comes_down_by_its_own_rungs(settings, tmp_path, monkeypat
     run.start(settings, tmp_path / "run", stop=stop, listeners=[lambda s: stop.set() if s.number == 2 else None],
               **QUIET)  # fmt: skip
     monkeypatch.undo()
-    whole = run.prepare
-    monkeypatch.setattr(run, "prepare", lambda *a, rungs=(), **k: (asked.append(rungs), whole(*a, rungs=rungs, **k))[1])
+    whole = prepare.run
+    monkeypatch.setattr(prepare, "run", lambda *a, rungs=(), **k: (asked.append(rungs), whole(*a, rungs=rungs, **k))[1])
     run.start(settings, tmp_path / "run", **QUIET)
     assert asked == [(), rungs[1:]]

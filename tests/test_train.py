@@ -11,7 +11,7 @@ from PIL import Image
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import dataset, evaluate, loss, optim, run, train
+from lorakit import dataset, evaluate, loss, optim, prepare, train
 from lorakit.processes import Team
 
 CPU = torch.device("cpu")
@@ -384,7 +384,7 @@ def test_regularisation_pictures_are_shown_as_often_as_the_others_and_weighed(se
     item = train.batch(ready.pictures, ready.texts, [0, 6], 0, 0, regular)
     assert item.weight.tolist() == [1.0, 0.5] and item.asks_base is None
     assert len(train.run(begin(regular, ready)[2])) == regular.steps
-    other = run.settings(regular, ready)
+    other = prepare.settings(regular, ready)
     assert str(tmp_path) not in str(other) and other["regularisation"] == ready.contents["regularisation"]
 
 
