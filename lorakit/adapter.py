@@ -502,11 +502,10 @@ def inject(
             paths = {n: _within(models, n) for n in names if which(n) == name}
             if not paths:
                 continue
-            exact = {n: f"^{re.escape(path)}$" for n, (_, path) in paths.items()}
             settings = kinds[algorithm](
                 r=rank, target_modules=[path for _, path in paths.values()], **own,
-                rank_pattern={pattern: ranks[n] for n, pattern in exact.items() if ranks[n] != rank},
-                alpha_pattern={pattern: alphas[n] for n, pattern in exact.items() if alphas[n] != alpha},
+                rank_pattern=_patterns({path: ranks[n] for n, (_, path) in paths.items()}, rank),
+                alpha_pattern=_patterns({path: alphas[n] for n, (_, path) in paths.items()}, alpha),
             )  # fmt: skip
             inject_adapter_in_model(settings, next(iter(paths.values()))[0], NAME)
     layers = {name: find(models, name) for name in names}
@@ -523,6 +522,14 @@ def inject(
             alphas[name], layer.scaling[NAME] = float(ranks[name]), 1.0
     holding = {name: model for name, model in models.items() if any(which(n) == name for n in names)}
     return Adapter(holding, layers, ranks, alphas, targets, algorithm)
+
+
+def _patterns(values: dict[str, float], usual: float) -> dict[str, float]:
+    """What differs from the usual, as PEFT takes it: one pattern a value, as it tries each on every module."""
+    paths: dict[float, list[str]] = {}
+    for path, value in values.items():
+        paths.setdefault(value, []).append(re.escape(path))
+    return {f"^({'|'.join(own)})$": value for value, own in paths.items() if value != usual}
 
 
 def _names(models: Models, targets: str) -> list[str]:

@@ -46,10 +46,10 @@ def kohya_name(module: str, family: str) -> str:
         ValueError: no Stable Diffusion has such a module.
     """
     if (which := adapters.which(module)) != "unet":
-        path = module.partition(".")[2]
-        if not adapters.TEXT.fullmatch(path):
+        path, begin = module.partition(".")[2], KOHYA_TEXT.get((which, family == "sdxl"))
+        if not (begin and adapters.TEXT.fullmatch(path)):
             raise ValueError(f"{module} is no module of a text encoder, so no other program would find it.")
-        return f"{KOHYA_TEXT[which, family == 'sdxl']}_text_model_{path.replace('.', '_')}"
+        return f"{begin}_text_model_{path.replace('.', '_')}"
     if module not in adaptable():
         raise ValueError(f"{module} is no module of a Stable Diffusion UNet, so no other program would find it.")
     return "lora_unet_" + (adaptable()[module] if family == "sdxl" else module).replace(".", "_")

@@ -220,6 +220,13 @@ def test_what_only_looks_like_a_text_encoders_layer(tmp_path):
     assert list(read.modules) == [MODULE] and sorted(read.aside) == sorted(odd)
 
 
+def test_a_second_text_encoder_is_sdxls_alone():
+    """Under another family's name it was a KeyError."""
+    assert lora.kohya_name("text_encoder_2.encoder.layers.0.mlp.fc1", "sdxl").startswith("lora_te2_")
+    with pytest.raises(ValueError, match="text_encoder_2.encoder.layers.0.mlp.fc1 is no module of a text encoder"):
+        lora.kohya_name("text_encoder_2.encoder.layers.0.mlp.fc1", "sd15")
+
+
 def test_lengths_for_other_columns(tmp_path):
     refused(
         a_lora(tmp_path / "a.safetensors", dora_scale=torch.ones(1, 5)), "has not one length for each of its 8 columns"
