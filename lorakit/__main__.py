@@ -65,6 +65,74 @@ def finish(result) -> None:
 
 
 @app.command()
+def caption(
+    what: Annotated[str, typer.Argument(help="audit, draft, template, replace or undo")],
+    dataset: Annotated[str, typer.Argument(help="folder with the pictures")],
+    words: Annotated[list[str] | None, typer.Argument(help="template: FORM; replace: FIND NEW")] = None,
+    trigger: Annotated[str, typer.Option(help="the word that calls the LoRA up")] = "",
+    kind: Annotated[str, typer.Option("--type", help="of audit: character, style, object or clothing")] = "character",
+    model: Annotated[
+        str, typer.Option(help="of draft: blip, blip-large, blip2, florence2, smolvlm, qwen3-vl, wd14, folder, hub id")
+    ] = "blip",
+    regex: Annotated[bool, typer.Option(help="FIND is a pattern, and NEW may name its groups")] = False,
+    overwrite: Annotated[bool, typer.Option(help="draft for captions written by hand as well")] = False,
+    write: Annotated[bool, typer.Option(help="do it; without, it is only shown")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Audit captions, draft them, put them into a form, replace text in them; seen first, and undone to the byte."""
+    from lorakit import captions
+    from lorakit import dataset as datasets
+
+    pictures, words = datasets.scan(dataset), words or []
+    old, root = captions.of(pictures), pictures.root
+    if what == "undo":
+        print(f"undone    {len(captions.undo(root))} captions are what they were before the last edit")
+        return
+    if what == "audit":
+        from lorakit.audit import audit
+
+        audited = audit(pictures, trigger, kind=kind)
+        print(json.dumps(audited.facts(), indent=2, ensure_ascii=False) if as_json else audited.describe())
+        return
+    if what == "draft":
+        from lorakit.draft import draft
+
+        new = draft(pictures, model, into=root if write else None, overwrite=overwrite)
+    elif what == "template" and len(words) < 2:
+        new = captions.template(old, *words, trigger=trigger)
+    elif what == "replace" and len(words) == 2:
+        new = captions.replace(old, *words, regex=regex)
+    else:
+        raise ValueError(f"There is no {' '.join([what, *words])!r}: use audit, draft, template, replace or undo.")
+    found = captions.changes(old, new)
+    if write and what != "draft":  # drafts are written as they are made
+        captions.write(found, root)
+    if as_json:
+        print(json.dumps({c.name: [c.before, c.after] for c in found}, indent=2, ensure_ascii=False))
+    elif write:
+        print(f"written   {len(found)} captions; `caption undo` takes them back")
+    else:
+        print(captions.preview(found))
+        print("Nothing is written yet: --write does it.")
+
+
+@app.command()
+def check(
+    dataset: Annotated[str, typer.Argument(help="folder, zip or tar with the pictures")],
+    kind: Annotated[str, typer.Option("--type", help="character, style, object or clothing")] = "character",
+    resolution: Annotated[int, typer.Option(help="training size in pixels")] = 512,
+    trigger: Annotated[str, typer.Option(help="the word that every caption should have")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Check pictures and captions before training: what is left out, what is wrong, and what to do about it."""
+    from lorakit import check as checks
+    from lorakit import dataset as datasets
+
+    report = checks.check(datasets.scan(dataset), kind=kind, resolution=resolution, trigger=trigger)
+    print(json.dumps(report.facts(), indent=2, ensure_ascii=False) if as_json else report.describe())
+
+
+@app.command()
 def preset(
     kind: Annotated[str, typer.Argument(help="character, style, object or clothing")],
     family: Annotated[str, typer.Argument(help="sd15, sd2 or sdxl")] = "sd15",

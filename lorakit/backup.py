@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from lorakit import files
 
 STATE = re.compile(r"(step|state)-(\d+)\.safetensors")  # one to go on from: regular, or saved in between
+OURS = re.compile(r"(?:step|state|log)-(\d+)\.")
 Source = Path | bytes
 Accepted = TypeVar("Accepted")
 
@@ -144,6 +145,10 @@ def place(reference: str, run: str) -> Place:
     folder = Path(reference).expanduser()
     if folder.is_file():
         raise ValueError(f"backup: {folder.name} is a file. Name a folder for the copies.")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"backup: the folder that {folder.name} would be in is not there. Is the drive mounted?"
+        )
     return Folder(folder / run)
 
 
@@ -160,6 +165,7 @@ class Copier:
         self.newest: int | None = None  # the last step that is safely there
         self.failed: str | None = None  # why the last one tried is not
         self._waiting: tuple[int, dict] | None = None
+        self._back: int | None = None
         self._told: list[str] = []
         self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="lorakit-backup", daemon=True)
@@ -175,6 +181,12 @@ class Copier:
         sized = {name: (it, it.stat().st_size if isinstance(it, Path) else len(it)) for name, it in copies.items()}
         with self._changed:
             self._waiting = step, sized
+            self._changed.notify()
+
+    def back(self, step: int) -> None:
+        """Have what is newer than a step removed: a run that diverged goes back there, and comes another way."""
+        with self._changed:
+            self._waiting, self._back = None, step if self._back is None else min(step, self._back)
             self._changed.notify()
 
     def told(self) -> list[str]:
@@ -201,11 +213,14 @@ class Copier:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._waiting or self._back is not None or self._closing)
+                back, self._back = self._back, None
+                if not self._waiting and back is None:
                     return
-                (step, copies), self._waiting = self._waiting, None
+                (step, copies), self._waiting = self._waiting or (back, {}), None
             try:
+                if back is not None:
+                    self._go_back(back)
                 self._copy(copies)
             except Exception as error:  # any: a full drive, a lost network, the hub's own two dozen
                 self.failed = _first_line(error)
@@ -222,14 +237,35 @@ class Copier:
                 continue
             # One that was thinned or removed meanwhile is superseded: the next round knows it by its new name.
             if isinstance(source, bytes) or (source.is_file() and source.stat().st_size == size):
-                self.place.put(source, name)
+                try:
+                    self.place.put(source, name)
+                except OSError as error:
+                    if error.errno not in files.FULL or not self._prune(there, 1):
+                        raise
+                    self.place.put(source, name)
                 there.add(name)
-        found = [match for name in there if (match := STATE.fullmatch(name))]
-        for match in sorted(found, key=lambda match: int(match[2]), reverse=True)[self.states :]:
+        self._prune(there, self.states)
+
+    def _prune(self, there: set[str], states: int) -> int:
+        """Remove states beyond the newest so many, of regular ones where their weights are there (in place).
+
+        Returns:
+            How many files were removed.
+        """
+        found, before = [match for name in there if (match := STATE.fullmatch(name))], len(there)
+        for match in sorted(found, key=lambda match: int(match[2]), reverse=True)[states:]:
             if match[1] == "state" or names(int(match[2]), False, True) in there:
                 for name in (match[0], log_name(int(match[2]))):
                     if name in there:
                         self.place.remove(name)
+                        there.discard(name)
+        return before - len(there)
+
+    def _go_back(self, step: int) -> None:
+        """Remove checkpoints and logs of later steps."""
+        for name in self.place.names():
+            if (match := OURS.match(name)) and int(match[1]) > step:
+                self.place.remove(name)
 
 
 def log_name(step: int) -> str:
@@ -260,15 +296,18 @@ def newest(
         found = {int(match[2]): match[0] for name in there if (match := STATE.fullmatch(name))}
         for step in sorted((step for step in found if step > after), reverse=True):
             file = folder / f"step-{step:06d}.safetensors"
-            place.get(found[step], file)
             try:
+                place.get(found[step], file)
                 accepted = accept(file)
-            except ValueError as error:
-                file.unlink()
-                warn(f"{error} (at the second place)")
+            except Exception as error:  # as when copying: an older one may be sound
+                file.unlink(missing_ok=True)
+                warn(f"{_first_line(error)} (at the second place)")
                 continue
-            if log_name(step) in there:
-                place.get(log_name(step), folder / "log.jsonl")
+            try:
+                if log_name(step) in there:
+                    place.get(log_name(step), folder / "log.jsonl")
+            except Exception as error:
+                warn(f"the log of step {step} cannot be fetched: {_first_line(error)}")
             return accepted
     except Exception as error:  # as when copying
         warn(f"the second place cannot be read: {_first_line(error)}. What it holds is not looked at")

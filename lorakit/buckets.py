@@ -1,8 +1,15 @@
 """Picture sizes → aspect-ratio buckets and the order of an epoch. Sizes are (width, height) in pixels.
 
-The rules are kohya sd-scripts' (`make_bucket_resolutions` and `BucketManager.select_bucket`, its default of scaling
-both up and down), because published advice and other trainers' results assume them. Scaling is done in whole numbers
-and orders are made of raw generator bits, so every machine gets the same crops and the same batches.
+The buckets are kohya sd-scripts' (`make_bucket_resolutions`), because published advice and other trainers' results
+assume them. Which one a picture gets is a rule's choice, and none ever pads:
+
+- "kohya": the nearest width/height, as `BucketManager.select_bucket` does when it may scale both up and down.
+- "no_upscale": its `bucket_no_upscale`. A picture is never enlarged: the bucket is made from the picture's own size, or
+  from what is left of it when reduced to the training area, rounded down to the step.
+- "least_crop": of all sizes between these, down to three quarters of the area, the one that cuts off the least.
+
+Scaling is done in whole numbers and orders are made of raw generator bits, so every machine gets the same crops and
+the same batches.
 """
 
 from __future__ import annotations
@@ -10,12 +17,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from functools import lru_cache
+from math import ceil, gcd, sqrt
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 Size = tuple[int, int]
+Rule = Literal["kohya", "no_upscale", "least_crop"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Fit:
     """How one picture gets into its bucket: resize to `scaled`, then cut `size` out of it at `crop`."""
 
     size: Size  # the bucket
-    scaled: Size  # covers the bucket, one side exactly
+    scaled: Size  # covers the bucket; one side exactly, except by the rule "no_upscale"
     crop: tuple[int, int]  # (left, top) within `scaled`
 
     @property
@@ -62,21 +72,31 @@ def sizes(resolution: int, *, step: int = 64, minimum: int | None = None, maximu
     return sorted(found)
 
 
-def assign(width: int, height: int, buckets: Sequence[Size]) -> Size:
-    """Choose the bucket for a picture: its own size if that is one, else the nearest width/height.
+def assign(width: int, height: int, buckets: Sequence[Size], rule: Rule = "kohya") -> Size:
+    """Choose the bucket for a picture: its own size if that is one, else what the rule says.
 
-    Of equally near buckets the narrowest, then lowest, wins, in whatever order they are given.
+    Of equally good buckets the narrowest, then lowest, wins, in whatever order they are given; by "least_crop" the
+    one with the largest area.
     """
     if width < 1 or height < 1:
         raise ValueError(f"a picture of {width}×{height} pixels has no shape: leave it out")
+    if rule not in get_args(Rule):
+        raise ValueError(f"there is no rule {rule!r} for buckets: use {', '.join(get_args(Rule))}")
+    if rule == "no_upscale":
+        return _own(width, height, buckets).size
     if (width, height) in buckets:
         return (width, height)
-    return min(sorted(buckets), key=lambda size: abs(size[0] / size[1] - width / height))
+    shape = width / height
+    if rule == "least_crop":  # what is kept is the smaller shape over the larger
+        kept = lambda s: min(s[0] / s[1] / shape, shape / (s[0] / s[1]))  # noqa: E731
+        return max(_finer(tuple(buckets)), key=lambda s: (kept(s), s[0] * s[1]))
+    return min(sorted(buckets), key=lambda s: abs(s[0] / s[1] - shape))
 
 
-def fit(width: int, height: int, buckets: Sequence[Size]) -> Fit:
+def fit(width: int, height: int, buckets: Sequence[Size], rule: Rule = "kohya") -> Fit:
     """Cover the picture's bucket with as little scaling as possible, then cut off both ends evenly."""
-    return _cover(width, height, assign(width, height, buckets))
+    size = assign(width, height, buckets, rule)
+    return _own(width, height, buckets) if rule == "no_upscale" else _cover(width, height, size)
 
 
 def _cover(width: int, height: int, size: Size) -> Fit:
@@ -85,7 +105,47 @@ def _cover(width: int, height: int, size: Size) -> Fit:
         scaled = ((2 * width * h + height) // (2 * height), h)  # rounded half up
     else:
         scaled = (w, (2 * height * w + width) // (2 * width))
-    return Fit(size, scaled, ((scaled[0] - w) // 2, (scaled[1] - h) // 2))
+    return _centred(size, scaled)
+
+
+def _centred(size: Size, scaled: Size) -> Fit:
+    return Fit(size, scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2))
+
+
+def _grid(buckets: Sequence[Size]) -> tuple[int, int]:
+    """(step, area in pixels) that a list of buckets was made with."""
+    return gcd(*(side for size in buckets for side in size)), max(w * h for w, h in buckets)
+
+
+@lru_cache
+def _finer(buckets: tuple[Size, ...]) -> list[Size]:
+    """Every size on the grid of these and within their limits that has at least three quarters of their area."""
+    step, area = _grid(buckets)
+    sides = range(min(map(min, buckets)), max(map(max, buckets)) + 1, step)
+    return [(w, h) for w in sides for h in sides if 0.75 * area <= w * h <= area]
+
+
+def _own(width: int, height: int, buckets: Sequence[Size]) -> Fit:
+    """The fit by the rule "no_upscale": kohya's arithmetic, to which the buckets say only the area and the step.
+
+    A picture with a side below one step, on which kohya's trainer stops, is the only one to be enlarged.
+    """
+    step, area = _grid(buckets)
+    scaled, shape = (width, height), width / height
+
+    def down(side: float) -> int:
+        return max(step, int(side) // step * step)
+
+    if width * height > area:
+        across = sqrt(area * shape)
+        w, h = down(across + 0.5), down(area / across + 0.5)
+        shape_by_width, shape_by_height = w / down(w / shape + 0.5), down(h * shape + 0.5) / h
+        if abs(shape_by_width - shape) < abs(shape_by_height - shape):
+            scaled = (w, int(w / shape + 0.5))
+        else:
+            scaled = (int(h * shape + 0.5), h)
+    size = (down(scaled[0]), down(scaled[1]))
+    return _centred(size, scaled) if min(scaled) >= step else _cover(width, height, size)
 
 
 def apply(image: Image.Image, fit: Fit) -> np.ndarray:
@@ -98,7 +158,8 @@ def apply(image: Image.Image, fit: Fit) -> np.ndarray:
     """
     if image.mode != "RGB":
         raise ValueError(f"a picture in mode {image.mode} cannot be fitted: open it with dataset.open_picture")
-    if _cover(*image.size, fit.size).scaled != fit.scaled:  # else a picture lying on its side would be squeezed
+    (width, height), (sw, sh) = image.size, fit.scaled
+    if 2 * abs(sw * height - sh * width) > max(width, height):  # a picture lying on its side would be squeezed
         raise ValueError(
             f"{image.size} pixels do not scale to {fit.scaled}: make the fit from the opened picture's size"
         )
@@ -148,7 +209,9 @@ def steps_per_epoch(sizes_by_picture: Sequence[Size], repeats: Sequence[int], ba
     return sum(ceil(count / batch_size) for count in counts.values())
 
 
-def describe(dimensions: Sequence[Size], buckets: Sequence[Size], repeats: Sequence[int] | None = None) -> str:
+def describe(
+    dimensions: Sequence[Size], buckets: Sequence[Size], repeats: Sequence[int] | None = None, rule: Rule = "kohya"
+) -> str:
     """Tabulate who goes where: for each bucket its pictures, how much is cut off them and how many are enlarged.
 
     Args:
@@ -160,7 +223,7 @@ def describe(dimensions: Sequence[Size], buckets: Sequence[Size], repeats: Seque
     _check(dimensions, repeats, 1)
     rows: dict[Size, list[tuple[int, float, bool]]] = {}
     for (width, height), times in zip(dimensions, repeats, strict=True):
-        into = fit(width, height, buckets)
+        into = fit(width, height, buckets, rule)
         rows.setdefault(into.size, []).append((times, into.lost, into.scaled[0] > width or into.scaled[1] > height))
     lines = [f"{'bucket':>11} {'pictures':>8} {'per epoch':>9} {'cut off: mean':>13} {'most':>5} {'enlarged':>8}"]
     for (w, h), row in sorted(rows.items()):

@@ -5,9 +5,11 @@ with the settings and a digest in its JSON metadata. Nothing is pickled, nothing
 digest does not hold is never resumed from. The newest few are kept whole; older ones are thinned to their weights.
 """
 
+import errno
 import json
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,10 +23,13 @@ from lorakit.lora import Lora
 from lorakit.train import State, Step
 
 FORMAT = "lorakit checkpoint 3"
+WRITTEN = {"step", "settings", "plain", "whole", "regular", "clean", "about"}
+AWAY = (errno.EIO, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESTALE, errno.EMFILE)
 SHAPING = (  # settings that decide what weights there are, and what they mean
     "algorithm", "rank", "alpha", "rank_stabilized", "targets", "conv_rank", "conv_alpha", "block_ranks", "lokr_factor",
     "train_unet",
 )  # fmt: skip
+TEXT_RATES = ("text_encoder_rate", "text_encoder_2_rate")
 
 
 @dataclass(frozen=True)
@@ -121,15 +126,16 @@ def read(path: Path) -> Checkpoint:
 
     Raises:
         ValueError: not a checkpoint, damaged, or its digest does not hold.
+        OSError: the drive does not answer, or may not be read.
     """
     facts, expected = _facts(path)
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not mapped
     except (SafetensorError, OSError) as error:
-        raise ValueError(_damaged(path, error)) from error
+        raise _unreadable(path, error) from error
     if digest(tensors, facts) != expected:
-        raise ValueError(_damaged(path, "its digest does not match its contents"))
+        raise _unreadable(path, "its digest does not match its contents")
     return Checkpoint(path, tensors=tensors, **{key: value for key, value in facts.items() if key != "format"})
 
 
@@ -153,26 +159,47 @@ def _facts(path: Path) -> tuple[dict, str | None]:
             metadata = file.metadata() or {}
         facts = json.loads(metadata["lorakit"]) if "lorakit" in metadata else None
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(_damaged(path, error)) from error
+        raise _unreadable(path, error) from error
     if facts is None:
         raise ValueError(f"{path.name} is no checkpoint of lorakit's: it has no record of a run in its metadata.")
+    if not isinstance(facts, dict):
+        raise _unreadable(path, "its record of the run is none")
     if facts.get("format") != FORMAT:
         raise ValueError(f"{path.name} was written as {facts.get('format')!r}; this lorakit reads {FORMAT!r}.")
+    if missing := WRITTEN - facts.keys():
+        raise _unreadable(path, f"its record of the run lacks {', '.join(sorted(missing))}")
     return facts, metadata.get("digest")
 
 
-def _damaged(path: Path, why) -> str:
-    return f"{path.name} cannot be read: {why}. It was cut off or damaged; use an older one."
+def _unreadable(path: Path, why: Exception | str) -> Exception:
+    """What to raise: a drive that does not answer now says nothing of the file, and going on without it would."""
+    if isinstance(why, OSError) and why.errno in AWAY:
+        return OSError(why.errno, f"{path.name} cannot be read now ({why.strerror}). Nothing was changed; try again")
+    return ValueError(f"{path.name} cannot be read: {why}. It was cut off or damaged; use an older one.")
 
 
 def newest(folder: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint in a folder that can be trusted and gone on from; each passed over is told to `warn`."""
+    """The newest checkpoint in a folder that can be trusted and gone on from; each passed over is told to `warn`.
+
+    Raises:
+        OSError: one cannot be read at the moment: an older one in its place would be a step back for no reason.
+    """
     for path in paths(folder):
         try:
             return read_whole(path)
         except ValueError as error:
             warn(str(error))
     return None
+
+
+def put_aside(folder: Path, log: Path) -> list[str]:
+    """Rename checkpoints of which none can be gone on from, and their log, so that a new beginning loses nothing."""
+    found = paths(folder)
+    for path in found:
+        path.replace(path.with_name(f"{path.name}.aside"))
+    if found and log.exists():
+        log.replace(log.with_name(f"{log.name}.aside"))
+    return [path.name for path in found]
 
 
 def read_whole(path: Path) -> Checkpoint:
@@ -212,7 +239,8 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     if state.ema:
         for name, average in zip(state.adapter.state(), state.ema.average, strict=True):
             average.copy_((averages or weights)[name])
-    state.scaler.load_state_dict(checkpoint.plain["scaler"])
+    if checkpoint.plain["scaler"]:  # none where it was not trained in float16
+        state.scaler.load_state_dict(checkpoint.plain["scaler"])
     state.skipped = checkpoint.tensors["skipped"].to(state.skipped.device)
     state.rate_factor = checkpoint.plain["rate_factor"]
     state.step = checkpoint.step
@@ -233,7 +261,10 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path.name} was written by an earlier lorakit, which grouped its weights otherwise for the "
             "optimizer. Finish that run with it, or begin a new one."
         )
-    groups = [group | kept for group, kept in zip(groups, checkpoint.plain["groups"], strict=True)]
+    groups = [  # rates and decay are the settings', which a fork may change
+        group | {key: value for key, value in kept.items() if key not in ("lr", "ratio", "weight_decay")}
+        for group, kept in zip(groups, checkpoint.plain["groups"], strict=True)
+    ]
     state.optimizer.load_state_dict({"state": saved, "param_groups": groups})
 
 
@@ -252,15 +283,18 @@ def fork(checkpoint: Checkpoint, folder: Path, settings: dict) -> Checkpoint:
     Raises:
         ValueError: settings that make other weights.
     """
-    if odd := [name for name in SHAPING if checkpoint.settings.get(name) != settings.get(name)]:
+    odd = [name for name in SHAPING if checkpoint.settings.get(name) != settings.get(name)]
+    odd += [rate for rate in TEXT_RATES if bool(checkpoint.settings.get(rate)) != bool(settings.get(rate))]
+    if odd:
         raise ValueError(
             f"{checkpoint.path.name} cannot be forked with other weights than it holds: "
             + "; ".join(f"{k} was {checkpoint.settings.get(k)!r}, is now {settings.get(k)!r}" for k in odd)
             + ". Begin a new run for that."
         )
-    grouping = ("optimizer", "learning_rate_ratio", "block_rates", "text_encoder_rate", "text_encoder_2_rate")
+    grouping = ["optimizer", "learning_rate_ratio", "block_rates", "text_encoder_rate", "text_encoder_2_rate"]
+    grouping += ["learning_rate"] * any(settings.get(rate) for rate in TEXT_RATES)  # theirs are given against it
     kept = all(checkpoint.settings.get(name) == settings.get(name) for name in grouping)
-    tensors, plain = checkpoint.tensors, checkpoint.plain
+    tensors, plain = checkpoint.tensors, checkpoint.plain | {"rate_factor": 1.0}
     if not kept:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
         plain = plain | {"groups": None, "optimizer": {}}
@@ -291,8 +325,9 @@ def kind(path: Path) -> tuple[int, bool, bool]:
 
 
 def paths(folder: Path) -> list[Path]:
-    """A folder's checkpoints by their names, the newest first."""
-    return sorted(folder.glob("step-*.safetensors"), key=lambda path: (len(path.name), path.name), reverse=True)
+    """A folder's checkpoints by their names, the newest first; "step-000500 (1).safetensors" and the like are none."""
+    found = [path for path in folder.glob("step-*.safetensors") if path.stem.removeprefix("step-").isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def tidy(folder: Path, states: int, keep: int | None = None, spare: Collection[int] = ()) -> None:
@@ -310,23 +345,21 @@ def tidy(folder: Path, states: int, keep: int | None = None, spare: Collection[i
     for path in paths(folder):
         try:
             known.append((path, _facts(path)[0]))
-        except ValueError:
+        except (ValueError, OSError):
             continue
     whole = [path for path, facts in known if facts["whole"]]
     good = [path for path, facts in known if facts["whole"] and facts["regular"] and facts["clean"]]
     kept = {*whole[:states], *good[:1]}
     regular = [path for path, facts in known if facts["regular"]]
     old = set(regular[keep:]) if keep else set()
-    for path, facts in known:
-        if path in kept:
-            continue
-        if not facts["regular"] or (path in old and facts["step"] not in spare):
-            path.unlink(missing_ok=True)
-        elif facts["whole"]:
-            try:
+    others = [(path, facts) for path, facts in known if path not in kept]
+    gone = {path for path, facts in others if not facts["regular"] or (path in old and facts["step"] not in spare)}
+    for path in gone:  # first, because thinning needs room itself
+        path.unlink(missing_ok=True)
+    for path, facts in others:
+        if facts["whole"] and path not in gone:
+            with suppress(ValueError):  # damaged since: this is told when it is asked for
                 thin(read(path))
-            except ValueError:  # damaged since: newer ones are whole, and this one is told when it is asked for
-                continue
 
 
 def every(

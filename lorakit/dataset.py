@@ -1,42 +1,49 @@
-"""A folder or zip → pictures with captions, and every problem met on the way. Nothing is written into the folder.
+"""A folder or archive → pictures with captions, and every problem met on the way. Nothing is written into the folder.
 
-Reads kohya's tree (`5_name/` holds pictures to show 5 times per epoch), one flat folder, nested folders, and a `.zip`
-of any of these. A caption is the `.txt` or `.caption` file beside the picture that has the same stem.
+Reads kohya's tree (`5_name/` holds pictures to show 5 times per epoch), one flat folder, nested folders, a zip or tar
+of any of these, and the dataset TOML of sd-scripts. A caption is the `.txt` or `.caption` file beside the picture that
+has the same stem, or what Hugging Face's `metadata.jsonl` or `metadata.csv` says of it.
 """
 
 from __future__ import annotations
 
+import csv
 import difflib
-import errno
+import functools
 import hashlib
 import io
+import json
 import os
 import re
-import shutil
-import stat
-import tempfile
 import unicodedata
-import warnings
-import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+import PIL
 from PIL import Image, ImageCms
-from tqdm.auto import tqdm
+
+from lorakit import archive, index, kohya
 
 CAPTIONS = (".txt", ".caption")  # where both say something, the first is used
+METADATA = ("metadata.jsonl", "metadata.csv")
+STAND_INS = ("given", "folder", "none")  # the caption sources that are not the picture's own
+HEIF = {".heic", ".heif", ".hif"}
+RAW = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}
 PICTURES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-FOREIGN = {".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".xcf", ".kra", ".eps", ".exr", ".hdr", ".tga"}
-FOREIGN |= {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}  # camera raw
+PICTURES |= HEIF | RAW
+FOREIGN = {".jxl", ".jp2", ".svg", ".psd", ".xcf", ".kra", ".eps", ".exr", ".hdr", ".tga"}
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
 # Only these decoders see people's files: Pillow has dozens, and one of them starts Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+CERTAIN = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # nothing can go wrong between these modes and RGB
 REPEATS = re.compile(r"(\d{1,3})_(.*)")  # more digits are a date: nobody means 2024_holiday 2024 times
 FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {2 + i: Image.Transpose[name] for i, name in enumerate(FLIPS.split())}  # by EXIF orientation
+SIDEWAYS = tuple(UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 GiB = 2**30
 
 
@@ -44,7 +51,7 @@ GiB = 2**30
 class Picture:
     path: Path
     caption: str  # what the text encoder will see, "" if nothing
-    caption_source: str  # ".txt", ".caption", "given" (to scan), "folder" (its name) or "none"
+    caption_source: str  # ".txt", ".caption", "metadata.jsonl" …, "given" (to scan), "folder" (its name) or "none"
     repeats: int  # times per epoch
     width: int  # pixels, as open_picture returns it
     height: int
@@ -90,62 +97,96 @@ class Dataset:
         lines = [f"{_count(len(self), 'picture')}{times} = {self.epoch_size} per epoch"]
         if len(groups) > 1:
             lines += _listed(f"{group or '.'}: {n} × {repeats}" for (group, repeats), n in groups.items())
-        sources = Counter((p.caption_source, p.caption) for p in self.pictures if p.caption_source not in CAPTIONS)
-        sources.update((p.caption_source, "") for p in self.pictures if p.caption_source in CAPTIONS)
+        bare = [picture for picture in self.pictures if picture.caption_source in STAND_INS]
+        sources = Counter((p.caption_source, p.caption * (p.caption_source in STAND_INS)) for p in self.pictures)
         named = [f"{source} {text!r} × {n}" if text else f"{source} × {n}" for (source, text), n in sources.items()]
         lines.append("captions from: " + "; ".join(_some(named, 5)))
+        if 0 < len(bare) < len(self):
+            said = (f"{_name(p.path, self.root)}: {_quoted(p.caption_source, p.caption)} is used" for p in bare)
+            lines += [f"{len(bare)} without a caption of their own:", *_listed(said)]
         for title, left_out in (("left out", True), ("to look at", False)):
             if found := [problem for problem in self.problems if problem.left_out is left_out]:
                 lines += [f"{len(found)} {title}:", *_listed(_lines(found, self.root))]
         return _printable("\n".join(lines))
 
 
-def scan(
-    path: str | os.PathLike, *, repeats: int | None = None, caption: str | None = None, cache: Path | None = None
-) -> Dataset:
-    """Read every picture under a folder, or in a zip, in natural order of its path.
+@dataclass(frozen=True)
+class _Part:
+    """A folder to read, and what is known of its pictures beforehand."""
 
-    Each file is read once and decoded completely, so that what is in the dataset can be trained on. A picture without
-    a caption file (or with an empty one) gets `caption`, else the name of its folder after the repeats, as in kohya's
-    trainer ("5_sks dog" → "sks dog"), else "". Unlike there, all lines of a caption count, joined by spaces.
+    folder: Path
+    repeats: int | Mapping[str, int] | None  # None: what the names of folders say
+    caption: str = ""  # for pictures that have none of their own
+    suffixes: tuple[str, ...] = CAPTIONS  # of caption files, the first before the next
+    nested: bool = True
+
+
+def scan(
+    path: str | os.PathLike, *, repeats: int | Mapping[str, int] | None = None, caption: str | None = None,
+    first_line: bool = False, regularisation: bool = False, copy: bool = False, fresh: bool = False,
+    cache: Path | None = None,
+) -> Dataset:  # fmt: skip
+    """Read every picture under a folder, in an archive or of sd-scripts' dataset TOML, in natural order of its path.
+
+    Each file is read and decoded completely, so that what is in the dataset can be trained on. A picture without a
+    caption of its own gets `caption`, else the name of its folder after the repeats, as in kohya's trainer ("5_sks dog"
+    → "sks dog"), else "". Unlike there, all lines of a caption count, joined by spaces.
+
+    What was read is kept in an index, so that the next scan reads only files whose size, inode or times have changed.
+    A file that was changed and has all of these as before (which systems that know when a file was touched, Linux and
+    macOS, do not let happen) is listed as the file it was; `open_picture` compares the bytes and refuses it. `fresh`
+    reads it again.
 
     Args:
-        path: folder or zip.
-        repeats: times per epoch for every picture; by default what the nearest folder says (`5_name`), else 1.
+        path: folder; zip or tar, also gzip, bzip2 or xz; or TOML whose folders are meant from its own.
+        repeats: times per epoch for every picture, or by folder ("cats/indoors"; "" is all); by default what the
+            nearest folder says (`5_name`) or the TOML, else 1.
         caption: for pictures that have none of their own.
-        cache: folder that zips are unpacked in; by default the user's cache folder.
+        first_line: of a caption file only the first line counts, as in kohya's trainer.
+        regularisation: of a TOML, read its regularisation pictures (`is_reg`) and not the others.
+        copy: read from a copy of the folder on local disk, made or brought up to date first: for Drive.
+        fresh: read files again that have not changed by their sizes and times.
+        cache: folder for unpacked archives, copies and the index; by default the user's cache folder.
 
     Raises:
         FileNotFoundError: nothing is there; the message says what is near.
-        ValueError: not one picture can be used (the message lists what was found), or the file is no sound zip.
+        ValueError: not one picture can be used (the message lists what was found), or no sound archive or TOML.
+        OSError: no room for what is unpacked or copied.
     """
-    if repeats is not None and repeats < 1:
-        raise ValueError(f"repeats={repeats} would show no picture: give 1 or more, or None for what the folders say")
+    for times in repeats.values() if isinstance(repeats, Mapping) else [repeats]:
+        if times is not None and times < 1:
+            raise ValueError(f"repeats={times} would show no picture: give 1 or more, or None for what the folders say")
     path, problems = Path(path).expanduser(), []
     if not path.exists():
         raise FileNotFoundError(_printable(_missing(path.absolute())))
-    root = path.resolve() if path.is_dir() else _unpack(path.resolve(), cache, problems)
-    files = sorted(_walk(root, problems), key=lambda file: _natural(_name(file, root)))
-    captions = _captions(files, root, caption, problems)
-    candidates = [file for file in files if file.suffix.lower() in PICTURES]
-    pictures, first = [], {}
-    for file, measured in zip(candidates, _measure_all(candidates), strict=True):
-        times = _folder(file.parent, root)[0] if repeats is None else repeats
+    path, cache = path.resolve(), Path(cache or _user_cache())
+    parts = _parts(path, repeats, _one_line(caption or ""), regularisation, cache, problems)
+    held, folders, chosen = [], [], {}  # chosen: file → (part, caption source, caption)
+    for part in parts:
+        files = sorted(_walk(part, problems), key=lambda file, root=part.folder: _natural(_name(file, root)))
+        if copy and not part.folder.is_relative_to(cache.resolve()):
+            part, files = _copied(part, files, cache / "copies", problems)
+        captions = _captions(files, part, first_line, problems)
+        chosen |= {file: (part, *captions[file]) for file in files if file in captions}
+        held, folders = held + files, [*folders, part.folder]
+    root = Path(os.path.commonpath(folders or [path.parent]))
+    pictures, first, facts = [], {}, _measured(list(chosen), path, cache, fresh)
+    for (file, (part, source, text)), measured in zip(chosen.items(), facts, strict=True):
+        times = _times(file.parent, part)
         if isinstance(measured, str):
             problems.append(Problem(file, measured))
-        elif times == 0:
-            problems.append(Problem(file, "its folder's name asks for 0 repeats: rename the folder to use it"))
+        elif times < 1:
+            problems.append(Problem(file, f"{times} repeats are asked for, by folder or TOML: change that to use it"))
         else:
             width, height, digest = measured
             if (same := first.setdefault(digest, file)) != file:
                 reason = f"the same picture as {_name(same, root)}, which so counts twice: remove one"
                 problems.append(Problem(file, reason, False))
-            source, text = captions[_stem(file)]
             group = _name(file.parent, root) if file.parent != root else ""
             pictures.append(Picture(file, text, source, times, width, height, digest, group))
-    problems.sort(key=lambda problem: _natural(_name(problem.path, root)))
+    problems = sorted(dict.fromkeys(problems), key=lambda problem: _natural(_name(problem.path, root)))
     if not pictures:
-        raise ValueError(_printable(_nothing(path, root, files, problems)))
+        raise ValueError(_printable(_nothing(path, root, held, problems)))
     return Dataset(root, tuple(pictures), tuple(problems))
 
 
@@ -158,9 +199,9 @@ def open_picture(picture: Picture | str | os.PathLike) -> Image.Image:
     path = Path(picture.path if isinstance(picture, Picture) else picture)
     encoded = path.read_bytes()
     if isinstance(picture, Picture) and hashlib.sha256(encoded).hexdigest() != picture.digest:
-        raise ValueError(f"{path} has changed since it was scanned: scan again")
+        raise ValueError(f"{path} has changed since it was scanned: scan again (with fresh=True if this comes back)")
     try:
-        return _decode(encoded)
+        return _rgb(_load(encoded, path.suffix.lower()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -204,60 +245,106 @@ def open_mask(mask: Mask) -> Image.Image:
     """
     if not mask.alpha:
         return open_picture(mask.path).convert("L")
-    with Image.open(mask.path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+    with Image.open(mask.path, formats=_formats()) as image:
         turned, alpha = _turned(image), image.convert("RGBA").getchannel("A")
     return alpha if turned is None else alpha.transpose(turned)
 
 
 def _has_alpha(path: Path) -> bool:
-    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+    if path.suffix.lower() in RAW:
+        return False
+    with Image.open(path, formats=_formats()) as image:
         if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
             return False
         return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
-def _measure_all(files: list[Path]) -> list[tuple[int, int, str] | str]:
-    """Decode the files on all cores: (width, height, digest) of each, or what is wrong with it."""
-    Image.init()  # here, because Pillow's own lazy start is not safe in threads
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, about odd metadata and large pictures; what matters raises
-        return list(tqdm(pool.map(_measure, files), "reading", len(files), unit="picture", disable=len(files) <= 200))
+def _measured(files: list[Path], path: Path, cache: Path, fresh: bool) -> list[list | str]:
+    """[width, height, digest] of each file, or what is wrong with it."""
+    _formats.cache_clear()  # a library may have been installed since the last scan
+    _formats()  # here, because Pillow's own lazy start is not safe in threads
+    store = cache / "index" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.json"
+    return index.measured(files, _measure, store, f"1, Pillow {PIL.__version__}", fresh)
 
 
-def _measure(file: Path) -> tuple[int, int, str] | str:
+def _measure(file: Path) -> list | str:
     try:
         if (size := file.stat().st_size) > GiB:
             return f"{size / GiB:.1f} GiB is too large for a picture: scale it down"
         encoded = file.read_bytes()
-        return *_decode(encoded).size, hashlib.sha256(encoded).hexdigest()
+        image = _load(encoded, file.suffix.lower())
+        if image.mode not in CERTAIN:
+            _rgb(image)
+        size = image.size[::-1] if _turned(image) in SIDEWAYS else image.size
+        return [*size, hashlib.sha256(encoded).hexdigest()]
     except OSError as error:
         return f"cannot be read ({error.strerror}): check its permissions or copy it again"
     except ValueError as error:
         return str(error)
 
 
-def _decode(encoded: bytes) -> Image.Image:
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _load(encoded: bytes, suffix: str) -> Image.Image:
+    """Decode a file's first picture, with the pixels as they are stored.
+
+    Raises:
+        ValueError: it cannot be decoded; says why, and what to do.
+    """
     if not encoded:
         raise ValueError("empty (0 bytes): copy it again")
     try:
-        Image.init()
-        image = Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+        if suffix in RAW:
+            return _develop(encoded)
+        image = Image.open(io.BytesIO(encoded), formats=_formats())
         image.load()
-        return _rgb(image)
+        return image
+    except ImportError:
+        raise ValueError(_needs("camera raw", "rawpy")) from None
     except Image.UnidentifiedImageError:
-        raise ValueError("not a picture that can be read, whatever its name says: save it as PNG or JPEG") from None
+        raise ValueError(_unknown(encoded)) from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"too many pixels to decode safely ({error}): scale it down") from error
     except Exception as error:  # a damaged file can raise nearly anything: SyntaxError, struct.error, …
         raise ValueError(f"cannot be decoded ({error}): copy it again, or save it as PNG or JPEG") from error
 
 
+def _develop(encoded: bytes) -> Image.Image:
+    """A camera raw, with the camera's white balance and sRGB's own curve."""
+    import rawpy
+
+    with rawpy.imread(io.BytesIO(encoded)) as raw:
+        return Image.fromarray(raw.postprocess(use_camera_wb=True, gamma=(2.4, 12.92)))
+
+
+def _unknown(encoded: bytes) -> str:
+    brands = encoded[8:32] if encoded[4:8] == b"ftyp" else b""
+    if b"avif" in brands:
+        return _needs("AVIF", "pillow>=11.3")
+    if any(brand in brands for brand in (b"heic", b"heix", b"mif1")):
+        return _needs("HEIC", "pillow-heif")
+    return "not a picture that can be read, whatever its name says: save it as PNG or JPEG"
+
+
+def _needs(kind: str, package: str) -> str:
+    return f"{kind}, which {package} reads, and that is not here: pip install {package!r}, or save it as PNG or JPEG"
+
+
 def _rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture as people see it."""
     turned, profile, alpha = _turned(image), image.info.get("icc_profile"), None
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow calls it I
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        image, alpha = _eight_bits(image)
     elif image.mode in ("I", "F"):
-        raise ValueError(f"samples in mode {image.mode} have no known white")
+        raise ValueError(f"samples in mode {image.mode} have no known white: save it as PNG or JPEG")
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         with_alpha = image.convert("RGBA")
         alpha = with_alpha.getchannel("A")
@@ -266,6 +353,16 @@ def _rgb(image: Image.Image) -> Image.Image:
     if alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image if turned is None else image.transpose(turned)
+
+
+def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """16-bit grey → 8-bit grey, and its transparency. A TIFF may mean fewer bits, and by 0 white."""
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.uint32)
+    white = 2 ** tags.get(258, (16,))[0] - 1
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    clear = image.info.get("transparency")
+    alpha = None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    return Image.fromarray(255 - grey if tags.get(262) == 0 else grey), alpha
 
 
 def _turned(image: Image.Image) -> Image.Transpose | None:
@@ -293,59 +390,177 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # a copy would cost more than decoding did
 
 
-def _captions(
-    files: list[Path], root: Path, given: str | None, problems: list[Problem]
-) -> dict[tuple[Path, str], tuple[str, str]]:
-    """(source, text) for each stem that has a picture."""
-    by_stem, captions = defaultdict(list), {}
+def _parts(
+    path: Path, repeats: int | Mapping[str, int] | None, caption: str, regularisation: bool, cache: Path,
+    problems: list[Problem],
+) -> list[_Part]:  # fmt: skip
+    """The folders that a path stands for."""
+    if path.is_dir():
+        return [_checked(_Part(path, repeats, caption))]
+    if path.suffix.lower() != ".toml":
+        folder, refused = archive.unpack(path, cache / "unpacked")
+        problems += [Problem(path, reason) for reason in refused]
+        return [_checked(_Part(folder, repeats, caption))]
+    subsets, notes = kohya.subsets(path)
+    problems += [Problem(path, note, False) for note in notes]
+    parts = {}
+    for subset in subsets:
+        folder, suffixes = Path(os.path.abspath(subset.folder)), dict.fromkeys((subset.extension or ".txt", *CAPTIONS))
+        if not folder.is_dir():
+            problems.append(Problem(folder, _missing(folder)))
+        elif subset.regularisation is not regularisation:
+            which = "regularisation pictures" if subset.regularisation else "pictures to learn"
+            problems.append(Problem(folder, f"{which}, which this scan is not asked for", False))
+        elif folder in parts:
+            problems.append(Problem(folder, f"named twice in {path.name}: the first is used", False))
+        else:
+            times = subset.repeats if repeats is None else repeats
+            part = _Part(folder.resolve(), times, caption or _one_line(subset.caption), tuple(suffixes), nested=False)
+            parts[folder] = _checked(part)
+    return list(parts.values())
+
+
+def _checked(part: _Part) -> _Part:
+    """The same part.
+
+    Raises:
+        ValueError: repeats for a folder that it does not have.
+    """
+    for name in part.repeats if isinstance(part.repeats, Mapping) else ():
+        if not (part.folder / name).is_dir():
+            raise ValueError(f"repeats names a folder {name!r}: {_missing(part.folder / name)}")
+    return part
+
+
+def _copied(part: _Part, files: list[Path], cache: Path, problems: list[Problem]) -> tuple[_Part, list[Path]]:
+    """The part and its files in their copy on local disk; files that are never opened are named, not copied."""
+    read = PICTURES | {*part.suffixes}
+    wanted = [file for file in files if file.suffix.lower() in read or file.name in METADATA]
+    folder, failed = archive.copy(wanted, part.folder, cache)
+    problems += [Problem(file, reason) for file, reason in failed.items()]
+    return replace(part, folder=folder), [folder / f.relative_to(part.folder) for f in files if f not in failed]
+
+
+def _captions(files: list[Path], part: _Part, first_line: bool, problems: list[Problem]) -> dict[Path, tuple[str, str]]:
+    """(source, text) for each picture that is to be read."""
+    by_stem, captions, described = defaultdict(list), {}, _described(files, problems)
     for file in files:
         by_stem[_stem(file)].append(file)
-    for stem, same in by_stem.items():
-        texts = [file for suffix in CAPTIONS for file in same if file.suffix.lower() == suffix]
-        pictures = [file for file in same if file.suffix.lower() in PICTURES | FOREIGN]
-        readable = [file for file in pictures if file.suffix.lower() in PICTURES]
-        for file in pictures:
-            if file not in readable:
-                problems.append(Problem(file, f"{file.suffix} files are not read: save it as PNG or JPEG"))
-        for file in readable[1:]:
-            reason = f"shares its name, and so its caption, with {readable[0].name}: rename or remove one"
-            problems.append(Problem(file, reason, False))
+    for same in by_stem.values():
+        pictures = [file for file in same if file.suffix.lower() in PICTURES or file.suffix.lower() in FOREIGN]
+        texts = [file for suffix in part.suffixes for file in same if file.suffix.lower() == suffix]
         if not pictures:
             problems += [Problem(file, "a caption without a picture of that name", False) for file in texts]
             continue
-        found = {}  # text: source
-        for file in texts:
-            if text := _read_caption(file, problems):
-                if found and text not in found:
-                    reason = f"differs from the {next(iter(found.values()))} file, which is used: keep one of them"
-                    problems.append(Problem(file, reason, False))
-                found.setdefault(text, file.suffix.lower())
-        found.setdefault(_one_line(given or ""), "given")
-        found.setdefault(_one_line(_folder(stem[0], root)[1]), "folder")
-        captions[stem] = next(((source, text) for text, source in found.items() if text), ("none", ""))
+        own = [(file, file.suffix.lower(), _read_caption(file, first_line, problems)) for file in texts]
+        for file in _readable(pictures, problems):
+            said = [*own, (file, *described[file])] if file in described else own
+            folder = _folder(file.parent, part.folder)[1]
+            captions[file] = _choose([*said, (file, "given", part.caption), (file, "folder", folder)], problems)
     return captions
 
 
-def _read_caption(file: Path, problems: list[Problem]) -> str:
+def _choose(said: Sequence[tuple[Path, str, str | None]], problems: list[Problem]) -> tuple[str, str]:
+    """(source, text) of the first of (file, source, text) with a text; a file that says another is reported."""
+    source, text = next(((source, text) for _, source, text in said if text), ("none", ""))
+    for file, other, differing in said:
+        if differing == "" and other not in STAND_INS:
+            problems.append(Problem(file, f"an empty caption: {_quoted(source, text)} is used. Write one", False))
+        elif differing and differing != text and other not in STAND_INS:
+            reason = f"{other} says {differing[:40]!r}, and {source}, which is used, something else: keep one of them"
+            problems.append(Problem(file, reason, False))
+    return source, text
+
+
+def _readable(pictures: list[Path], problems: list[Problem]) -> list[Path]:
+    """Those of the pictures with one stem that are to be read."""
+    known = [file for file in pictures if file.suffix.lower() in PICTURES]
+    developed = [file for file in known if file.suffix.lower() not in RAW]
+    for file in pictures:
+        if file not in known:
+            problems.append(Problem(file, f"{file.suffix} files are not read: save it as PNG or JPEG"))
+        elif developed and file not in developed:
+            problems.append(Problem(file, f"the camera raw of {developed[0].name}, which is used"))
+    readable = developed or known
+    for file in readable[1:]:
+        reason = f"shares its name, and so its caption, with {readable[0].name}: rename or remove one"
+        problems.append(Problem(file, reason, False))
+    return readable
+
+
+def _read_caption(file: Path, first_line: bool, problems: list[Problem]) -> str | None:
+    """What a caption file says; None if it cannot be read."""
     try:
         raw = file.read_bytes()
     except OSError as error:
         problems.append(Problem(file, f"cannot be read ({error.strerror}): check its permissions", False))
-        return ""
+        return None
     wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))  # Notepad's "Unicode"
     try:
-        text = _one_line(raw.decode("utf-16" if wide else "utf-8-sig"))
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
-        text = _one_line(raw.decode("cp1252", "replace"))
-        reason = f"not UTF-8, so read as Western European, {text[:40]!r}: if that is wrong, save it as UTF-8"
+        text = raw.decode("cp1252", "replace")
+        shown = _one_line(text)[:40]
+        reason = f"not UTF-8, so read as Western European, {shown!r}: if that is wrong, save it as UTF-8"
         problems.append(Problem(file, reason, False))
-    if not text:
-        problems.append(Problem(file, "an empty caption, so treated as missing: write one", False))
-    return text
+    return _one_line(text.strip().partition("\n")[0] if first_line else text)
+
+
+def _described(files: list[Path], problems: list[Problem]) -> dict[Path, tuple[str, str]]:
+    """(file's name, text) for each picture that Hugging Face's metadata files describe; the nearest file counts."""
+    sources = sorted((file for file in files if file.name in METADATA), key=lambda file: -len(file.parts))
+    by_name = {unicodedata.normalize("NFC", str(file)): file for file in files} if sources else {}
+    found = {}
+    for source in sources:
+        for row in _rows(source, problems):
+            name, text = str(row.get("file_name")), _printable(str(row.get("text") or row.get("caption") or ""))
+            picture = by_name.get(unicodedata.normalize("NFC", str(source.parent / name)))
+            if picture is None or ".." in PurePosixPath(name).parts:
+                reason = f"describes {name!r}, which is not there, or not in its folder: it does not count"
+                problems.append(Problem(source, reason, False))
+            elif found.setdefault(picture, (source.name, _one_line(text)))[1] != _one_line(text):
+                problems.append(Problem(picture, f"described twice; {found[picture][0]} of its folder counts", False))
+    return found
+
+
+def _rows(file: Path, problems: list[Problem]) -> list[dict]:
+    """The rows of a metadata file; those that cannot be read are reported."""
+    rows = []
+    try:
+        lines = io.StringIO(file.read_text("utf-8-sig"))
+        if file.suffix == ".csv":
+            return list(csv.DictReader(lines))
+        for line in lines:
+            if line.strip():
+                rows.append(dict(json.loads(line)))
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
+        reason = f"cannot be read after {_count(len(rows), 'row')} ({error}): mend it, or save it as UTF-8"
+        problems.append(Problem(file, reason, False))
+    return rows
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _quoted(source: str, text: str) -> str:
+    return f"{text!r} ({source})" if text else "none"
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorakit")
+
+
+def _times(folder: Path, part: _Part) -> int:
+    if isinstance(part.repeats, int):
+        return part.repeats
+    for named in (folder, *folder.parents) if part.repeats else ():
+        name = _name(named, part.folder)
+        if (times := part.repeats.get("" if name == "." else name)) is not None:
+            return times
+        if named == part.folder:
+            break
+    return _folder(folder, part.folder)[0]
 
 
 def _folder(folder: Path, root: Path) -> tuple[int, str]:
@@ -358,86 +573,38 @@ def _folder(folder: Path, root: Path) -> tuple[int, str]:
     return 1, ""
 
 
-def _walk(root: Path, problems: list[Problem]) -> Iterable[Path]:
-    """Yield the files under a folder that are not hidden, and report the links that lead out of it."""
-
-    def unlisted(error: OSError) -> None:
-        problems.append(Problem(Path(error.filename), f"cannot be listed ({error.strerror}): check its permissions"))
-
-    for folder, folders, names in os.walk(root, onerror=unlisted):
-        folders[:] = [name for name in folders if not _ignored(name)]
-        for dated in (name for name in folders if re.match(r"\d{4,}_", name)):
-            reason = "read as a date, not as a number of repeats: give repeats= if you meant that"
-            problems.append(Problem(Path(folder, dated), reason, False))
-        for file in (Path(folder, name) for name in (*folders, *names) if not _ignored(name)):
-            if file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(root):
-                problems.append(Problem(file, f"a link out of the folder, to {os.readlink(file)}: copy the file here"))
-            elif file.is_symlink() and file.is_dir():
-                problems.append(Problem(file, "a link to a folder that is read anyway: remove it"))
-            elif file.is_file():
-                yield file
-            elif not file.is_dir():
-                problems.append(Problem(file, "a broken link, a pipe or a device, not a file: remove it"))
-
-
-def _unpack(archive: Path, cache: Path | None, problems: list[Problem]) -> Path:
-    """Unpack a zip into a folder named by its contents, so that the next time there is nothing to do."""
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorakit", "unpacked")
-    try:
-        zipped = zipfile.ZipFile(archive)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        reason = f"is neither a folder nor a sound zip ({error}): give the folder that holds the pictures"
-        raise ValueError(f"{archive} {reason}") from error
-    with zipped:
-        members = [member for member in zipped.infolist() if not member.filename.endswith(("/", "\\"))]
-        contents = repr([(member.filename, member.CRC, member.file_size) for member in members])
-        home = Path(cache).resolve() / hashlib.sha256(contents.encode()).hexdigest()[:16]
-        root, missing = home / archive.stem, []
-        for member in members:
-            parts = [part for part in member.filename.replace("\\", "/").split("/") if part not in ("", ".")]
-            if refused := _refuse(member):
-                problems.append(Problem(archive, f"{member.filename!r} {refused}"))
-            elif not any(map(_ignored, parts)):
-                target = root.joinpath(*parts)
-                if not target.is_file() or target.stat().st_size != member.file_size:
-                    missing.append((member, target))
-        needed = sum(member.file_size for member, _ in missing)
-        if needed > max(GiB, 20 * archive.stat().st_size):
-            largest = max(members, key=lambda member: member.file_size).filename
-            raise ValueError(
-                f"{archive} would unpack to {needed / GiB:.1f} GiB, which pictures do not do: a zip bomb? Its largest "
-                f"file is {largest!r}. If you trust it, unpack it by hand and give the folder."
-            )
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as unfinished:
-            for member, target in tqdm(missing, "unpacking", unit="file", disable=len(missing) <= 200):
-                try:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with zipped.open(member) as source, open(Path(unfinished, "file"), "wb") as sink:
-                        shutil.copyfileobj(source, sink)
-                    os.replace(sink.name, target)
-                except Exception as error:  # each way of packing has its own errors
-                    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                        reason = f"no room in {cache}: free {needed / GiB:.1f} GiB there, or give another cache folder"
-                        raise OSError(errno.ENOSPC, reason) from error
-                    reason = f"{member.filename!r} cannot be unpacked ({error}): pack it again"
-                    problems.append(Problem(archive, reason))
-    return root
-
-
-def _refuse(member: zipfile.ZipInfo) -> str:
-    """Say what is wrong with unpacking this member; "" if nothing is."""
-    name, kind = member.filename.replace("\\", "/"), stat.S_IFMT(member.external_attr >> 16)
-    if name.startswith("/") or PureWindowsPath(name).drive or ".." in name.split("/"):
-        return "would land outside of the folder: pack it again with plain names"
-    if kind not in (0, stat.S_IFREG):
-        return "is a link or a device: pack the file itself"
-    if member.flag_bits & 1:
-        return "is encrypted: unpack it by hand and give the folder"
-    if member.file_size > GiB // 4 and member.file_size > 100 * member.compress_size:
-        return f"would grow to {member.file_size / GiB:.1f} GiB, which pictures do not do: a zip bomb?"
-    return ""
+def _walk(part: _Part, problems: list[Problem]) -> Iterator[Path]:
+    """Yield the files of a part that are not hidden, and report the links that lead out of it."""
+    folders = [part.folder]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            problems.append(Problem(folder, f"cannot be listed ({error.strerror}): check its permissions"))
+            continue
+        for entry in entries:
+            path = Path(entry.path)
+            if _ignored(entry.name):
+                continue
+            kind = path if entry.is_symlink() else entry  # which tells without asking the drive
+            if kind is path and not Path(os.path.realpath(path)).is_relative_to(part.folder):
+                problems.append(Problem(path, f"a link out of the folder, to {os.readlink(path)}: copy the file here"))
+            elif kind is path and path.is_dir():
+                problems.append(Problem(path, "a link to a folder that is read anyway: remove it"))
+            elif kind.is_dir() and part.nested:
+                folders.append(path)
+                if re.match(r"\d{4,}_", entry.name):
+                    reason = "read as a date, not as a number of repeats: give repeats= if you meant that"
+                    problems.append(Problem(path, reason, False))
+            elif kind.is_dir():
+                problems.append(Problem(path, "a folder in a subset, not read by sd-scripts: make it a subset itself"))
+            elif not kind.is_file():
+                problems.append(Problem(path, "a broken link, a pipe or a device, not a file: remove it"))
+            elif path.suffix.lower() in ARCHIVES:
+                problems.append(Problem(path, "an archive in the folder is not read: unpack it, or give it itself"))
+            else:
+                yield path
 
 
 def _ignored(name: str) -> bool:

@@ -4,7 +4,9 @@ The loss of a training step says little: it depends on the timestep that was dra
 Here the same pictures are always asked the same questions, with the adapter and without.
 """
 
+import hashlib
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from lorakit import loss, sample, train
 from lorakit.base import Base
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
+from lorakit.dataset import Picture
 from lorakit.train import Batch, State, Step
 
 TIMESTEPS = (100, 300, 500, 700, 900)  # asked of every picture
@@ -24,22 +27,69 @@ TOLERANCE = 0.01  # share of the lowest validation loss by which a later one mus
 PATIENCE = 3  # validations that must agree
 
 
-def hold_out(digests: Sequence[str], share: float, seed: int) -> list[int]:
-    """Which pictures are kept from training, by their contents: adding one picture exchanges at most one other.
+def hold_out(
+    digests: Sequence[str], share: float, seed: int, traits: Sequence[tuple[str, ...]] | None = None
+) -> list[int]:
+    """Which pictures are kept from training, by their contents: adding one picture exchanges very few others.
 
     Args:
         digests: of the pictures' contents.
         share: of all pictures; above 0 at least one is held out, and one is always left to train on.
+        traits: of each picture, what the held-out ones are to have as often as all: first by the first trait, within
+            each of its values by the second, and so on; as `traits` gives them. None leaves the choice to chance.
 
     Returns:
         Their places, in order. Copies of one picture are held out together or not at all.
+
+    Source: the quotients of Sainte-Laguë, which give seats to parties; with one voter more, few seats change hands.
     """
     if share <= 0:
         return []
-    unlike = sorted(set(digests), key=lambda digest: np.random.default_rng([seed, int(digest[:12], 16)]).random())
-    count = min(max(1, round(share * len(unlike))), len(unlike) - 1)
-    chosen = set(unlike[:count])
+    kinds: dict[str, tuple[str, ...]] = {}
+    for digest, kind in zip(digests, traits or [()] * len(digests), strict=True):
+        kinds[digest] = min(kind, kinds.get(digest, kind))  # copies in two folders: the same, whatever their order
+    count = min(max(1, round(share * len(kinds))), len(kinds) - 1)
+    chosen = set(_spread(kinds, count, seed))
     return [place for place, digest in enumerate(digests) if digest in chosen]
+
+
+def _spread(kinds: dict[str, tuple[str, ...]], count: int, seed: int) -> list[str]:
+    """So many of the digests, each value of their first trait with its share of them, and so on within it."""
+    chance = lambda text: np.random.default_rng([seed, int(text[:12], 16)]).random()  # noqa: E731
+    if not any(kinds.values()):
+        return sorted(kinds, key=chance)[:count]
+    parts: dict[str, dict[str, tuple[str, ...]]] = {}
+    for digest, (first, *rest) in kinds.items():
+        parts.setdefault(first, {})[digest] = tuple(rest)
+    ties = {name: chance(hashlib.sha256(name.encode()).hexdigest()) for name in parts}
+    seats = dict.fromkeys(parts, 0)
+    for _ in range(count):
+        free = [name for name in parts if seats[name] < len(parts[name])]
+        seats[max(free, key=lambda name: (len(parts[name]) / (2 * seats[name] + 1), ties[name]))] += 1
+    return [digest for name, part in parts.items() for digest in _spread(part, seats[name], seed)]
+
+
+def traits(pictures: Sequence[Picture]) -> list[tuple[str, ...]]:
+    """Of each picture its folder and its shape: what `hold_out` spreads its choice over."""
+    ratios = [picture.width / picture.height for picture in pictures]
+    shapes = ["wide" if ratio > 1.2 else "tall" if ratio < 1 / 1.2 else "square" for ratio in ratios]
+    return [(picture.group or ".", shape) for picture, shape in zip(pictures, shapes, strict=True)]
+
+
+def representative(held_out: Sequence[int], kinds: Sequence[tuple[str, ...]]) -> str:
+    """Say what was held out of each kind, and that this is its share.
+
+    Args:
+        held_out: places, as `hold_out` gives them.
+        kinds: the traits of all pictures.
+    """
+    lines = []
+    for trait in zip(*kinds, strict=True):
+        if len(all_of := Counter(trait)) > 1:
+            held = Counter(trait[place] for place in held_out)
+            lines.append(", ".join(f"{name} {held[name]} of {n}" for name, n in all_of.most_common(6)))
+    what = "; ".join(lines) or "all of one kind"
+    return f"chosen to stand for all, by folder and shape in proportion and else by digest: {what}"
 
 
 def questions(pictures: Sequence[Encoded], texts: dict[str, Text], config: Config) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNLOCKED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -89,7 +91,7 @@ def append(path: str | Path, text: str) -> None:
         try:
             while left:
                 left = left[stream.write(left) :]
-        except OSError as error:
+        except BaseException as error:
             with suppress(OSError):
                 os.truncate(path, before)
             if explained := _explain(error, path, path, f"{len(text):,}"):
@@ -109,7 +111,8 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / ".lock", timeout=0)
+    firm = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters else {}
+    lock = FileLock(folder / ".lock", timeout=0, **firm)
     try:
         lock.acquire()
     except Timeout:
@@ -120,6 +123,9 @@ def claimed(folder: Path) -> Iterator[None]:
     except NotImplementedError:
         pass
     except OSError as error:
+        if error.errno in UNLOCKED:
+            yield
+            return
         if explained := _explain(error, folder / ".lock", folder / ".lock", "a few"):
             raise explained from error
         raise
@@ -164,6 +170,8 @@ def _explain(error: BaseException, path: Path, partial: Path, size: str) -> OSEr
     if code in FORBIDDEN and (about is None or Path(os.fsdecode(about)) in (path, partial, *path.parents)):
         reason = os.strerror(code).lower()
         return OSError(code, f"{path.name} cannot be written in {path.parent}, {reason}. Choose another folder")
+    if code is not None and not isinstance(error, OSError):
+        return OSError(code, f"{path.name} cannot be written: {os.strerror(code).lower()}")
     return None
 
 

@@ -95,19 +95,23 @@ def _value(text: str, name: str = "") -> Any:
     return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-def _from_toml(text: str, path: Path) -> dict[str, Any]:
+def _tables(text: str, path: Path) -> dict[str, Any]:
     try:
         import tomllib
     except ImportError:  # Python 3.10
         import tomli as tomllib
     try:
-        tables = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
+
+
+def _from_toml(text: str, path: Path) -> dict[str, Any]:
+    tables = _tables(text, path)
     if "datasets" in tables:
         raise ValueError(
             f"{path.name} describes datasets, not a training run. Give the --config_file of the run, "
-            "or its command line; the dataset folders are set with `dataset`."
+            "or its command line; this file itself can be the run's `dataset`."
         )
     settings = {}
     for key, value in tables.items():  # sd-scripts ignores the names of tables
@@ -419,3 +423,62 @@ def _choices(take: Callable, notes: list[str]) -> dict:
     elif prompts:
         ours["sample_prompts"] = tuple(str(prompt) for prompt in prompts)
     return ours
+
+
+# ── Datasets ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A folder of sd-scripts' dataset TOML, whose subfolders are not read."""
+
+    folder: Path
+    repeats: int
+    caption: str  # for pictures without a caption file: `class_tokens`
+    extension: str  # of caption files, ".txt"; "" where it is not said
+    regularisation: bool
+
+
+def subsets(path: Path) -> tuple[list[Subset], list[str]]:
+    """The folders that sd-scripts' dataset TOML names, and a line for each setting that is not taken over from it.
+
+    Relative folders are meant from the TOML's own folder.
+
+    Raises:
+        ValueError: it is no such TOML, or a value in it is not what it must be.
+    """
+    tables = _tables(path.read_text(encoding="utf-8-sig"), path)
+    found, notes = [], []
+    try:
+        for dataset in tables["datasets"]:
+            for subset in dataset["subsets"]:
+                given = tables.get("general", {}) | dataset | subset
+                extension = str(given.get("caption_extension", ""))
+                found.append(
+                    Subset(
+                        folder=path.parent / Path(given["image_dir"]).expanduser(),
+                        repeats=int(given.get("num_repeats", 1)),
+                        caption=str(given.get("class_tokens", "")),
+                        extension=extension and "." + extension.lstrip("."),
+                        regularisation=bool(given.get("is_reg", False)),
+                    )
+                )
+                notes += [_not_taken(key, value) for key, value in given.items() if key not in TAKEN and value]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        form = "[[datasets]] with [[datasets.subsets]], each with an image_dir"
+        raise ValueError(f"{path.name} is no dataset TOML of sd-scripts ({error!r}): it must have {form}.") from error
+    return found, [note for note in dict.fromkeys(notes) if note]
+
+
+TAKEN = ("image_dir", "num_repeats", "class_tokens", "caption_extension", "is_reg", "subsets")
+
+
+def _not_taken(key: str, value: Any) -> str:
+    if key in NOT_NEEDED:
+        return ""
+    if key == "metadata_file":
+        return f"{key}={value}: its captions are not read; write them beside the pictures, into .txt files"
+    name = {"resolution": "resolution", "batch_size": "batch_size"}.get(key) or SAME.get(key)
+    if name:
+        return f"{key}={value}: a setting of the run here, `{name}`"
+    return f"{key}={value}: lorakit has no such setting for a folder; it was left out"

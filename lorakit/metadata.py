@@ -62,6 +62,11 @@ def public(metadata: dict[str, str]) -> dict[str, str]:
     return kept
 
 
+def precision(dtype: torch.dtype) -> str:
+    """What kohya calls the precision of a run that computes in a dtype."""
+    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
+
+
 def of_adapter(adapter: Adapter, base: Base) -> dict[str, str]:
     """What base and adapter alone say about a file. A1111 tells families apart by the first two."""
     v, xl = base.prediction_type == "v_prediction", base.family == "sdxl"
@@ -149,7 +154,7 @@ def of_run(
         "ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps,
         "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
         "ss_gradient_checkpointing": config.gradient_checkpointing,
-        "ss_mixed_precision": {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(adapter.dtype, "no"),
+        "ss_mixed_precision": precision(adapter.dtype),
         "ss_full_fp16": False, "ss_seed": config.seed, "ss_clip_skip": config.clip_skip,
         "ss_cache_latents": True, "ss_flip_aug": config.flip, "ss_shuffle_caption": config.shuffle_captions,
         "ss_keep_tokens": config.keep_tokens, "ss_caption_tag_dropout_rate": config.tag_dropout,

@@ -123,8 +123,8 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         return
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     before = [weight.detach().clone() for weight in weights]
-    optimizer.eval()
     try:
+        optimizer.eval()
         yield
     finally:
         optimizer.train()
@@ -191,9 +191,9 @@ class Ema:
     def swapped(self) -> Iterator[None]:
         """Inside, the weights are their average; afterwards what they were."""
         before = [weight.detach().clone() for weight in self.weights]
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.average)
         try:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.average)
             yield
         finally:
             with torch.no_grad():

@@ -50,7 +50,8 @@ def read_log(path: str | Path, warn: Callable[[str], None] | None = None) -> lis
             line = json.loads(text)
         except ValueError:
             line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        figures = [line.get(key, 0) for key in ("step", "loss", "validation_loss")] if isinstance(line, dict) else [""]
+        if "step" in (line or ()) and all(isinstance(figure, int | float) for figure in figures):
             lines.append(line)
         elif number < len(texts):
             if warn is None:

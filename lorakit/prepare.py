@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lorakit import base as bases
-from lorakit import buckets, cache, captions, dataset, evaluate, memory, plan, train
+from lorakit import buckets, cache, captions, dataset, evaluate, files, memory, plan, train
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
 
@@ -98,14 +98,19 @@ def run(
         say(f"text      {', '.join(learn)}: trained too{'' if config.train_unet else ', the UNet is not'}")
     pictures = scan(config)
     say("pictures  " + pictures.describe().replace("\n", "\n          "))
-    held_out = evaluate.hold_out([p.digest for p in pictures.pictures], config.validation_share, config.seed)
-    held_out = sorted({*held_out, *_named(config.validation_pictures, pictures)})
+    kinds = evaluate.traits(pictures.pictures)
+    chosen = evaluate.hold_out([p.digest for p in pictures.pictures], config.validation_share, config.seed, kinds)
+    held_out = sorted({*chosen, *_named(config.validation_pictures, pictures)})
     kept = [place for place in range(len(pictures)) if place not in held_out]
     if held_out:
         names = [pictures.pictures[place].path.name for place in held_out]
         say(f"held out  {len(names)} of {len(pictures)} pictures, to judge by: {', '.join(names)}")
+    if chosen:
+        say("          " + evaluate.representative(chosen, kinds))
     repeats, everything = [pictures.pictures[place].repeats for place in kept], list(pictures.pictures)
     contents = {}
+    if held_out:
+        contents["held_out"] = digest(sorted(pictures.pictures[place].digest for place in held_out))
     if config.regularisation:
         prior = dataset.scan(config.regularisation)
         say("class     " + prior.describe().replace("\n", "\n          "))
@@ -117,7 +122,7 @@ def run(
         file = Path(config.start_from)
         if not file.is_file():
             raise FileNotFoundError(f"start_from: there is no file {file.name}. Give a LoRA's .safetensors file.")
-        contents["start_from"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        contents["start_from"] = files.sha256(file)[:16]
     masks = []
     if config.mask:
         masks = dataset.masks(pictures.pictures, config.mask, pictures.root)
@@ -255,5 +260,6 @@ def bar(visible: bool) -> Iterator[cache.Progress]:
 def settings(config: Config, prepared: Prepared) -> dict:
     """What decides the result, as plain values that name no path of this machine."""
     pictures = digest([[p.digest, p.caption, p.repeats] for p in prepared.dataset.pictures])
-    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
+    free = FREE - {"trigger"} if config.asks_class else FREE  # by which the class is asked for
+    values = {k: v for k, v in config.model_dump(mode="json").items() if k not in free}
     return values | {"base": prepared.base.name, "dataset": pictures} | prepared.contents

@@ -149,10 +149,10 @@ class Keeper:
     def copies(self, step: int) -> dict[str, backup.Source]:
         """What belongs at the second place now: regular checkpoints, the newest one, and the log up to it."""
         found = {}
-        for path in reversed(checkpoint.paths(self.checkpoints)):
+        for path in checkpoint.paths(self.checkpoints):  # the newest first: it is what matters most
             try:
                 own, whole, regular = checkpoint.kind(path)
-            except ValueError:  # damaged: told when it is asked for
+            except (ValueError, OSError):  # damaged: told when it is asked for
                 continue
             if regular or own == step:
                 found[backup.names(own, whole, regular)] = path
@@ -203,7 +203,7 @@ def thumbnail(samples: Path) -> dict[str, str]:
     try:
         first = next(iter(sorted(samples.glob("*.png"))), None)
         return metadatas.thumbnail(Image.open(first)) if first else {}
-    except OSError:
+    except Exception:  # a damaged PNG raises SyntaxError, too
         return {}
 
 
@@ -267,7 +267,7 @@ def describe(folder: str | Path) -> dict:
         try:
             found = checkpoint.read(path)
             checkpoints.append({"step": found.step, "file": path.name, "intact": True, "whole": found.whole})
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             checkpoints.append({"file": path.name, "intact": False, "problem": str(error)})
     problems += [entry["problem"] for entry in checkpoints if not entry["intact"]]
     file = folder / "log.jsonl"

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -104,9 +105,10 @@ def claim(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Name a folder for the run.")
-    own = {"cache", ".lock", "checkpoints", "log.jsonl", "STOP"}  # before there is a config.json
-    foreign = folder.is_dir() and {path.name for path in folder.iterdir() if path.suffix != ".partial"} - own
-    if foreign and "config.json" not in foreign:
+    own = {"cache", "log.jsonl", "STOP"}  # before there is a config.json
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = {name for name in there if not name.startswith(".")} - own
+    if foreign and not {"config.json", "checkpoints"} & foreign:
         raise ValueError(f"{folder} holds other files and no run. Name a new or empty folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +186,7 @@ def start(
     Of several processes (`accelerate launch`) every one calls this; each batch is shared out among them, and the first
     alone speaks, listens, writes and returns the finished file.
     """
-    folder, stop, team = Path(folder), stop or threading.Event(), processes.join(config.device)
+    folder, stop, team = Path(folder).absolute(), stop or threading.Event(), processes.join(config.device)
     if config.batch_size < team.size:
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out among {team.size} processes: "
@@ -192,9 +194,14 @@ def start(
         )
     if not team.first:
         return _start(config, folder, lambda _: None, False, stop, (), None, team)
+
+    def tell(text: str) -> None:
+        with suppress(OSError):  # a terminal that was closed
+            say(text)
+
     claim(folder)
     with files.claimed(folder):
-        return _start(config, folder, say, progress, stop, listeners, fork and Path(fork), team)
+        return _start(config, folder, tell, progress, stop, listeners, fork and Path(fork), team)
 
 
 def _start(
@@ -223,8 +230,14 @@ def _start(
     bases.keep_freed_memory(device)
     if saved:
         say(f"resume    at step {saved.step}, from {saved.path.name}")
+        before = ((saved.about or {}).get("metadata") or {}).get("ss_mixed_precision")
+        if before not in (None, metadatas.precision(dtype)):
+            say(f"          was trained in {before}, goes on in {metadatas.precision(dtype)}: not bit for bit the same")
     per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
     losses: dict[int, float] = {}
+    copier = None
+    if config.backup and team.first:
+        copier = backup.Copier(backup.place(config.backup, folder.name), config.keep_states)
     models = state = None
     while True:
         full = None
@@ -235,7 +248,7 @@ def _start(
             at = _telling(config, prepared, state, per_epoch, saved, clock)
             _drain(
                 models["unet"], prepared, state, config, folder, decided, at, total, say, progress, stop, listeners,
-                losses, team,
+                losses, team, copier,
             )  # fmt: skip
             break
         except (RuntimeError, MemoryError) as error:
@@ -249,6 +262,8 @@ def _start(
             with team.in_turn():
                 saved = _last_good(folder / "checkpoints")
             back = saved.step if saved else 0
+            if copier:
+                copier.back(back)
             if factor < LEAST_FACTOR:
                 raise FloatingPointError(_hopeless(error, config)) from error
             state = _state(models, prepared.base, config, device, dtype, saved)
@@ -258,7 +273,8 @@ def _start(
             lower = below[0]
             if state:
                 about = {"family": prepared.base.family, "metadata": at(state.step)}
-                saved = _saved_anyhow(folder / "checkpoints", state, lower, prepare.settings(lower, prepared), about)
+                asked = prepare.settings(lower, prepared)
+                saved = _saved_anyhow(folder / "checkpoints", state, lower, asked, about, say)
             models = state = None
             gc.collect()
             cache.free(device)
@@ -273,6 +289,7 @@ def _start(
     adapter = state.adapter
     if state.step < total:
         _draw(say, "loss.png", lambda: _draw_loss(folder, config))
+        _finish(copier, say)
         say(f"stopped   at step {state.step} of {total}, saved. Start again to go on from there.")
         done = [losses[step] for step in sorted(losses)]
         return Result(folder, config, state.step, total, done, None, None, record.best_checkpoint(folder)[0])
@@ -297,8 +314,10 @@ def _start(
     )
     if comparison:
         say(f"look      {sheet.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
-    if config.backup:
-        _bring_finished(config, folder, [path for path in (lora, comparison) if path], total, say)
+    if copier:
+        made = [path for path in (lora, comparison) if path]
+        copier.put(total, {f"{path.stem}-step-{total:06d}{path.suffix}": path for path in made})
+        _finish(copier, say)
     return Result(folder, config, total, total, [losses[step] for step in sorted(losses)], lora, comparison, best)
 
 
@@ -314,6 +333,10 @@ def _ready(
     if config.backup:
         place, here = backup.place(config.backup, folder.name), saved.step if saved else 0
         fetched = backup.newest(place, here, folder / "cache" / "fetched", checkpoint.read_whole, warn)
+        if not fetched:
+            say(f"backup    nothing newer than step {here} at the second place")
+    if not (fetched or saved) and (aside := checkpoint.put_aside(folder / "checkpoints", folder / "log.jsonl")):
+        say(f"resume    begins anew: none of {', '.join(aside)} can be gone on from. They stay as ….aside")
     if saved := fetched or saved:
         saved = replace(saved, settings=_as_of_now(saved.settings))
         lower = _come_down(config, prepared, saved.settings)
@@ -392,15 +415,12 @@ def _room(prepared: Prepared, folder: Path, say: Callable[[str], None]) -> None:
         )
 
 
-def _bring_finished(
-    config: Config, folder: Path, made: Sequence[Path], step: int, say: Callable[[str], None]
-) -> None:  # fmt: skip
-    """Copy what was made to the second place, under names with its step."""
-    copier = backup.Copier(backup.place(config.backup, folder.name), config.keep_states)
-    copier.put(step, {f"{path.stem}-step-{step:06d}{path.suffix}": path for path in made})
-    copier.close(PATIENCE)
-    for text in copier.told():
-        say(text)
+def _finish(copier: backup.Copier | None, say: Callable[[str], None]) -> None:
+    """Wait for the second place to have all that it shall, and say whether it has."""
+    if copier:
+        copier.close(PATIENCE)
+        for text in copier.told():
+            say(text)
 
 
 def _telling(
@@ -422,13 +442,17 @@ def _write(config: Config, folder: Path) -> None:
 
 
 def _saved_anyhow(
-    folder: Path, state: train.State, config: Config, decided: dict, about: dict
+    folder: Path, state: train.State, config: Config, decided: dict, about: dict, say: Callable[[str], None]
 ) -> checkpoint.Checkpoint | None:  # fmt: skip
     """A checkpoint of the last whole step, written now; where an update was cut in its midst, the newest there is."""
     if state.updating:
-        return checkpoint.newest(folder)
-    path, regular = folder / checkpoint.name(state.step), state.step % config.save_every == 0
-    return checkpoint.read(checkpoint.save(path, state, decided, regular=regular, about=about))
+        return checkpoint.newest(folder, say)
+    path, regular = folder / checkpoint.name(state.step), state.step > 0 and state.step % config.save_every == 0
+    try:
+        return checkpoint.read(checkpoint.save(path, state, decided, regular=regular, about=about))
+    except OSError as error:
+        say(f"save      step {state.step} is not saved: {error}")
+        return checkpoint.newest(folder, say)
 
 
 def _models(base: bases.Base, config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
@@ -481,6 +505,7 @@ def _drain(
     unet, prepared: Prepared, state: train.State, config: Config, folder: Path, decided: dict,
     at: Callable[[int], dict[str, str]], total: int, say: Callable[[str], None], progress: bool, stop: threading.Event,
     listeners: Sequence[Callable[[Step], None]], losses: dict[int, float], team: processes.Team,
+    copier: backup.Copier | None,
 ) -> None:  # fmt: skip
     """The training itself, with the run's own listeners; saves where it ends, puts down each step's loss."""
     loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config, team)
@@ -496,12 +521,12 @@ def _drain(
     with tqdm(total=total, initial=state.step, desc="train", unit="step", disable=not progress) as line:
 
         def show(step: Step, loss: float) -> None:
-            line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
-            line.update(step.number - line.n)
+            with suppress(OSError):  # a terminal that was closed
+                line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
+                line.update(step.number - line.n)
 
         on_board = _board(folder / "tensorboard", state.step, say)
         log = record.Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses)
-        copier = backup.Copier(backup.place(config.backup, folder.name), config.keep_states) if config.backup else None
         about = lambda step: {"family": prepared.base.family, "metadata": at(step)}  # noqa: E731
         keeper = record.Keeper(folder, state, decided, config, about, log, copier, say)
         keep = checkpoint.every(config.save_every, config.save_minutes, keeper)
@@ -524,14 +549,15 @@ def _drain(
             raise
         finally:
             log.close()
-            if copier:
-                copier.close(PATIENCE)
             keeper.listen()
 
 
 def _board(folder: Path, resumed_at: int, say: Callable[[str], None]) -> board.Board | None:
     try:
         return board.Board(folder, resumed_at)
+    except OSError as error:
+        say(f"board     no curves in TensorBoard: {error}. They are in log.jsonl")
+        return None
     except ImportError:
         say("board     tensorboard is not installed: the curves are in log.jsonl alone")
         return None

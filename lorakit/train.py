@@ -54,11 +54,15 @@ class State:
     @contextmanager
     def evaluated(self) -> Iterator[None]:
         """Inside, the adapter holds the weights to sample, judge and export: the average, where one is kept."""
-        with ExitStack() as stack:
+        self.updating, stack = True, ExitStack()
+        try:
             stack.enter_context(optim.averaged(self.optimizer))
             if self.ema:
                 stack.enter_context(self.ema.swapped())
             yield
+        finally:
+            stack.close()  # an interrupt in its midst leaves weights that are neither, and the next line undone
+            self.updating = False
 
 
 @dataclass(frozen=True)
@@ -385,7 +389,7 @@ def interruptible(stop: threading.Event) -> Iterator[threading.Event]:
         return
 
     def handle(number, frame):
-        if stop.is_set():
+        if stop.is_set() and number == signal.SIGINT:  # hosts and launchers say the others twice
             raise KeyboardInterrupt
         stop.set()
 

@@ -1,11 +1,11 @@
 """The dataset: every picture right, every one left out named, and nothing written where the user's files are."""
 
-import errno
 import hashlib
 import io
+import json
 import os
-import stat
 import struct
+import sys
 import warnings
 import zipfile
 import zlib
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from lorakit import dataset
+from lorakit import dataset, index
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -90,6 +90,39 @@ def test_arguments_stand_in_for_folder_names(tmp_path):
     assert found.epoch_size == 6
     with pytest.raises(ValueError, match="repeats=0"):
         dataset.scan(tmp_path, repeats=0)
+
+
+def test_repeats_by_folder(tmp_path):
+    for number, name in enumerate(("5_cat/1.png", "5_cat/deep/1.png", "dogs/1.png", "1.png")):
+        draw(tmp_path / name, (number, 0, 0))
+    found = dataset.scan(tmp_path, repeats={"dogs": 3, "5_cat/deep": 2})
+    assert {p.group: p.repeats for p in found.pictures} == {"": 1, "5_cat": 5, "5_cat/deep": 2, "dogs": 3}
+    assert {p.repeats for p in dataset.scan(tmp_path, repeats={"": 4}).pictures} == {4}
+    with pytest.raises(ValueError, match="repeats names a folder 'dog'.*Did you mean 'dogs'"):
+        dataset.scan(tmp_path, repeats={"dog": 3})
+    with pytest.raises(ValueError, match="repeats=0"):
+        dataset.scan(tmp_path, repeats={"dogs": 0})
+
+
+def test_a_regularisation_folder_is_a_second_scan(tmp_path):
+    draw(tmp_path / "learn" / "5_sks cat" / "1.png")
+    draw(tmp_path / "reg" / "1_cat" / "1.png", BLUE)
+    for folder, caption, repeats in (("learn", "sks cat", 5), ("reg", "cat", 1)):
+        (picture,) = dataset.scan(tmp_path / folder, regularisation=True).pictures
+        assert (picture.caption, picture.repeats) == (caption, repeats)
+
+
+def test_a_very_deep_tree(tmp_path):
+    deep = tmp_path
+    for _ in range(700):
+        deep = deep / "a"
+    try:
+        deep.mkdir(parents=True)
+    except (OSError, RecursionError):
+        pytest.skip("this system has no such deep folders")
+    draw(tmp_path / "1.png")
+    draw(deep / "2.png", BLUE)
+    assert len(dataset.scan(tmp_path)) == 2
 
 
 def test_a_date_is_no_number_of_repeats_and_0_leaves_out(tmp_path):
@@ -194,6 +227,12 @@ def test_all_lines_of_a_caption_count(tmp_path):
     assert dataset.scan(tmp_path).pictures[0].caption == "a cat, sitting down"
 
 
+def test_only_the_first_line_counts_if_asked_for(tmp_path):
+    draw(tmp_path / "a.png")
+    write(tmp_path / "a.txt", "\n a  cat, \r\nsitting down\n")
+    assert dataset.scan(tmp_path, first_line=True).pictures[0].caption == "a cat,"
+
+
 def test_captions_that_differ_are_reported_and_txt_wins(tmp_path):
     for i, (txt, other) in enumerate((("one", "two"), ("same", " same "), ("", "only"))):
         draw(tmp_path / f"{i}.png", (i, 0, 0))
@@ -203,7 +242,9 @@ def test_captions_that_differ_are_reported_and_txt_wins(tmp_path):
     captions = [(picture.caption, picture.caption_source) for picture in found.pictures]
     assert captions == [("one", ".txt"), ("same", ".txt"), ("only", ".caption")]
     notes = reasons(found, left_out=False)
-    assert set(notes) == {"0.caption", "2.txt"} and ".txt file, which is used" in notes["0.caption"]
+    assert set(notes) == {"0.caption", "2.txt"}
+    assert ".caption says 'two', and .txt, which is used, something else" in notes["0.caption"]
+    assert "an empty caption: 'only' (.caption) is used" in notes["2.txt"]
 
 
 def test_an_empty_caption_is_treated_as_missing_and_said(tmp_path):
@@ -211,7 +252,19 @@ def test_an_empty_caption_is_treated_as_missing_and_said(tmp_path):
     write(tmp_path / "4_sks" / "a.txt", " \n")
     found = dataset.scan(tmp_path)
     assert (found.pictures[0].caption, found.pictures[0].caption_source) == ("sks", "folder")
-    assert "empty caption" in reasons(found, left_out=False)["a.txt"]
+    assert "an empty caption: 'sks' (folder) is used. Write one" in reasons(found, left_out=False)["a.txt"]
+
+
+def test_what_stands_in_for_missing_captions_is_said_by_name(tmp_path):
+    write(draw(tmp_path / "a.png").with_suffix(".txt"), "a cat")
+    draw(tmp_path / "3_sks" / "b.png", BLUE)
+    draw(tmp_path / "c.png", (0, 1, 0))
+    told = dataset.scan(tmp_path).describe()
+    assert "2 without a caption of their own:" in told
+    assert "  3_sks/b.png: 'sks' (folder) is used" in told and "  c.png: none is used" in told
+    assert "  c.png: 'thing' (given) is used" in dataset.scan(tmp_path, caption="thing").describe()
+    (tmp_path / "a.txt").unlink()
+    assert "of their own" not in dataset.scan(tmp_path).describe()  # of no picture: one line says it
 
 
 def test_lost_captions_shared_stems_and_copies_are_reported(tmp_path):
@@ -228,6 +281,172 @@ def test_lost_captions_shared_stems_and_copies_are_reported(tmp_path):
     assert reasons(found, left_out=True) == {} and "3 to look at:" in found.describe()
 
 
+# Hugging Face's metadata
+
+
+def describe(folder: Path, rows: list[dict], name: str = "metadata.jsonl") -> Path:
+    if name.endswith(".csv"):
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+    else:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    return write(folder / name, "\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_metadata_files_give_captions(tmp_path, name, column):
+    for number, file in enumerate(("a.png", "deep/кот.png", "bare.png")):
+        draw(tmp_path / file, (number, 0, 0))
+    rows = [{"file_name": "a.png", column: "a, cat"}, {"file_name": "deep/кот.png", column: " a\tkот "}]
+    describe(tmp_path, rows, name)
+    found = dataset.scan(tmp_path)
+    said = {p.path.name: (p.caption, p.caption_source) for p in found.pictures}
+    assert said == {"a.png": ("a, cat", name), "кот.png": ("a kот", name), "bare.png": ("", "none")}
+    assert found.problems == () and f"{name} × 2" in found.describe()
+
+
+def test_metadata_keeps_lines_and_survives_what_is_no_text(tmp_path):
+    draw(tmp_path / "a.png")
+    write(tmp_path / "metadata.csv", 'file_name,text,caption\r\na.png,"a cat,\nsitting",other\r\n')
+    assert dataset.scan(tmp_path).pictures[0].caption == "a cat, sitting"
+    (tmp_path / "metadata.csv").unlink()
+    write(tmp_path / "metadata.jsonl", '{"file_name": "a.png", "text": "half \\ud800 a pair"}')
+    dataset.scan(tmp_path).pictures[0].caption.encode()
+
+
+def test_the_nearest_metadata_file_counts_and_the_other_is_reported(tmp_path):
+    draw(tmp_path / "train" / "a.png")
+    describe(tmp_path, [{"file_name": "train/a.png", "text": "far"}])
+    describe(tmp_path / "train", [{"file_name": "a.png", "text": "near"}])
+    found = dataset.scan(tmp_path)
+    assert found.pictures[0].caption == "near"
+    assert "described twice" in reasons(found, left_out=False)["a.png"]
+
+
+def test_a_caption_file_goes_before_metadata_and_a_conflict_is_reported(tmp_path):
+    rows = []
+    for number, (own, text) in enumerate((("own", "other"), ("same", "same"), ("", "described"))):
+        write(draw(tmp_path / f"{number}.png", (number, 0, 0)).with_suffix(".txt"), own)
+        rows.append({"file_name": f"{number}.png", "text": text})
+    describe(tmp_path, rows)
+    found = dataset.scan(tmp_path)
+    assert [p.caption for p in found.pictures] == ["own", "same", "described"]
+    notes = reasons(found, left_out=False)
+    assert set(notes) == {"0.png", "2.txt"} and "metadata.jsonl says 'other', and .txt, which is used" in notes["0.png"]
+
+
+def test_metadata_that_is_wrong_is_reported_and_never_followed(tmp_path):
+    draw(tmp_path / "secret.png", BLUE)
+    draw(tmp_path / "set" / "a.png")
+    rows = [{"file_name": name, "text": "x"} for name in ("gone.png", "../secret.png", str(tmp_path / "secret.png"))]
+    file = describe(tmp_path / "set", [*rows, {"text": "no name"}, {"file_name": "a.png", "text": "a cat"}])
+    write(file, file.read_bytes() + b"[1, 2]\n")
+    found = dataset.scan(tmp_path / "set")
+    assert [(p.path.name, p.caption) for p in found.pictures] == [("a.png", "a cat")]
+    told = [problem.reason for problem in found.problems]
+    assert sum("which is not there, or not in its folder" in reason for reason in told) == 4
+    assert any(reason.startswith("cannot be read after 5 rows") for reason in told)
+
+
+@pytest.mark.parametrize(
+    "contents", [b"\xff\xfe\x00", b"{", b"[" * 100_000, b"a,b\n1", b"\0", b"", b'"' + b"x" * 200_000]
+)
+def test_metadata_that_is_nothing_of_the_kind_does_not_cost_the_pictures(tmp_path, contents):
+    draw(tmp_path / "a.png")
+    for name in ("metadata.jsonl", "metadata.csv"):
+        write(tmp_path / name, contents)
+    assert names(dataset.scan(tmp_path)) == ["a.png"]
+
+
+# sd-scripts' dataset TOML
+
+TOML = """
+[general]
+enable_bucket = true
+caption_extension = ".caption"
+shuffle_caption = true
+keep_tokens = 0
+
+[[datasets]]
+resolution = 768
+num_repeats = 2
+
+  [[datasets.subsets]]
+  image_dir = "cats"
+  class_tokens = "sks cat"
+  num_repeats = 5
+
+  [[datasets.subsets]]
+  image_dir = "../dogs"
+  caption_extension = "tags"
+  face_crop_aug_range = [1.0, 2.0]
+
+  [[datasets.subsets]]
+  image_dir = "reg"
+  class_tokens = "cat"
+  is_reg = true
+"""
+
+
+def write_toml(folder: Path, text: str = TOML) -> Path:
+    draw(folder / "sets" / "cats" / "1.png")
+    draw(folder / "sets" / "cats" / "2.png", BLUE)
+    write(folder / "sets" / "cats" / "2.txt", "from txt")
+    write(folder / "sets" / "cats" / "2.caption", "from caption")
+    draw(folder / "sets" / "cats" / "10_more" / "1.png", (1, 1, 1))
+    draw(folder / "dogs" / "1.png", (0, 9, 0))
+    write(folder / "dogs" / "1.tags", "a dog")
+    draw(folder / "sets" / "reg" / "1.png", (9, 9, 9))
+    return write(folder / "sets" / "set.toml", text)
+
+
+def test_a_dataset_toml(tmp_path):
+    found = dataset.scan(write_toml(tmp_path))
+    assert found.root == tmp_path.resolve()
+    assert [(p.group, p.path.name, p.repeats, p.caption, p.caption_source) for p in found.pictures] == [
+        ("sets/cats", "1.png", 5, "sks cat", "given"),
+        ("sets/cats", "2.png", 5, "from caption", ".caption"),
+        ("dogs", "1.png", 2, "a dog", ".tags"),
+    ]
+    told = {problem.path.name: problem.reason for problem in found.problems}
+    assert "not read by sd-scripts" in told["10_more"] and "regularisation pictures" in told["reg"]
+    settings = [problem.reason for problem in found.problems if problem.path.name == "set.toml"]
+    assert {line.partition(":")[0] for line in settings} == {
+        "face_crop_aug_range=[1.0, 2.0]", "resolution=768", "shuffle_caption=True"
+    }  # fmt: skip
+    assert any("`resolution`" in line for line in settings) and any("`shuffle_captions`" in line for line in settings)
+    (prior,) = dataset.scan(tmp_path / "sets" / "set.toml", regularisation=True).pictures
+    assert (prior.path.parent.name, prior.caption, prior.repeats) == ("reg", "cat", 2)
+    assert dataset.scan(tmp_path / "sets" / "set.toml", repeats=1, caption="x").pictures[0].caption == "x"
+
+
+def test_a_dataset_toml_names_what_it_cannot_use(tmp_path):
+    text = TOML.replace('"../dogs"', '"dosg"').replace('"cats"', '"cats"\n  metadata_file = "meta.json"')
+    found = dataset.scan(write_toml(tmp_path, text.replace('"reg"', '"cats/"').replace("is_reg = true", "")))
+    assert len(found) == 2
+    told = "\n".join(problem.reason for problem in found.problems)
+    assert "dosg does not exist" in told and "named twice in set.toml" in told
+    assert "metadata_file=meta.json: its captions are not read" in told
+
+
+@pytest.mark.parametrize(
+    "text", ["learning_rate = 1e-4", "[[datasets]]", "datasets = 3",
+             "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 3",
+             "[[datasets]]\n[[datasets.subsets]]", "[[datasets]]\nsubsets = 'x'", "[[datasets",
+             "general = 1\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'cats'",
+             "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'cats'\nnum_repeats = 'many'"]
+)  # fmt: skip
+def test_a_toml_that_is_no_dataset(tmp_path, text):
+    with pytest.raises(ValueError, match="set.toml is (no dataset TOML of sd-scripts|not valid TOML)"):
+        dataset.scan(write_toml(tmp_path, text))
+
+
+def test_a_toml_without_usable_folders_says_why(tmp_path):
+    text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'cast'"
+    with pytest.raises(ValueError, match="no picture to train on(.|\n)*cast does not exist(.|\n)*Did you mean 'cats'"):
+        dataset.scan(write_toml(tmp_path, text))
+
+
 # What is left out
 
 
@@ -239,20 +458,20 @@ def test_every_picture_left_out_is_named_with_a_reason(tmp_path):
     write(tmp_path / "empty.png", b"")
     write(tmp_path / "page.png", b"<html>not found</html>")
     write(tmp_path / "script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    write(tmp_path / "phone.HEIC", b"x")
-    write(tmp_path / "phone.txt", "its caption is not lost")
-    write(tmp_path / "camera.nef", b"x")
+    write(tmp_path / "drawing.PSD", b"x")
+    write(tmp_path / "drawing.txt", "its caption is not lost")
+    write(tmp_path / "more.zip", b"x")
     Image.new("F", (4, 4)).save(tmp_path / "float.tiff")
     found = dataset.scan(tmp_path)
     assert names(found) == ["good.png"] and reasons(found, left_out=False) == {}
     said = reasons(found, left_out=True)
-    assert set(said) == {path.name for path in tmp_path.iterdir()} - {"good.png", "phone.txt"}
-    assert all(
-        "cannot be decoded" in said[name] for name in ("cut_jpg.jpg", "cut_png.png", "cut_webp.webp", "float.tiff")
-    )
+    assert set(said) == {path.name for path in tmp_path.iterdir()} - {"good.png", "drawing.txt"}
+    assert all("cannot be decoded" in said[name] for name in ("cut_jpg.jpg", "cut_png.png", "cut_webp.webp"))
+    assert "no known white" in said["float.tiff"]
     assert "0 bytes" in said["empty.png"]
     assert all("not a picture" in said[name] for name in ("page.png", "script.png"))
-    assert ".HEIC files are not read: save it as PNG or JPEG" in said["phone.HEIC"]
+    assert ".PSD files are not read: save it as PNG or JPEG" in said["drawing.PSD"]
+    assert "an archive in the folder is not read" in said["more.zip"]
     assert (
         "9 left out:" in found.describe()
         and "  cut_jpg.jpg: cannot be decoded (image file is trunc" in found.describe()
@@ -334,130 +553,6 @@ def test_many_pictures_show_a_bar_and_few_do_not(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-# Zips
-
-
-def pack(path: Path, members: dict) -> Path:
-    """Write a zip; names may be strings or ZipInfo, contents bytes."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
-        for name, contents in members.items():
-            zipped.writestr(name, contents)
-    return path
-
-
-def linked(name: str) -> zipfile.ZipInfo:
-    member = zipfile.ZipInfo(name)
-    member.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return member
-
-
-def test_a_zip_reads_like_its_folder(tmp_path):
-    draw(tmp_path / "set" / "5_cat" / "1.png")
-    write(tmp_path / "set" / "5_cat" / "1.txt", "a cat")
-    draw(tmp_path / "set" / "3_dog" / "1.png", BLUE)
-    files = [path for path in (tmp_path / "set").rglob("*") if path.is_file()]
-    members = {path.relative_to(tmp_path / "set").as_posix(): path.read_bytes() for path in files}
-    litter = {"./3_dog/./2.png": noise("PNG"), "__MACOSX/5_cat/._1.png": b"x", "5_cat/.DS_Store": b"x", "5_cat/": b""}
-    archive = pack(tmp_path / "set.zip", {**members, **litter})
-    write(tmp_path / "set" / "3_dog" / "2.png", noise("PNG"))
-    folder, zipped = dataset.scan(tmp_path / "set"), dataset.scan(archive, cache=tmp_path / "cache")
-    assert names(zipped) == names(folder) and zipped.problems == ()
-    assert [(p.caption, p.repeats, p.digest) for p in zipped.pictures] == [
-        (p.caption, p.repeats, p.digest) for p in folder.pictures
-    ]
-    assert zipped.root.is_relative_to(tmp_path / "cache") and zipped.root.name == "set"
-
-    before = {path: path.stat().st_mtime_ns for path in zipped.root.rglob("*")}
-    assert dataset.scan(archive, cache=tmp_path / "cache") == zipped
-    assert {path: path.stat().st_mtime_ns for path in zipped.root.rglob("*")} == before  # nothing unpacked again
-    zipped.pictures[0].path.unlink()
-    assert dataset.scan(archive, cache=tmp_path / "cache") == zipped  # but what is gone comes back
-    write(tmp_path / "new.txt", "x")
-    with zipfile.ZipFile(archive, "a") as more:
-        more.write(draw(tmp_path / "new.png", (0, 9, 0)), "new.png")
-    assert len(dataset.scan(archive, cache=tmp_path / "cache")) == 4
-
-
-def test_a_zip_is_unpacked_in_the_users_cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    archive = pack(tmp_path / "7_sks.zip", {"a.png": draw(tmp_path / "a.png").read_bytes()})
-    found = dataset.scan(archive)
-    assert found.root.is_relative_to(tmp_path / "cache" / "lorakit")
-    assert (found.pictures[0].repeats, found.pictures[0].caption) == (7, "sks")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../evil.png", "5_cat/../../evil.png", "/evil.png", "..\\evil.png", "C:\\evil.png", "C:evil.png", "\\\\h\\e.png"],
-)
-def test_a_member_that_would_land_outside_is_refused(tmp_path, name):
-    picture = draw(tmp_path / "a.png").read_bytes()
-    archive = pack(tmp_path / "set.zip", {"good.png": picture, name: picture})
-    found = dataset.scan(archive, cache=tmp_path / "cache" / "deep")
-    assert names(found) == ["good.png"]
-    assert [p.reason.startswith(f"{name!r} would land outside") for p in found.problems] == [True]
-    pictures = [path for path in tmp_path.rglob("*.png") if path != tmp_path / "a.png"]
-    assert pictures == [found.pictures[0].path]
-
-
-def test_links_and_encrypted_and_broken_members_are_refused(tmp_path):
-    picture = draw(tmp_path / "a.png").read_bytes()
-    archive = pack(
-        tmp_path / "set.zip",
-        {"good.png": picture, linked("link.png"): "/etc/passwd", "secret.png": picture, "crc.png": b"0123456789abcdef"},
-    )
-    raw = bytearray(archive.read_bytes())
-    with zipfile.ZipFile(archive) as zipped:
-        data_at = zipped.getinfo("crc.png").header_offset + 30 + len("crc.png")
-        central = raw.index(b"PK\x01\x02")
-    raw[data_at + 4] ^= 1
-    entry = raw.index(b"secret.png", central) - 46
-    raw[entry + 8] |= 1  # the flag of an encrypted member
-    archive.write_bytes(raw)
-    found = dataset.scan(archive, cache=tmp_path / "cache")
-    assert names(found) == ["good.png"]
-    said = "\n".join(problem.reason for problem in found.problems)
-    assert (
-        "'link.png' is a link" in said and "'secret.png' is encrypted" in said and "'crc.png' cannot be unpack" in said
-    )
-    assert not any(path.is_symlink() for path in (tmp_path / "cache").rglob("*"))
-
-
-def test_zip_bombs_are_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "GiB", 400_000)  # so that a small bomb will do
-    picture = draw(tmp_path / "a.png").read_bytes()
-    archive = pack(tmp_path / "one.zip", {"good.png": picture, "bomb.txt": bytes(200_000)})
-    found = dataset.scan(archive, cache=tmp_path / "cache")
-    assert names(found) == ["good.png"] and "'bomb.txt' would grow to 0.5 GiB" in found.problems[0].reason
-    archive = pack(tmp_path / "many.zip", {"good.png": picture, **{f"{i}.txt": bytes(99_000 + i) for i in range(9)}})
-    with pytest.raises(ValueError, match="many.zip would unpack to 2.2 GiB.*zip bomb.*'8.txt'"):
-        dataset.scan(archive, cache=tmp_path / "many")
-    assert not (tmp_path / "many").exists()
-
-
-def test_a_full_disk_says_where_and_leaves_no_half_file(tmp_path, monkeypatch):
-    archive = pack(tmp_path / "set.zip", {"a.png": draw(tmp_path / "a.png").read_bytes()})
-
-    def full(source, sink):
-        sink.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(dataset.shutil, "copyfileobj", full)
-    with pytest.raises(OSError, match="no room in .*cache: free 0.0 GiB there, or give another cache folder"):
-        dataset.scan(archive, cache=tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-
-
-def test_a_file_that_is_no_zip(tmp_path):
-    picture = draw(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="a.png is neither a folder nor a sound zip.*give the folder"):
-        dataset.scan(picture)
-    archive = pack(tmp_path / "set.zip", {"a.png": picture.read_bytes()})
-    archive.write_bytes(archive.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="neither a folder nor a sound zip"):
-        dataset.scan(archive, cache=tmp_path / "cache")
-
-
 # Pixels
 
 
@@ -520,20 +615,37 @@ def pixels_of(path: Path) -> list[tuple[int, int, int]]:
     return [tuple(pixel) for pixel in np.asarray(opened).reshape(-1, 3).tolist()]
 
 
-def test_grey_bilevel_and_animated(tmp_path):
+def test_grey_bilevel_and_palette(tmp_path):
     Image.frombytes("L", (2, 1), b"\x00\x63").save(tmp_path / "grey.png")
     assert pixels_of(tmp_path / "grey.png") == [(0, 0, 0), (99, 99, 99)]
     Image.new("1", (1, 1), 1).save(tmp_path / "bit.png")
     assert pixels_of(tmp_path / "bit.png") == [(255, 255, 255)]
-    frames = [Image.new("RGB", (4, 4), color) for color in (RED, BLUE)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert set(pixels_of(tmp_path / "a.gif")) == {RED}
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.apng", "a.webp", "a.avif", "a.tiff", "a.jpg"])
+def test_of_several_frames_the_first_is_used(tmp_path, name):
+    if name == "a.avif" and ".avif" not in Image.registered_extensions():
+        pytest.skip("Pillow reads AVIF since 11.3")
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, BLUE)]
+    kind = {"a.jpg": "MPO", "a.apng": "PNG"}.get(name)  # phones keep a depth map or a second picture that way
+    frames[0].save(tmp_path / name, kind, save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / name) as image:
+        assert image.n_frames == 2
+    assert np.abs(np.array(pixels_of(tmp_path / name)) - RED).max() <= 2
+    assert len(dataset.scan(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tiff"])
 def test_cmyk_is_not_inverted(tmp_path, name):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / name)  # no cyan: red
     assert abs(np.array(pixels_of(tmp_path / name)) - RED).max() <= 3
+    if name == "a.jpg":
+        assert b"Adobe" in (tmp_path / name).read_bytes()  # which is why its values are stored inverted
+
+
+def test_lab_is_read_as_colour(tmp_path):
+    Image.new("LAB", (1, 1), (138, 80 + 128, 67 + 128)).save(tmp_path / "a.tiff")  # pure red, in 255ths of L
+    assert np.abs(np.array(pixels_of(tmp_path / "a.tiff")) - RED).max() <= 12
 
 
 def test_16_bit_pictures_keep_their_range(tmp_path):
@@ -542,15 +654,131 @@ def test_16_bit_pictures_keep_their_range(tmp_path):
         Image.fromarray(grey).save(tmp_path / name)
         assert pixels_of(tmp_path / name) == [(v, v, v) for v in (0, 128, 255, 1)]
 
-    def chunk(kind: bytes, contents: bytes) -> bytes:
-        return struct.pack(">I", len(contents)) + kind + contents + struct.pack(">I", zlib.crc32(kind + contents))
+    two_pixels = {  # as Pillow cannot write them: colour type, samples, extra chunk, what is seen
+        "rgb.png": (2, (65535, 0, 128 * 257, 0, 65535, 0), b"", [(255, 0, 128), (0, 255, 0)]),
+        "rgba.png": (6, (65535, 0, 0, 65535, 0, 0, 0, 128 * 257), b"", [RED, (127, 127, 127)]),
+        "la.png": (4, (65535, 0, 64 * 257, 65535), b"", [(255, 255, 255), (64, 64, 64)]),
+        "key.png": (0, (4660, 4661), chunk(b"tRNS", struct.pack(">H", 4660)), [(255, 255, 255), (18, 18, 18)]),
+    }
+    for name, (kind, samples, extra, seen) in two_pixels.items():
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, kind, 0, 0, 0))
+        row = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(f">{len(samples)}H", *samples)))
+        write(tmp_path / name, b"\x89PNG\r\n\x1a\n" + header + extra + row + chunk(b"IEND", b""))
+        assert pixels_of(tmp_path / name) == seen
 
-    row = b"\0" + struct.pack(
-        ">6H", 65535, 0, 128 * 257, 0, 65535, 0
-    )  # two pixels of 16-bit RGB, as Pillow cannot write
-    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-    assert pixels_of(write(tmp_path / "rgb.png", png)) == [(255, 0, 128), (0, 255, 0)]
+
+def chunk(kind: bytes, contents: bytes) -> bytes:
+    return struct.pack(">I", len(contents)) + kind + contents + struct.pack(">I", zlib.crc32(kind + contents))
+
+
+def tiff(width: int, height: int, bits: int, photometric: int, samples: bytes, more: dict | None = None) -> bytes:
+    """A TIFF by hand, uncompressed grey; `more` holds (type, values) by tag: 1 bytes, 3 shorts, 4 longs, 10 ratios."""
+    tags = {256: (4, [width]), 257: (4, [height]), 258: (3, [bits]), 259: (3, [1]), 262: (3, [photometric]),
+            273: (4, [0]), 277: (3, [1]), 278: (4, [height]), 279: (4, [len(samples)])} | (more or {})  # fmt: skip
+    start = 8 + 2 + 12 * len(tags) + 4
+    for _ in range(2):  # the first time round tells where the samples begin
+        entries, outside = b"", b""
+        for tag, (kind, values) in sorted(tags.items()):
+            raw = struct.pack(f"<{len(values)}{ {1: 'B', 3: 'H', 4: 'I', 10: 'i'}[kind] }", *values)
+            count = len(values) // 2 if kind == 10 else len(values)
+            place = raw.ljust(4, b"\0") if len(raw) <= 4 else struct.pack("<I", start + len(outside))
+            entries += struct.pack("<HHI", tag, kind, count) + place
+            outside += raw + bytes(len(raw) % 2) if len(raw) > 4 else b""
+        tags[273] = (4, [start + len(outside)])
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + outside + samples
+
+
+def test_tiffs_of_12_bits_and_with_white_at_0(tmp_path):
+    twelve = tiff(2, 1, 12, 1, bytes([0xFF, 0xF8, 0x00]))
+    assert pixels_of(write(tmp_path / "a.tif", twelve)) == [(255, 255, 255), (128, 128, 128)]
+    inverted = tiff(2, 1, 16, 0, struct.pack("<2H", 65535, 0))
+    assert pixels_of(write(tmp_path / "b.tif", inverted)) == [(0, 0, 0), (255, 255, 255)]
+
+
+# Formats whose libraries may be missing
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_stands_upright(tmp_path, orientation):
+    """A phone turns its HEIC in the container, and says so in EXIF as well: turned once."""
+    pytest.importorskip("pillow_heif")
+    dataset._formats()  # tells Pillow of it
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    large = corners().resize((96, 64), Image.Resampling.NEAREST)
+    large.save(tmp_path / "a.heic", quality=95, exif=exif.tobytes())
+    large.save(tmp_path / "b.png", exif=exif)
+    heic, png = dataset.scan(tmp_path).pictures
+    assert (heic.width, heic.height) == (png.width, png.height)
+    seen, right = (np.asarray(dataset.open_picture(picture)).astype(int) for picture in (heic, png))
+    assert np.abs(seen - right).mean() < 2
+
+
+def test_heic_by_another_name_with_transparency_and_profile(tmp_path):
+    pytest.importorskip("pillow_heif")
+    dataset._formats()
+    Image.new("RGB", (64, 64), RED).save(tmp_path / "a.heic", quality=-1, icc_profile=swapped_profile())
+    (tmp_path / "a.heic").rename(tmp_path / "a.jpg")
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "b.heic")
+    profiled, clear = dataset.scan(tmp_path).pictures
+    assert np.abs(np.array(dataset.open_picture(profiled).getpixel((9, 9))) - BLUE).max() <= 3
+    assert dataset.open_picture(clear).getpixel((9, 9)) == (255, 255, 255)
+    assert [mask is not None for mask in dataset.masks([profiled, clear], "alpha", tmp_path)] == [False, True]
+
+
+def dng(width: int = 48, height: int = 32, orientation: int = 1) -> bytes:
+    """A camera raw: red on the left half, grey on the right, in the sRGB primaries' own space."""
+    bayer = np.full((height, width), 20000, np.uint16)
+    bayer[:, : width // 2] = 2000
+    bayer[::2, : width // 2 : 2] = 40000  # red stands in even rows and columns
+    to_camera = [32406, -15372, -4986, -9689, 18758, 415, 557, -2040, 10570]
+    more = {
+        254: (4, [0]), 271: (1, [*b"lorakit\0"]), 272: (1, [*b"test\0"]), 274: (3, [orientation]), 33421: (3, [2, 2]),
+        33422: (1, [0, 1, 1, 2]), 50706: (1, [1, 4, 0, 0]), 50708: (1, [*b"lorakit test\0"]), 50717: (4, [65535]),
+        50721: (10, [part for value in to_camera for part in (value, 10000)]),
+        50728: (10, [1, 1] * 3), 50778: (3, [21]),
+    }  # fmt: skip
+    return tiff(width, height, 16, 32803, bayer.tobytes(), more)
+
+
+def test_camera_raw_is_developed(tmp_path):
+    pytest.importorskip("rawpy")
+    write(tmp_path / "a.dng", dng())
+    write(tmp_path / "b.DNG", dng(orientation=6))
+    lying, upright = dataset.scan(tmp_path).pictures
+    assert (lying.width, lying.height, upright.width, upright.height) == (48, 32, 32, 48)
+    pixels = np.asarray(dataset.open_picture(lying)).astype(int)
+    red, grey = pixels[16, 10], pixels[16, 40]
+    assert red[0] > 200 and red[1:].max() < 120 and np.ptp(grey) <= 8
+    turned = np.asarray(dataset.open_picture(upright)).astype(int)
+    assert np.abs(turned - np.rot90(pixels, -1)).max() <= 2
+    write(tmp_path / "cut.dng", dng()[:900])
+    assert "cannot be decoded" in reasons(dataset.scan(tmp_path), left_out=True)["cut.dng"]
+
+
+def test_the_raw_of_a_picture_is_left_out(tmp_path):
+    write(draw(tmp_path / "1.jpg").with_suffix(".txt"), "a cat")
+    write(tmp_path / "1.nef", dng())
+    found = dataset.scan(tmp_path)
+    assert [(p.path.name, p.caption) for p in found.pictures] == [("1.jpg", "a cat")]
+    assert reasons(found, left_out=True) == {"1.nef": "the camera raw of 1.jpg, which is used"}
+
+
+def test_a_missing_library_is_named_for_each_picture(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "rawpy", None)
+    monkeypatch.setattr(Image, "OPEN", {name: way for name, way in Image.OPEN.items() if name not in ("HEIF", "AVIF")})
+    for name, brand in (("a.heic", b"heic"), ("b.jpg", b"mif1"), ("c.avif", b"avif")):
+        write(tmp_path / name, b"\0\0\0\x18ftyp" + brand + bytes(40))
+    write(tmp_path / "d.dng", dng())
+    draw(tmp_path / "good.png")
+    said = reasons(dataset.scan(tmp_path), left_out=True)
+    assert "pip install 'pillow-heif'" in said["a.heic"] and "pip install 'pillow-heif'" in said["b.jpg"]
+    assert "pip install 'pillow>=11.3'" in said["c.avif"] and "pip install 'rawpy'" in said["d.dng"]
+    dataset._formats.cache_clear()
+
+
+# Colour profiles
 
 
 def swapped_profile() -> bytes:
@@ -573,6 +801,54 @@ def test_colour_profiles_are_followed(tmp_path):
     assert pixels_of(tmp_path / "srgb.png") == [(12, 34, 56)]
 
 
+def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile by hand."""
+    table, contents, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, value in tags.items():
+        table += struct.pack(">4sII", name, start + len(contents), len(value))
+        contents += value + bytes(-len(value) % 4)
+    white = struct.pack(">3i", 63190, 65536, 54061)  # D50
+    facts = (start + len(contents), b"", 0x02400000, b"scnr", space, connection, b"acsp")
+    header = struct.pack(">I4sI4s4s4s12x4s28x", *facts)
+    return header + white + bytes(48) + struct.pack(">I", len(tags)) + table + contents
+
+
+def test_grey_has_profiles_too(tmp_path):
+    linear = profile(b"GRAY", b"XYZ ", {b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061),
+                                       b"kTRC": b"curv" + bytes(8)})  # fmt: skip
+    Image.new("L", (1, 1), 128).save(tmp_path / "grey.png", icc_profile=linear)
+    Image.new("LA", (1, 1), (128, 255)).save(tmp_path / "clear.png", icc_profile=linear)
+    Image.fromarray(np.array([[128 * 257]], np.uint16)).save(tmp_path / "deep.png", icc_profile=linear)
+    for name in ("grey.png", "clear.png", "deep.png"):  # half of the light is 188 in sRGB
+        assert np.abs(np.array(pixels_of(tmp_path / name)) - 188).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tiff"])
+def test_cmyk_goes_through_its_profile(tmp_path, name):
+    """On this press, cyan ink is green; without the profile it would be cyan."""
+    paper, green = bytes([255, 128, 128]), bytes([225, 42, 211])  # Lab, as ICC counts it in bytes
+    corners_of_ink = b"".join(green if ink & 8 else paper for ink in range(16))
+    straight = bytes(range(256))
+    table = struct.pack(">4s4xBBBx9i", b"mft1", 4, 3, 2, *(65536 * v for v in (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    press = profile(b"CMYK", b"Lab ", {b"A2B0": table + straight * 4 + corners_of_ink + straight * 3})
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / name, icc_profile=press)
+    red, green, blue = pixels_of(tmp_path / name)[40]
+    assert green > 240 and red < 60 and blue < 60
+    Image.new("CMYK", (16, 16), (0, 0, 0, 0)).save(tmp_path / name, icc_profile=press)
+    assert min(pixels_of(tmp_path / name)[40]) >= 253
+
+
+def test_palettes_and_lab_go_through_profiles(tmp_path):
+    palette = Image.frombytes("P", (2, 1), b"\x00\x01")
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.save(tmp_path / "a.png", icc_profile=swapped_profile(), transparency=1)
+    seen = pixels_of(tmp_path / "a.png")
+    assert np.abs(np.array(seen[0]) - BLUE).max() <= 2 and seen[1] == (255, 255, 255)
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    Image.new("LAB", (1, 1), (138, 80 + 128, 67 + 128)).save(tmp_path / "lab.tiff", icc_profile=lab)
+    assert np.abs(np.array(pixels_of(tmp_path / "lab.tiff")) - RED).max() <= 12
+
+
 def test_broken_and_wrong_profiles_are_passed_over(tmp_path):
     Image.new("RGB", (1, 1), RED).save(tmp_path / "broken.png", icc_profile=b"no profile at all")
     assert pixels_of(tmp_path / "broken.png") == [RED]
@@ -590,3 +866,103 @@ def test_a_picture_that_changed_after_the_scan_is_noticed(tmp_path):
     write(path, b"x")
     with pytest.raises(ValueError, match=r"a\.png: not a picture"):
         dataset.open_picture(path)
+
+
+# The index
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """The names of files that scans decode; the young ones count as old."""
+    seen, load = [], dataset._measure
+    monkeypatch.setattr(dataset, "_measure", lambda file: seen.append(file.name) or load(file))
+    monkeypatch.setattr(index, "RECENT", -(10**12))
+    return seen
+
+
+def test_a_second_scan_reads_only_what_is_new_or_changed(tmp_path, decoded):
+    folder, cache = tmp_path / "set", tmp_path / "cache"
+    for number in range(4):
+        draw(folder / f"{number}.png", (number, 0, 0))
+    first = dataset.scan(folder, cache=cache)
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]
+    decoded.clear()
+    assert dataset.scan(folder, cache=cache) == first and decoded == []
+    draw(folder / "1.png", BLUE, (6, 8))
+    draw(folder / "new.png", BLUE, (8, 7))
+    (folder / "2.png").unlink()
+    write(folder / "0.txt", "a caption is always read")
+    second = dataset.scan(folder, cache=cache)
+    assert sorted(decoded) == ["1.png", "new.png"]
+    heights = {p.path.name: p.height for p in second.pictures}
+    assert heights == {"0.png": 6, "1.png": 8, "3.png": 6, "new.png": 7}
+    assert second.pictures[0].caption == "a caption is always read"
+    assert second == dataset.scan(folder, cache=tmp_path / "other cache")
+
+
+def test_a_change_that_keeps_size_and_time_is_read_again(tmp_path, decoded):
+    file = draw(tmp_path / "set" / "a.bmp")
+    before = file.stat()
+    (first,) = dataset.scan(tmp_path / "set", cache=tmp_path / "cache").pictures
+    draw(file, BLUE)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size and file.stat().st_mtime_ns == before.st_mtime_ns
+    if os.name != "nt":  # which does not tell when a file was touched
+        (second,) = dataset.scan(tmp_path / "set", cache=tmp_path / "cache").pictures
+        assert second.digest == hashlib.sha256(file.read_bytes()).hexdigest() != first.digest
+    (third,) = dataset.scan(tmp_path / "set", cache=tmp_path / "cache", fresh=True).pictures
+    assert dataset.open_picture(third).getpixel((0, 0)) == BLUE
+    with pytest.raises(ValueError, match="changed since"):
+        dataset.open_picture(first)
+
+
+def test_files_that_just_changed_are_not_trusted(tmp_path, decoded, monkeypatch):
+    monkeypatch.setattr(index, "RECENT", 10**12)
+    draw(tmp_path / "set" / "a.png")
+    for _ in range(2):
+        dataset.scan(tmp_path / "set", cache=tmp_path / "cache")
+    assert decoded == ["a.png"] * 2
+
+
+def test_a_damaged_index_is_only_slower(tmp_path, decoded):
+    folder, cache = tmp_path / "set", tmp_path / "cache"
+    for number in range(3):
+        draw(folder / f"{number}.png", (number, 0, 0))
+    first = dataset.scan(folder, cache=cache)
+    (store,) = (cache / "index").iterdir()
+    whole = store.read_bytes()
+    for damaged in (whole[:-20], whole.replace(b"[8, 6", b"[9, 6"), b"", b"\xff", b"x\n{}", whole + b"x"):
+        store.write_bytes(damaged)
+        decoded.clear()
+        assert dataset.scan(folder, cache=cache) == first and len(decoded) == 3
+        assert store.read_bytes() == whole  # mended
+    store.unlink()
+    store.mkdir()  # cannot be written
+    assert dataset.scan(folder, cache=cache) == first
+
+
+def test_pictures_left_out_are_looked_at_again(tmp_path, decoded):
+    draw(tmp_path / "set" / "a.png")
+    write(tmp_path / "set" / "bad.png", b"x")
+    for _ in range(2):
+        assert "not a picture" in reasons(dataset.scan(tmp_path / "set", cache=tmp_path / "cache"), True)["bad.png"]
+    assert sorted(decoded) == ["a.png", "bad.png", "bad.png"]
+
+
+def test_what_was_read_before_an_interrupt_is_kept(tmp_path, decoded, monkeypatch):
+    for number in range(20):
+        draw(tmp_path / "set" / f"{number}.png", (number, 0, 0))
+    measure = dataset._measure
+
+    def interrupted(file):
+        if file.name == "15.png":
+            raise KeyboardInterrupt
+        return measure(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dataset.scan(tmp_path / "set", cache=tmp_path / "cache")
+    decoded.clear()
+    assert len(dataset.scan(tmp_path / "set", cache=tmp_path / "cache")) == 20
+    assert set(decoded) == {f"{number}.png" for number in range(15, 20)}

@@ -7,7 +7,7 @@ from loops import begin
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import checkpoint, demo, evaluate, plots, prepare, record, run, train
+from lorakit import checkpoint, dataset, demo, evaluate, plots, prepare, record, run, train
 
 CPU = torch.device("cpu")
 DIGESTS = [f"{i * 7919:064x}"[::-1] for i in range(1, 41)]
@@ -33,6 +33,49 @@ def test_copies_are_held_out_together_and_something_is_left():
     assert len(held) == 2 and twice[held[0]] == twice[held[1]]
     assert evaluate.hold_out(DIGESTS[:2], 0.9, seed=0) in ([0], [1])
     assert evaluate.hold_out(DIGESTS[:1], 0.5, seed=0) == [] == evaluate.hold_out(DIGESTS, 0, seed=0)
+
+
+def test_every_folder_and_shape_is_held_out_by_its_share():
+    kinds = [("5_cat", "tall")] * 12 + [("5_cat", "square")] * 4 + [("3_dog", "wide")] * 8
+    choices = [evaluate.hold_out(DIGESTS[:24], 0.25, seed, kinds) for seed in range(20)]
+    for held in choices:
+        wanted = [("3_dog", "wide")] * 2 + [("5_cat", "square")] + [("5_cat", "tall")] * 3
+        assert sorted(kinds[place] for place in held) == wanted
+    assert len(set(map(tuple, choices))) > 10  # which of them is chance
+
+
+def test_one_picture_stands_for_the_most():
+    kinds = [("a", "tall")] * 3 + [("b", "square")] * 6
+    assert [kinds[place] for place in evaluate.hold_out(DIGESTS[:9], 0.1, 0, kinds)] == [("b", "square")]
+
+
+def test_a_spread_choice_depends_on_contents_alone_and_hardly_moves():
+    random = np.random.default_rng(0)
+    for trial in range(200):
+        size = int(random.integers(3, 40))
+        kinds = [(f"{random.integers(4)}_x", ("tall", "square", "wide")[random.integers(3)]) for _ in range(size)]
+        share, digests = random.choice([0.1, 0.25, 0.5]), DIGESTS[:size]
+        held = {digests[place] for place in evaluate.hold_out(digests, share, trial, kinds)}
+        turned = evaluate.hold_out(digests[::-1], share, trial, kinds[::-1])
+        assert {digests[::-1][place] for place in turned} == held
+        less = {digests[place] for place in evaluate.hold_out(digests[:-1], share, trial, kinds[:-1])}
+        assert len(less - held) <= 2 and abs(len(held) - len(less)) <= 1
+
+
+def test_copies_in_two_folders_are_held_out_together():
+    twice, kinds = DIGESTS[:6] * 2, [("a",)] * 6 + [("b",)] * 6
+    held = [twice[place] for place in evaluate.hold_out(twice, 0.5, 1, kinds)]
+    assert len(held) == 6 and set(held[:3]) == set(held[3:])
+
+
+def test_what_was_held_out_is_said(pictures):
+    found = dataset.scan(pictures)
+    kinds = evaluate.traits(found.pictures)
+    assert kinds == [("2_sks thing", "square")] * 4 + [("2_sks thing", "wide")] * 2
+    held = evaluate.hold_out([p.digest for p in found.pictures], 0.5, 0, kinds)
+    text = evaluate.representative(held, kinds)
+    assert text.startswith("chosen to stand for all") and text.endswith(": square 2 of 4, wide 1 of 2")
+    assert evaluate.representative([0], kinds[:4]).endswith(": all of one kind")
 
 
 # ── What they are asked ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,8 +12,8 @@ FLOORS = [
     {"config", "files", "original", "processes", "quantize"},
     {"archive", "index", "kohya", "video"},
     {"dataset", "captions", "buckets"},
-    {"base", "adapter", "optim", "loss"},
-    {"cache", "memory", "lora"},
+    {"base", "adapter", "optim", "loss", "audit", "check"},
+    {"cache", "memory", "lora", "draft"},
     {"sample", "plan", "metadata"},
     {"train", "generate"},
     {"checkpoint", "evaluate", "export", "plots", "board", "backup"},
@@ -60,7 +60,8 @@ def test_importing_lorakit_loads_nothing_heavy():
 
 
 def test_the_lower_rooms_need_no_torch():
-    assert not loaded_by("import lorakit.config, lorakit.dataset, lorakit.buckets") & {"torch", "diffusers"}
+    rooms = ", ".join(f"lorakit.{room}" for room in ("config", "dataset", "buckets", "captions", "audit"))
+    assert not loaded_by(f"import {rooms}") & {"torch", "diffusers", "transformers"}
 
 
 def test_help_at_the_terminal_loads_no_torch():

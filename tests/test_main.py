@@ -141,3 +141,25 @@ def test_mistakes_with_a_run(settings, tmp_path, arguments, message):
     run.start(settings, tmp_path / "run", say=lambda _: None, progress=False)
     done = CliRunner().invoke(app, [argument.replace("{run}", str(tmp_path / "run")) for argument in arguments])
     assert message in str(done.exception)
+
+
+def test_pictures_are_checked_and_captioned_at_a_terminal(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (pictures / "2_sks thing" / "broken.png").write_bytes(b"not a picture")
+    facts = json.loads(told("check", pictures, "--resolution", 64, "--trigger", "sks thing", "--json"))
+    assert facts["pictures"] == 6 and [each["picture"] for each in facts["left_out"]] == ["2_sks thing/broken.png"]
+    assert {"picture", "kind", "severity", "message"} == facts["findings"][0].keys()
+    assert str(tmp_path) not in json.dumps(facts)
+    assert "6 pictures" in told("check", pictures, "--resolution", 64)
+    (tmp_path / "empty").mkdir()
+    failed = CliRunner().invoke(app, ["check", str(tmp_path / "empty")])
+    assert failed.exit_code and "has no picture to train on" in str(failed.exception)
+
+    file = pictures / "2_sks thing" / "0.txt"
+    assert "Nothing is written yet" in told("caption", "replace", pictures, "number", "no.")
+    assert file.read_text() == "sks thing, number 0"
+    assert "written   6 captions" in told("caption", "replace", pictures, "number", "no.", "--write")
+    assert file.read_text() == "sks thing, no. 0\n"
+    assert "undone    6 captions" in told("caption", "undo", pictures)
+    assert file.read_text() == "sks thing, number 0"
+    assert "sks" in told("caption", "audit", pictures, "--trigger", "sks thing")

@@ -34,6 +34,7 @@ COLAB = {
     "pydantic": "2.13.4",
     "typer": "0.27.1",
     "tqdm": "4.67.1",
+    "filelock": "3.20.0",  # its torch brings one; which, is not known
     "ipywidgets": "7.7.1",
     "ipykernel": "6.17.1",
     "tensorboard": "2.20.0",

@@ -4,6 +4,7 @@ The base is a real latent-diffusion model of Stable Diffusion's own classes, tra
 30 pictures are in a fifth, Fluent Emoji Flat, which it has never seen. Licences stand beside them.
 """
 
+import shutil
 from pathlib import Path
 
 from lorakit.config import Config
@@ -28,3 +29,11 @@ def config(**changes) -> Config:
         save_every=100, sample_every=200, sample_prompts=PROMPTS, sample_steps=20, sample_guidance=2.0,
     )  # fmt: skip
     return Config(**(settings | changes))
+
+
+def copy(folder: str | Path) -> Path:
+    """A copy of the pictures and captions, to be changed; what is there already stays as it is."""
+    folder = Path(folder)
+    if not folder.exists():
+        shutil.copytree(PICTURES, folder)
+    return folder

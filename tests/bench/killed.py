@@ -11,6 +11,7 @@ systems that are too small. Half an hour on two cores.
 """
 
 import argparse
+import os
 import random
 import shutil
 import subprocess
@@ -177,7 +178,7 @@ def main() -> None:
         work = Path(folder)
         killed = kill(work, options.kills, chance)
         spoilt = spoil(work, options.damages, chance)
-        starved = starve(work) if shutil.which("mount") and sys.platform == "linux" and Path("/proc/1").owner() else []
+        starved = starve(work) if sys.platform == "linux" and os.geteuid() == 0 else []
     tables = [
         table(killed, "run", "kills", "of them within a save", "runs ended", "weights as if not killed, nothing lost"),
         table(spoilt, "damaged", "times", "told by name, by `info` or the run", "went on to the same weights"),
