@@ -65,7 +65,7 @@ def times(paths: list[Path]) -> list[str]:
 
 
 def test_of_each_place_the_sharpest_frame(tmp_path):
-    """Three and a half seconds at ten frames a second; in each second, all is blurred but one frame near its beginning."""
+    """Three and a half seconds at ten frames a second; of each second one frame near its beginning is not blurred."""
     pictures, sharp = [], {0: 1, 1: 12, 2: 18, 3: 30}
     for number in range(35):
         place = round(number / 10)
