@@ -3,6 +3,7 @@
 None of these ever ends training: what cannot be written now is told, kept, and tried again.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -27,19 +28,24 @@ class Log:
         names: of the pictures, to tell which ones a skipped step saw.
         on_board: draws the same curves in TensorBoard, where that is installed.
         losses: gets each step's, by its number.
+        expected: digest of the file up to `resumed_at`, where one was kept.
     """
 
     def __init__(
         self, file: Path, resumed_at: int, names: Sequence[str], show: Callable[[Step, float], None],
         say: Callable[[str], None], on_board: board.Board | None, losses: dict[int, float],
+        expected: str | None = None,
     ):  # fmt: skip
         self.file, self.names, self.show, self.say, self.board = file, names, show, say, on_board
         self.waiting, self.unwritten, self.losses, self.marks = [], "", losses, {}
         self.began = time.monotonic()
         damaged = lambda text: say(f"log       {text}")  # noqa: E731
         kept = [x for x in plots.read_log(file, damaged) if x["step"] <= resumed_at] if file.exists() else []
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if expected and hashlib.sha256(text.encode()).hexdigest() != expected:
+            say(f"log       {file.name} was changed or damaged after it was saved: its curves may be wrong")
         with files.replacing(file) as partial:  # steps after the checkpoint are trained again
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.write_text(text)
 
     def __call__(self, step: Step) -> None:
         if len(self.waiting) == 10:  # not yet this one, to which others may still add marks
@@ -123,6 +129,8 @@ class Keeper:
         self.log.flush()
         step = self.state.step
         path, about = self.checkpoints / checkpoint.name(step), self.about(step)
+        if self.log.file.is_file() and not self.log.unwritten:
+            about["log"] = files.sha256(self.log.file)
         try:
             checkpoint.save(path, self.state, self.settings, regular=regular, about=about)
         except OSError as error:

@@ -248,7 +248,7 @@ def _start(
             at = _telling(config, prepared, state, per_epoch, saved, clock)
             _drain(
                 models["unet"], prepared, state, config, folder, decided, at, total, say, progress, stop, listeners,
-                losses, team, copier,
+                losses, team, copier, (saved.about or {}).get("log") if saved else None,
             )  # fmt: skip
             break
         except (RuntimeError, MemoryError) as error:
@@ -505,7 +505,7 @@ def _drain(
     unet, prepared: Prepared, state: train.State, config: Config, folder: Path, decided: dict,
     at: Callable[[int], dict[str, str]], total: int, say: Callable[[str], None], progress: bool, stop: threading.Event,
     listeners: Sequence[Callable[[Step], None]], losses: dict[int, float], team: processes.Team,
-    copier: backup.Copier | None,
+    copier: backup.Copier | None, kept: str | None,
 ) -> None:  # fmt: skip
     """The training itself, with the run's own listeners; saves where it ends, puts down each step's loss."""
     loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config, team)
@@ -526,7 +526,7 @@ def _drain(
                 line.update(step.number - line.n)
 
         on_board = _board(folder / "tensorboard", state.step, say)
-        log = record.Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses)
+        log = record.Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses, kept)
         about = lambda step: {"family": prepared.base.family, "metadata": at(step)}  # noqa: E731
         keeper = record.Keeper(folder, state, decided, config, about, log, copier, say)
         keep = checkpoint.every(config.save_every, config.save_minutes, keeper)

@@ -157,3 +157,14 @@ def test_bases_are_not_needed_to_tell(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "open", lambda *_: 1 / 0)
     assert record.lora_of(tmp_path / "run").family == "sd15"
     assert record.describe(tmp_path / "run")["name"] == config.load(tmp_path / "run" / "config.json").name
+
+
+def test_a_log_that_was_changed_is_noticed(settings, tmp_path):
+    run.start(settings.with_(steps=3), tmp_path / "run", **QUIET)
+    said = []
+    run.start(settings, tmp_path / "two", fork=tmp_path / "run", say=said.append, progress=False)
+    assert not any("changed or damaged" in line for line in said)
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
+    run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False)
+    assert any("log.jsonl was changed or damaged after it was saved" in line for line in said)

@@ -142,7 +142,7 @@ class Pictures(widgets.VBox):
         names = [other for other in getattr(self.decisions, what) if other != name] + [name] * yes
         self.decisions = Decisions(**(vars(self.decisions) | {what: tuple(names)}))
         if self.store:
-            self.decisions.save(self.store)
+            check.save(self.decisions, self.store)
 
     def _crops(self) -> None:
         """Show what the buckets cut off."""
