@@ -39,7 +39,7 @@ COUNTS = {  # the training guide's: pictures at least, recommended, ideal
 TILE = 16  # pixels of a square that is sharp or not
 CONTRAST = (4.0, 2.0)  # mean slope of a tile, in levels of 255 a pixel, from which its detail and edges are judged
 SOFT = 2.1  # `Measured.detail` below which a picture has not the detail of its size
-FULL = 10.0  # `Measured.detail` of a picture that was enlarged k times is about this / k²
+FULL = 9.5  # `Measured.detail` of a picture that was enlarged k times is about this / k²
 BLURRED = 1.6  # `Measured.edges` in the worst direction
 SMEARED = (1.85, 0.75)  # the same, if it is also that much below the best
 INTERPOLATED = 9.0  # `Measured.interpolated` from which a soft picture was enlarged
@@ -202,13 +202,14 @@ def _measure(picture: Picture, name: str, fit: Fit) -> Measured | Finding:
     except (ValueError, OSError):
         return Finding(name, "file", "serious", "cannot be opened any more, or has changed: scan again")
     middle = _middle(image)
+    steps = max(steps, _pixel_steps(middle))
     if fit.scaled[0] < image.width:
         image = image.resize(fit.scaled, Image.Resampling.LANCZOS, reducing_gap=1.5)
     gray = image.convert("L")
     detail, edges, contrast = _sharpness(np.asarray(gray, np.float32))
     return Measured(
-        name, (picture.width, picture.height), fit, max(steps, _pixel_steps(middle)), detail, edges,
-        _interpolation(middle), *_exposure(image), _subject(contrast), _hashes(gray),
+        name, (picture.width, picture.height), fit, steps, detail, edges, _interpolation(middle, steps > 0),
+        *_exposure(image), _subject(contrast), _hashes(gray),
     )  # fmt: skip
 
 
@@ -245,6 +246,8 @@ def _sharpness(gray: np.ndarray) -> tuple[float | None, tuple[float, float] | No
 
     Source: for edges, Zhuo & Sim 2011, Defocus map estimation from a single image.
     """
+    if min(gray.shape) < TILE:
+        return None, None, np.zeros((0, 0))
     padded = np.pad(gray, 1, "edge")
     laplacian = padded[1:-1, 2:] + padded[1:-1, :-2] + padded[2:, 1:-1] + padded[:-2, 1:-1] - 4 * gray
     gradients = (np.gradient(_smooth(gray, times)) for times in (1, 4))
@@ -295,8 +298,8 @@ def _exposure(image: Image.Image) -> tuple[float, float]:
     return float(np.percentile(highest, 99.5)), float(blown.mean()) if judged else 0.0
 
 
-def _interpolation(gray: np.ndarray) -> float:
-    """How far a period stands out in the curvature along rows or columns, as enlarging leaves one.
+def _interpolation(gray: np.ndarray, jpeg: bool) -> float:
+    """How far a period stands out in the curvature along rows or columns, as enlarging leaves one; not that of blocks.
 
     Source: Gallagher 2005, Detection of linear and cubic interpolation in JPEG compressed images.
     """
@@ -307,8 +310,8 @@ def _interpolation(gray: np.ndarray) -> float:
             curvature = (curvature - np.convolve(curvature, np.full(17, 1 / 17), "same"))[8:-8]
             spectrum = np.abs(np.fft.rfft(curvature * np.hanning(len(curvature))))
             frequency = np.fft.rfftfreq(len(curvature))
-            of_jpeg = np.abs(frequency * 8 - np.rint(frequency * 8)) < 0.05
-            spectrum = spectrum[(frequency > 0.15) & ~of_jpeg]
+            of_blocks = np.abs(frequency * 8 - np.rint(frequency * 8)) < 0.05
+            spectrum = spectrum[(frequency > 0.15) & ~(jpeg & of_blocks)]
             highest = max(highest, float(spectrum.max() / (np.median(spectrum) + 1e-6)))
     return highest
 
@@ -317,7 +320,8 @@ def _file_steps(path: Path) -> float:
     """`Measured.jpeg` by the tables of a JPEG file; 0 for another file."""
     try:
         with Image.open(path, formats=["JPEG"]) as image:
-            return 100 * sum(image.quantization[0]) / QUALITY_50.sum()
+            steps = np.reshape(image.quantization[0], (8, 8))
+            return float(100 * steps[:4, :4].sum() / QUALITY_50[:4, :4].sum())  # others may have no room to be larger
     except (Image.UnidentifiedImageError, KeyError):
         return 0.0
 
@@ -388,7 +392,7 @@ def _advice(picture: Measured) -> Iterator[Finding]:
     worst, best = picture.edges or (9.0, 9.0)
     smeared = worst < SMEARED[0] and worst < SMEARED[1] * best
     if smeared or (worst < BLURRED and not (detail is not None and detail < SOFT)):
-        how = "smeared in one direction, as by motion" if smeared else "blurred"
+        how = "smeared in one direction, as by motion" if worst < 0.85 * best else "blurred"
         yield finding("blur", -worst, -1.3, f"{how} (sharpness {worst:.1f} to {best:.1f} of 2 and more): leave it out")
     elif detail is not None and detail < SOFT:
         times = (FULL / max(detail, 0.1)) ** 0.5
