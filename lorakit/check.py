@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import imagehash
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
@@ -28,6 +27,11 @@ from tqdm.auto import tqdm
 from lorakit import buckets, files, index
 from lorakit.buckets import Fit, Rule, Size
 from lorakit.dataset import Dataset, Picture, Problem, open_picture
+
+try:
+    import imagehash
+except ImportError as error:
+    raise ImportError("Checking pictures needs imagehash: `pip install imagehash`.") from error
 
 Severity = Literal["serious", "warning", "info"]
 COUNTS = {  # the training guide's: pictures at least, recommended, ideal
