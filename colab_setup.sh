@@ -7,7 +7,8 @@
 #
 # What the host ships stays as it is: pip is told to keep every package that is there at its version. Only a package
 # older than lorakit can use is replaced, never torch, and a torchao that peft refuses is removed. Where the host has
-# no torch to offer, everything goes into .venv beside this file.
+# no torch to offer, everything goes into .venv beside this file. LORAKIT_PYTHON names the Python to install into
+# instead: a notebook gives its kernel's.
 #
 # Run without its checkout (as Vast.ai's PROVISIONING_SCRIPT is), it clones $LORAKIT_REPOSITORY first.
 set -euo pipefail
@@ -35,6 +36,11 @@ sys.exit(not (sys.prefix == sys.base_prefix and os.path.exists(marker)))'
 # Sets python.
 choose_python() {
     local candidate
+    if [[ -n ${LORAKIT_PYTHON:-} ]]; then
+        modern "$LORAKIT_PYTHON" || die "LORAKIT_PYTHON, $LORAKIT_PYTHON, is no Python ≥ 3.10. Name another."
+        python=$(command -v "$LORAKIT_PYTHON")
+        return
+    fi
     for candidate in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}"; do
         if [[ -n $candidate ]]; then
             modern "$candidate" ||
@@ -231,6 +237,8 @@ add_torch() {
         "$python -m pip install $pinned — and run this again."
 }
 
+in_order() { [[ $missing == 0 && $torch != none && $torchao == none && $package == ok ]]; }
+
 set_up() {
     local before did=() added=0
     nvidia=$(nvidia-smi -L 2>/dev/null | grep '^GPU ' || true)
@@ -240,6 +248,10 @@ set_up() {
     look || explain "$python cannot say what it has installed: see its words above."
     cp "$work/installed.txt" "$work/before.txt"
     before=$package
+    if [[ -n ${LORAKIT_PYTHON:-} ]] && ! in_order && managed "$python"; then
+        die "$python belongs to the system, which lets nobody install into it. Run Jupyter from an environment of its" \
+            "own ($python -m venv …), or allow it: PIP_BREAK_SYSTEM_PACKAGES=1."
+    fi
 
     if [[ $torch == old:* ]]; then
         die "$python has torch ${torch#old:}, which is too old: see pyproject.toml. It is not replaced, because other" \
@@ -274,14 +286,16 @@ set_up() {
     fi
 
     look
-    [[ $missing == 0 && $torch != none && $torchao == none && $package == ok ]] ||
+    in_order ||
         die "$python is not right yet: $missing requirements missing; torch $torch; old torchao $torchao; lorakit $package."
     added=$((added + $(LC_ALL=C comm -13 "$work/before.txt" "$work/installed.txt" | wc -l)))
     if [[ $added != 0 ]]; then
         did=("installed $added package$([[ $added == 1 ]] || echo s) in $SECONDS s" ${did[@]+"${did[@]}"})
     fi
     if [[ ${#did[@]} == 0 ]]; then did=("nothing to install"); fi
-    if [[ $python == "$root/.venv/bin/python" && ${VIRTUAL_ENV:-} != "$root/.venv" ]]; then
+    if [[ -n ${LORAKIT_PYTHON:-} ]]; then
+        : # a notebook's cell, which finds this checkout by itself
+    elif [[ $python == "$root/.venv/bin/python" && ${VIRTUAL_ENV:-} != "$root/.venv" ]]; then
         did+=("in .venv (source $root/.venv/bin/activate)")
     elif [[ $before != ok && -n ${JPY_PARENT_PID:-} && -z ${COLAB_RELEASE_TAG:-} ]]; then
         did+=("restart the notebook's kernel to import it")

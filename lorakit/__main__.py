@@ -122,13 +122,20 @@ def check(
     kind: Annotated[str, typer.Option("--type", help="character, style, object or clothing")] = "character",
     resolution: Annotated[int, typer.Option(help="training size in pixels")] = 512,
     trigger: Annotated[str, typer.Option(help="the word that every caption should have")] = "",
+    step: Annotated[int, typer.Option(help="pixels by which bucket sides differ")] = 64,
+    rule: Annotated[str, typer.Option(help="of the buckets: kohya, no_upscale or least_crop")] = "kohya",
+    min_side: Annotated[int | None, typer.Option(help="shortest side of a bucket; half the resolution")] = None,
+    max_side: Annotated[int | None, typer.Option(help="longest side of a bucket; twice the resolution")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Check pictures and captions before training: what is left out, what is wrong, and what to do about it."""
     from lorakit import check as checks
     from lorakit import dataset as datasets
 
-    report = checks.check(datasets.scan(dataset), kind=kind, resolution=resolution, trigger=trigger)
+    report = checks.check(
+        datasets.scan(dataset), kind=kind, resolution=resolution, trigger=trigger, step=step, rule=rule,
+        sides=(min_side, max_side),
+    )  # fmt: skip
     print(json.dumps(report.facts(), indent=2, ensure_ascii=False) if as_json else report.describe())
 
 
@@ -226,40 +233,96 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(help="one picture each")],
     base: Annotated[str, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = "demo",
     prediction_type: Annotated[str, typer.Option(help="auto, epsilon or v_prediction")] = "auto",
-    lora: Annotated[Path | None, typer.Option(help="LoRA file")] = None,
-    strength: Annotated[list[float] | None, typer.Option(help="of the LoRA; several make a sheet")] = None,
+    lora: Annotated[list[Path] | None, typer.Option(help="LoRA, run folder or checkpoint; several at once")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="of each LoRA, in their order; 1 when left out")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="of all LoRAs together; several make a sheet")] = None,
     negative: Annotated[str, typer.Option(help="what to steer away from")] = "",
     seed: Annotated[int, typer.Option(help="of the first picture")] = 0,
     width: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
     height: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
     steps: int = 25,
     guidance: float = 7.0,
-    scheduler: Annotated[str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc")] = "dpm++_2m_karras",
+    scheduler: Annotated[
+        str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc, lcm")
+    ] = "dpm++_2m_karras",
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
 ) -> None:
-    """Make pictures, with a LoRA at one strength or several."""
+    """Make pictures, with LoRAs at one strength or several; each is written as soon as it is made."""
     from lorakit import base as bases
-    from lorakit import export, plots
+    from lorakit import compare, plots
     from lorakit import sample as samples
 
-    strengths = strength or [1.0]
-    opened = bases.open(base, prediction_type)
-    file = export.load(lora) if lora else None
-    rows = samples.generate(
-        opened, prompts, negative=negative, seeds=seed, strengths=strengths, steps=steps, guidance=guidance,
-        scheduler_name=scheduler, size=(height or opened.resolution, width or opened.resolution),
-        attach=(lambda models: export.inject(models, opened, file)) if file else None,
-        adapts=file.adapts if file else (),
-    )  # fmt: skip
-    seeds = range(seed, seed + len(prompts))
-    for number, value in enumerate(strengths):
-        folder = out / f"strength-{value:g}" if len(strengths) > 1 else out
-        for path in samples.save([row[number] for row in rows], folder, prompts, seeds):
-            print(path)
+    strengths, paths = strength or [1.0], lora or []
+    weights = weight or [1.0] * len(paths)
+    if len(weights) != len(paths):
+        raise ValueError(f"{len(weights)} weights were given for {len(paths)} LoRAs. Give one each, or none.")
+    opened, known = bases.open(base, prediction_type), {}
+    used = [[(path, own * value) for path, own in zip(paths, weights, strict=True)] for value in strengths]
+    variants = [compare.variant(opened, parts, known) for parts in used]
+    size = (height or opened.resolution, width or opened.resolution)
+    made_with = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler_name": scheduler}
+    rows: list[list] = [[None] * len(strengths) for _ in prompts]
+    for row, column, picture in samples.stream(opened, prompts, variants, seeds=seed, size=size, **made_with):
+        rows[row][column] = picture
+        named = [(path.name.removesuffix(".safetensors"), value) for path, value in used[column]]
+        told = samples.infotext(
+            prompts[row], seed + row, size, model=opened.name, clip_skip=1, loras=named, **made_with
+        )  # fmt: skip
+        folder = out / f"strength-{strengths[column]:g}" if len(strengths) > 1 else out
+        print(samples.write(picture, folder / f"{row:02d}-seed-{seed + row}.png", told))
     if len(strengths) > 1:
         labels = ["base" if value == 0 else f"strength {value:g}" for value in strengths]
         plots.grid(rows, row_labels=list(prompts), column_labels=labels, path=out / "sheet.png")
         print(out / "sheet.png")
+
+
+@app.command()
+def frames(
+    video: Annotated[Path, typer.Argument(help="the film")],
+    folder: Annotated[Path, typer.Argument(help="for the pictures")],
+    every: Annotated[float, typer.Option(help="seconds from picture to picture")] = 1.0,
+    scenes: Annotated[bool, typer.Option(help="of each scene's beginning one, whatever --every says")] = False,
+    window: Annotated[float, typer.Option(help="seconds in which the sharpest frame is looked for")] = 0.5,
+    suffix: Annotated[str, typer.Option(help=".png or .jpg")] = ".png",
+) -> None:
+    """Take the sharpest frames of a video as pictures to train on; none that looks like one before."""
+    from lorakit import video as videos
+
+    found = videos.frames(video, folder, every=None if scenes else every, window=window, suffix=suffix)
+    print(f"done      {len(found)} pictures in {folder}")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="what the pictures show; their captions")],
+    out: Annotated[Path, typer.Option(help="folder of the dataset; they go into REPEATS_NAME/ in it")],
+    name: Annotated[str, typer.Option(help="what they show in a word, as 'woman'")],
+    base: Annotated[str, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = "demo",
+    prediction_type: Annotated[str, typer.Option(help="auto, epsilon or v_prediction")] = "auto",
+    count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the first; the next ones count up")] = 0,
+    repeats: Annotated[int, typer.Option(help="times that each counts an epoch")] = 1,
+    negative: Annotated[str, typer.Option(help="what to steer away from")] = "",
+    width: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
+    steps: int = 25,
+    guidance: float = 7.0,
+    scheduler: Annotated[str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc")] = "dpm++_2m_karras",
+    clip_skip: Annotated[int, typer.Option(min=1, max=4, help="1 takes the text encoder's last layer")] = 1,
+    quantize: Annotated[str, typer.Option(help="none, nf4 or int8: the base in fewer bits")] = "none",
+    batch: Annotated[int, typer.Option(min=1, help="pictures at once")] = 4,
+) -> None:
+    """Let a base make pictures with captions, as regularisation or training data; called again, it goes on."""
+    from lorakit import base as bases
+    from lorakit import generate as generates
+
+    opened = bases.open(base, prediction_type)
+    folder = generates.pictures(
+        opened, prompts, out, name=name, repeats=repeats, seeds=range(seed, seed + count), negative=negative,
+        size=(height or opened.resolution, width or opened.resolution), steps=steps, guidance=guidance,
+        scheduler_name=scheduler, clip_skip=clip_skip, quantize=quantize, batch=batch,
+    )  # fmt: skip
+    print(f"done      {len(list(folder.glob('*.png')))} pictures in {folder}")
 
 
 @app.command()

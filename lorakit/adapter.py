@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 
 import torch
@@ -601,25 +602,56 @@ def eject(models: nn.Module | Models) -> None:
                 del holder.peft_config
 
 
-@contextmanager
-def strength(adapter: Adapter, value: float) -> Iterator[None]:
-    """Use the adapter at a strength (1 is as trained, 0 is the bare base) inside a `with` block.
+def stack(models: nn.Module | Models, found: Sequence[Adapter]) -> Adapter:
+    """Put adapters that were ejected back into models (in place), several at once; `eject` is the inverse.
+
+    What each adds to the base at its strength is summed; a DoRA's, too, is taken of the base alone.
+
+    Returns:
+        All of them as one. It has no strength of its own: set that of each, with `use`, before.
+    """
+    models, layers = together(models), {}
+    for adapter in found:
+        for name, layer in adapter.layers.items():
+            layers.setdefault(name, []).append(layer)
+    for name, (first, *others) in layers.items():
+        start, path = _within(models, name)
+        parent, _, child = path.rpartition(".")
+        if others:
+            first.forward = partial(_stacked_forward, first.forward, others, first.get_base_layer())
+        setattr(start.get_submodule(parent), child, first)
+    holding = {which: model for adapter in found for which, model in adapter.models.items()}
+    return Adapter(holding, {}, {}, {}, "attention")
+
+
+def _stacked_forward(own, others: Sequence[nn.Module], frozen: nn.Module, x: Tensor) -> Tensor:
+    bare = frozen(x)
+    return own(x) + sum(other(x) - bare for other in others)
+
+
+def use(adapter: Adapter, value: float) -> None:
+    """Use the adapter at a strength from now on: 1 is as trained, 0 is the bare base.
 
     In between a weight is in between too: W + value · ΔW, as the programs that read the files do it.
     """
+    for name, layer in adapter.layers.items():
+        if adapter.algorithm == "dora":
+            layer.strength = value
+        else:
+            layer.scaling[NAME] = value * adapter.alphas[name] / adapter.ranks[name]
+
+
+@contextmanager
+def strength(adapter: Adapter, value: float) -> Iterator[None]:
+    """`use` the adapter at a strength inside a `with` block."""
     dora = adapter.algorithm == "dora"
     before = {name: layer.strength if dora else layer.scaling[NAME] for name, layer in adapter.layers.items()}
-
-    def put(layer, number: float) -> None:
-        if dora:
-            layer.strength = number
-        else:
-            layer.scaling[NAME] = number
-
     try:
-        for name, layer in adapter.layers.items():
-            put(layer, value if dora else value * adapter.alphas[name] / adapter.ranks[name])
+        use(adapter, value)
         yield
     finally:
         for name, layer in adapter.layers.items():
-            put(layer, before[name])
+            if dora:
+                layer.strength = before[name]
+            else:
+                layer.scaling[NAME] = before[name]

@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, gcd, sqrt
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from PIL import Image
 
+from lorakit.config import BucketRule as Rule
+
 Size = tuple[int, int]
-Rule = Literal["kohya", "no_upscale", "least_crop"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,22 @@ def fit(width: int, height: int, buckets: Sequence[Size], rule: Rule = "kohya") 
     """Cover the picture's bucket with as little scaling as possible, then cut off both ends evenly."""
     size = assign(width, height, buckets, rule)
     return _own(width, height, buckets) if rule == "no_upscale" else _cover(width, height, size)
+
+
+def fits(
+    dimensions: Sequence[Size], resolution: int, *, step: int = 64, rule: Rule = "kohya", minimum: int | None = None,
+    maximum: int | None = None,
+) -> list[Fit]:  # fmt: skip
+    """How each picture of a run gets into its bucket.
+
+    Args:
+        dimensions: width and height of each picture.
+        resolution, step, minimum, maximum: as for `sizes`; the limits do not count by "no_upscale", as in kohya's.
+    """
+    if rule == "no_upscale":
+        minimum = maximum = None
+    into = sizes(resolution, step=step, minimum=minimum, maximum=maximum)
+    return [fit(width, height, into, rule) for width, height in dimensions]
 
 
 def _cover(width: int, height: int, size: Size) -> Fit:

@@ -67,7 +67,7 @@ def without_trigger(caption: str, trigger: str, class_word: str) -> str:
 
 def of(pictures) -> dict[str, str]:
     """The captions of a dataset's pictures (a `dataset.Dataset`), by name."""
-    return {p.path.relative_to(pictures.root).as_posix(): p.caption for p in pictures.pictures}
+    return {p.known_as.relative_to(pictures.root).as_posix(): p.caption for p in pictures.pictures}
 
 
 def template(

@@ -8,15 +8,12 @@ tests/bench/check_calibration.py, which reports on the other half.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +21,10 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
-from lorakit import buckets, files, index
+from lorakit import buckets, index
 from lorakit.buckets import Fit, Rule, Size
-from lorakit.dataset import Dataset, Picture, Problem, open_picture
+from lorakit.dataset import Dataset, Picture, open_picture
+from lorakit.decisions import name_of
 
 try:
     import imagehash
@@ -34,6 +32,7 @@ except ImportError as error:
     raise ImportError("Checking pictures needs imagehash: `pip install imagehash`.") from error
 
 Severity = Literal["serious", "warning", "info"]
+Sides = tuple[int | None, int | None]  # a bucket's shortest and longest, in pixels
 COUNTS = {  # the training guide's: pictures at least, recommended, ideal
     "character": (20, (50, 100), (40, 80)),
     "style": (15, (30, 50), (25, 50)),
@@ -141,26 +140,29 @@ class Report:
 
 def check(
     dataset: Dataset, *, kind: str = "character", resolution: int = 512, trigger: str = "", step: int = 64,
-    rule: Rule = "kohya", embed: Callable[[Sequence[Picture]], np.ndarray] | None = None, keep: Collection[str] = (),
+    rule: Rule = "kohya", sides: Sides = (None, None), embed: Callable[[Sequence[Picture]], np.ndarray] | None = None,
+    keep: Collection[str] = (),
 ) -> Report:  # fmt: skip
     """Measure each picture and the set against the guide's checklist.
 
     Args:
         kind: what is taught: character, style, object or clothing; says how many pictures are enough.
-        resolution: training size in pixels; with `step` and `rule` it says how each picture is scaled and cut.
+        resolution: training size in pixels; with `step`, `rule` and `sides`, the shortest and the longest of a bucket,
+            it says how each picture is scaled and cut.
         trigger: the word that every caption should have.
         embed: returns an embedding of each picture, shape (N, D), for the variety and to find pictures unlike all
             others; without it, variety is that of the perceptual hashes.
         keep: names of pictures that a person has seen and wants as they are: nothing is found about them.
 
     Raises:
-        ValueError: no such kind or rule, a resolution that is no multiple of `step`, or not one embedding a picture.
+        ValueError: no such kind or rule, a resolution that is no multiple of `step` or not among `sides`, or not one
+            embedding a picture.
     """
     if kind not in COUNTS:
         raise ValueError(f"there is no kind {kind!r}: use {', '.join(COUNTS)}")
     names, fits = (
-        [name_of(picture.path, dataset) for picture in dataset.pictures],
-        _fits(dataset, resolution, step, rule),
+        [name_of(picture.known_as, dataset) for picture in dataset.pictures],
+        _fits(dataset, resolution, step, rule, sides),
     )
     measuring = _each(_measure, dataset.pictures, names, fits)
     found = list(tqdm(measuring, "checking", len(names), unit="picture", disable=len(names) <= 200))
@@ -178,9 +180,9 @@ def check(
     return Report(dataset, kind, resolution, pictures, tuple(findings), groups, variety, captions)
 
 
-def _fits(dataset: Dataset, resolution: int, step: int, rule: Rule) -> list[Fit]:
-    sizes = buckets.sizes(resolution, step=step)
-    return [buckets.fit(picture.width, picture.height, sizes, rule) for picture in dataset.pictures]
+def _fits(dataset: Dataset, resolution: int, step: int, rule: Rule, sides: Sides) -> list[Fit]:
+    dimensions = [(picture.width, picture.height) for picture in dataset.pictures]
+    return buckets.fits(dimensions, resolution, step=step, rule=rule, minimum=sides[0], maximum=sides[1])
 
 
 def _each(function: Callable, *arguments: Sequence) -> Iterator:
@@ -190,11 +192,6 @@ def _each(function: Callable, *arguments: Sequence) -> Iterator:
         yield from pool.map(function, *arguments)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def name_of(path: Path, dataset: Dataset) -> str:
-    """A picture's name: its path relative to the dataset, with slashes on every system."""
-    return path.relative_to(dataset.root).as_posix() if path.is_relative_to(dataset.root) else path.name
 
 
 # One picture
@@ -510,78 +507,20 @@ def _count(kind: str, count: int, doubles: int) -> list[Finding]:
     return [Finding(None, "count", level, f"{different} different pictures; {guide}: {advice}")]
 
 
-# What a person decides
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """What to do about pictures, by name. Kept beside the run: the dataset's folder stays as it is."""
-
-    leave_out: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()  # seen, and fine: `check` takes it
-    replace: Mapping[str, str] = field(default_factory=dict)  # name: file that takes the picture's place
-
-
-def save(decisions: Decisions, path: str | Path) -> None:
-    with files.replacing(path) as partial:
-        partial.write_text(json.dumps(vars(decisions), indent=2) + "\n", "utf-8")
-
-
-def load(path: str | Path) -> Decisions:
-    """Read what was saved.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        read = json.loads(Path(path).read_text("utf-8"))
-        return Decisions(tuple(read["leave_out"]), tuple(read["keep"]), dict(read["replace"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no decisions about pictures ({error!r}): delete it and decide again") from error
-
-
-def decide(dataset: Dataset, decisions: Decisions) -> Dataset:
-    """The dataset as decided, in which pictures left out are problems that say so. No file changes.
-
-    A picture that is replaced keeps its caption and repeats.
-
-    Raises:
-        ValueError: a name that no picture has, a replacement that cannot be decoded, or nothing is left.
-        FileNotFoundError: a replacement is not there.
-    """
-    by_name = {name_of(picture.path, dataset): picture for picture in dataset.pictures}
-    for unknown in {*decisions.leave_out, *decisions.replace} - set(by_name):
-        near = difflib.get_close_matches(unknown, by_name, 1)
-        raise ValueError(f"no picture is named {unknown!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-    for name, path in decisions.replace.items():
-        width, height = open_picture(path).size
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        by_name[name] = replace(by_name[name], path=Path(path), width=width, height=height, digest=digest)
-    kept = tuple(picture for name, picture in by_name.items() if name not in decisions.leave_out)
-    if not kept:
-        raise ValueError(f"all {len(by_name)} pictures are left out: keep some")
-    left = tuple(Problem(dataset.root / name, "left out, as decided") for name in dict.fromkeys(decisions.leave_out))
-    return replace(dataset, pictures=kept, problems=dataset.problems + left)
-
-
-def leave_out(dataset: Dataset, names: Iterable[str]) -> Dataset:
-    """The dataset without some pictures, as `decide`."""
-    return decide(dataset, Decisions(leave_out=tuple(names)))
-
-
 # What is cut off
 
 
 def crops(
-    dataset: Dataset, *, resolution: int = 512, step: int = 64, rule: Rule = "kohya", most: int = 60
-) -> Image.Image:
+    dataset: Dataset, *, resolution: int = 512, step: int = 64, rule: Rule = "kohya", sides: Sides = (None, None),
+    most: int = 60,
+) -> Image.Image:  # fmt: skip
     """A sheet of the pictures that lose most, worst first: what is cut off is red, and its share is written below.
 
     Args:
-        resolution, step, rule: as for `check`.
+        resolution, step, rule, sides: as for `check`.
         most: pictures on the sheet.
     """
-    fits = _fits(dataset, resolution, step, rule)
+    fits = _fits(dataset, resolution, step, rule, sides)
     order = sorted(range(len(fits)), key=lambda i: -fits[i].lost)[:most]
     columns, cell, text, gap = min(6, len(order)), 180, 40, 12
     shown = list(_each(_cut, [dataset.pictures[i] for i in order], [fits[i] for i in order], [cell] * len(order)))
@@ -594,7 +533,7 @@ def crops(
         for column, place in enumerate(row):
             middle, picture, i = gap + column * (cell + gap) + cell // 2, shown[place], order[place]
             sheet.paste(picture, (middle - picture.width // 2, bottom - picture.height))
-            (width, height), name = fits[i].size, name_of(dataset.pictures[i].path, dataset)
+            (width, height), name = fits[i].size, name_of(dataset.pictures[i].known_as, dataset)
             lines = f"{fits[i].lost:.1%} off for {width}×{height}\n{name if len(name) < 25 else '…' + name[-22:]}"
             draw.text((middle, bottom + 4), _printable(lines), "#222222", font, "ma", align="center")
         bottom += text + gap

@@ -19,6 +19,7 @@ from pydantic import (
 
 Kind = Literal["character", "style", "object", "clothing"]
 Family = Literal["sd15", "sd2", "sdxl"]
+BucketRule = Literal["kohya", "no_upscale", "least_crop"]  # `lorakit.buckets` tells what they mean
 WHOLE = ("loha", "lokr")  # algorithms that need the base's weights as they are, not in fewer bits
 
 HUB_BASES: dict[str, str] = {
@@ -45,6 +46,9 @@ class Config(BaseModel):
         False, description="the base learned on a noise schedule that ends in noise alone, and does not say so"
     )
     dataset: str = Field("dataset", description="folder or zip with pictures and captions")
+    decisions: str | None = Field(
+        None, description="file of what was decided about the pictures: which are left out, or replaced"
+    )
     name: str = Field("lora", pattern=r"^[\w][\w .+-]*$", description="name of the finished file, without suffix")
     kind: Kind = Field("character", description="what is taught; presets and advice depend on it")
     trigger: str = Field("", description="the word that calls it up, for metadata and sample prompts")
@@ -52,6 +56,16 @@ class Config(BaseModel):
     # The pictures
     resolution: int = Field(512, ge=32, le=4096, description="training size in pixels: buckets keep its area")
     bucket_step: int = Field(64, ge=8, description="pixels by which bucket sides differ")
+    bucket_rule: BucketRule = Field(
+        "kohya",
+        description="a picture's bucket: the nearest shape; 'no_upscale' enlarges none, 'least_crop' cuts off least",
+    )
+    min_bucket_side: int | None = Field(
+        None, ge=1, description="shortest side of a bucket in pixels; None is half the resolution. Not for 'no_upscale'"
+    )
+    max_bucket_side: int | None = Field(
+        None, ge=1, description="longest side of a bucket in pixels; None is twice the resolution. Not for 'no_upscale'"
+    )
     repeats: int | None = Field(None, ge=1, description="times a picture counts an epoch; None reads it from N_name/")
     flip: bool = Field(False, description="mirror half of the pictures at random")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of examples trained without their caption")
@@ -191,6 +205,11 @@ class Config(BaseModel):
                 f"resolution {self.resolution} is no multiple of bucket_step {self.bucket_step}: "
                 f"use {low or self.bucket_step} or {low + self.bucket_step}."
             )
+        if not (self.min_bucket_side or 0) <= self.resolution <= (self.max_bucket_side or self.resolution):
+            raise ValueError(
+                f"min_bucket_side {self.min_bucket_side} and max_bucket_side {self.max_bucket_side} leave out the "
+                f"resolution {self.resolution}: widen them, or leave them out."
+            )
         if self.warmup_steps > 1 and self.warmup_steps % 1:
             raise ValueError(f"warmup_steps {self.warmup_steps} is neither a whole number nor a share below 1.")
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
@@ -301,7 +320,7 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not the settings of a run in {{…}}.")
-    for key in ("base", "dataset", "mask", "regularisation", "start_from"):
+    for key in ("base", "dataset", "decisions", "mask", "regularisation", "start_from"):
         beside = path.parent / str(settings.get(key, ""))
         if settings.get(key) and not Path(settings[key]).exists() and beside.exists():
             settings[key] = str(beside)

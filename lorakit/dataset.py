@@ -57,6 +57,12 @@ class Picture:
     height: int
     digest: str  # SHA-256 of the file, in hex
     group: str  # its folder relative to the root, "5_cat"; "" for the root itself
+    instead_of: Path | None = None  # the file whose place it was given, whose name and caption it keeps
+
+    @property
+    def known_as(self) -> Path:
+        """The file that it is named by."""
+        return self.instead_of or self.path
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Dataset:
         named = [f"{source} {text!r} × {n}" if text else f"{source} × {n}" for (source, text), n in sources.items()]
         lines.append("captions from: " + "; ".join(_some(named, 5)))
         if 0 < len(bare) < len(self):
-            said = (f"{_name(p.path, self.root)}: {_quoted(p.caption_source, p.caption)} is used" for p in bare)
+            said = (f"{_name(p.known_as, self.root)}: {_quoted(p.caption_source, p.caption)} is used" for p in bare)
             lines += [f"{len(bare)} without a caption of their own:", *_listed(said)]
         for title, left_out in (("left out", True), ("to look at", False)):
             if found := [problem for problem in self.problems if problem.left_out is left_out]:
@@ -228,7 +234,7 @@ def masks(pictures: Sequence[Picture], where: str | os.PathLike, root: Path) -> 
         files = [f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name)]
         by_name = {(f.parent.relative_to(folder).as_posix(), _stem(f)[1]): f for f in sorted(files)}
         for picture in pictures:
-            group, stem = picture.path.parent.relative_to(root).as_posix(), _stem(picture.path)[1]
+            group, stem = picture.known_as.parent.relative_to(root).as_posix(), _stem(picture.known_as)[1]
             file = by_name.get((group, stem)) or by_name.get((".", stem))
             found.append(Mask(file, hashlib.sha256(file.read_bytes()).hexdigest(), False) if file else None)
     if not any(found):

@@ -211,7 +211,7 @@ def advise(steps: Sequence[int], losses: Sequence[float]) -> Advice:
     lowest = min(range(len(smooth)), key=lambda i: (smooth[i], losses[i]))
     best = steps[lowest]
     if len(smooth) < 2 * PATIENCE:
-        return Advice("early", best, f"{len(smooth)} validations are too few to tell; lowest so far at step {best}.")
+        return Advice("early", best, f"Too few validations to tell ({len(smooth)}); lowest so far at step {best}.")
     last, before = smooth[-PATIENCE:], min(smooth[:-PATIENCE])
     if lowest < len(smooth) - PATIENCE and all(value > smooth[lowest] * (1 + TOLERANCE) for value in last):
         return Advice("rising", best, f"Validation loss rises: overtraining. Go back to step {best}.")

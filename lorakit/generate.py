@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from lorakit import base as bases
@@ -33,7 +32,7 @@ class Wanted:
 def pictures(
     base: bases.Base, prompts: Sequence[str], folder: Path, *, name: str, repeats: int = 1, seeds: Sequence[int] = (0,),
     captions: Sequence[str] = (), negative: str = "", size: tuple[int, int] | None = None, steps: int = 25,
-    guidance: float = 7.0, scheduler_name: str = "dpm++_2m_karras", clip_skip: int = 1, device: str = "auto",
+    guidance: float = 7.0, scheduler_name: str = sample.USUAL, clip_skip: int = 1, device: str = "auto",
     precision: str = "auto", quantize: str = "none", batch: int = 4,
 ) -> Path:  # fmt: skip
     """Make a picture of each prompt with each seed, in kohya's form: `FOLDER/REPEATS_NAME/….png` with its `….txt`.
@@ -63,12 +62,11 @@ def pictures(
         raise ValueError(f"A folder {repeats}_{name} does not say its repeats: give 1 to 999, and a plain name.")
     sample.scheduler(scheduler_name, base)  # an unknown name is told before anything is loaded
     size = size or (base.resolution, base.resolution)
-    settings = f"Steps: {steps}, Sampler: {scheduler_name}, CFG scale: {guidance:g}, Seed: "
-    made_by = f", Size: {size[1]}x{size[0]}, Model: {base.name}, Clip skip: {clip_skip}"
+    settings = {"steps": steps, "guidance": guidance, "scheduler_name": scheduler_name, "clip_skip": clip_skip}
     folder, wanted = Path(folder).expanduser() / f"{repeats}_{name}", []
     for prompt, caption in dict(zip(prompts, captions or prompts, strict=True)).items():
         for seed in seeds:
-            facts = f"{prompt}\nNegative prompt: {negative}\n{settings}{seed}{made_by}"
+            facts = sample.infotext(prompt, seed, size, negative=negative, model=base.name, **settings)
             wanted.append(Wanted(folder / f"{_slug(prompt)}-seed-{seed}.png", prompt, caption, seed, facts))
     missing = [one for one in wanted if not _is_there(one)]
     if not missing:
@@ -114,7 +112,4 @@ def _write(wanted: Wanted, picture: Image.Image) -> None:
     if not caption.exists():  # a person may have written it anew
         with files.replacing(caption) as partial:
             partial.write_text(wanted.caption + "\n", encoding="utf-8")
-    facts = PngInfo()
-    facts.add_text("parameters", wanted.facts)
-    with files.replacing(wanted.path) as partial:
-        picture.save(partial, "PNG", pnginfo=facts)
+    sample.write(picture, wanted.path, wanted.facts)

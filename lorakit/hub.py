@@ -13,7 +13,8 @@ from lorakit.config import Config
 MARK = "lorakit"  # the tag of cards that may be written anew
 ID = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCES = {"sd15": "creativeml-openrail-m", "sd2": "openrail++", "sdxl": "openrail++"}
-LOCAL = {"dataset", "mask", "regularisation", "start_from", "validation_pictures", "backup"}  # settings that name files
+# Settings that name files.
+LOCAL = {"dataset", "decisions", "mask", "regularisation", "start_from", "validation_pictures", "backup"}
 SETTINGS = {
     "learning rate": "ss_learning_rate", "rate of text encoders": "ss_text_encoder_lr", "optimizer": "ss_optimizer",
     "schedule": "ss_lr_scheduler", "warm-up steps": "ss_lr_warmup_steps", "steps": "ss_steps", "epochs": "ss_epoch",
@@ -192,7 +193,7 @@ def _of_run(
     """The LoRA of a run, the prompts of its samples, and what goes along: path in the repository → file or content."""
     from PIL import Image
 
-    from lorakit import export
+    from lorakit import export, sample
     from lorakit import metadata as metadatas
 
     config = configs.load(folder / "config.json")
@@ -216,7 +217,7 @@ def _of_run(
             parcel.pop(sheet.name, None)  # prompts are written on it
         else:
             parcel[f"samples/{path.name}"] = path
-            samples[f"samples/{path.name}"] = texts.get("parameters", "").partition("\nSeed: ")[0]
+            samples[f"samples/{path.name}"] = sample.prompt_of(texts.get("parameters", ""))
     if samples and not config.sample_prompts:
         say("samples   their prompts are captions of the dataset, as sample_prompts is empty, and are shown")
     return lora, samples, parcel | (_dataset(config) if pictures else {})

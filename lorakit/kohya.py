@@ -187,6 +187,8 @@ SAME = {  # sd-scripts' name -> ours, where the value means the same
     "reg_data_dir": "regularisation",
     "prior_loss_weight": "prior_weight",
     "bucket_reso_steps": "bucket_step",
+    "min_bucket_reso": "min_bucket_side",
+    "max_bucket_reso": "max_bucket_side",
     "clip_skip": "clip_skip",
     "seed": "seed",
     "save_every_n_steps": "save_every",
@@ -199,6 +201,7 @@ DEFAULTS = {  # sd-scripts' own, where they are not ours
 OFF_AT_0 = {  # what the GUI writes where a field was left empty
     "conv_rank", "conv_alpha", "min_snr_gamma", "save_every", "sample_every", "schedule_cycles", "schedule_power",
     "multires_noise_discount", "clip_skip", "huber_delta", "max_timestep", "bucket_step",
+    "min_bucket_side", "max_bucket_side",
 }  # fmt: skip
 OPTIMIZERS = {
     "adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "paged_adamw8bit", "adafactor": "adafactor",
@@ -212,8 +215,7 @@ NOT_NEEDED = {  # what each of them asks for is always so here, is found out, or
                      "persistent_data_loader_workers", "num_cpu_threads_per_process"),
                     "pictures and captions are always encoded once, before training"),
     **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn"), "torch's own fused attention is always used"),
-    **dict.fromkeys(("enable_bucket", "min_bucket_reso", "max_bucket_reso"),
-                    "buckets are always used; their sides follow from the resolution"),
+    **dict.fromkeys(("enable_bucket",), "buckets are always used"),
     **dict.fromkeys(("v2", "sdxl", "sdxl_checkbox"), "the base itself tells its family"),
     **dict.fromkeys(("no_half_vae",), "a VAE that overflows in half precision is run in float32"),
     **dict.fromkeys(("save_model_as", "save_precision"), "`export` chooses format and precision; safetensors alone"),
@@ -386,9 +388,15 @@ def _size(take: Callable, notes: list[str]) -> dict:
     fitting = max(step, round(side / step) * step)
     if fitting != sides[0] or len(set(sides)) > 1:
         notes.append(f"resolution={value}: buckets keep the area of {fitting}×{fitting} here")
-    if take("bucket_no_upscale"):
-        notes.append("bucket_no_upscale: small pictures are scaled up here, and the scan says which")
-    return {"resolution": fitting, "bucket_step": step}
+    ours, own = {"resolution": fitting, "bucket_step": step}, take("bucket_no_upscale")
+    if not take("enable_bucket", True):  # then sd-scripts asks for none of the others
+        notes.append("enable_bucket=False: pictures go into buckets by their shape here, and are not cut to squares")
+    elif own:
+        ours["bucket_rule"] = "no_upscale"
+    elif take("enable_bucket") and 256 <= fitting <= 1024:  # the limits that sd-scripts has where none are given
+        ours["min_bucket_side"] = int(take("min_bucket_reso") or 256)
+        ours["max_bucket_side"] = int(take("max_bucket_reso") or 1024)
+    return ours
 
 
 def _choices(take: Callable, notes: list[str]) -> dict:
@@ -478,7 +486,8 @@ def _not_taken(key: str, value: Any) -> str:
         return ""
     if key == "metadata_file":
         return f"{key}={value}: its captions are not read; write them beside the pictures, into .txt files"
-    name = {"resolution": "resolution", "batch_size": "batch_size"}.get(key) or SAME.get(key)
+    others = {"resolution": "resolution", "batch_size": "batch_size", "bucket_no_upscale": "bucket_rule"}
+    name = others.get(key) or SAME.get(key)
     if name:
         return f"{key}={value}: a setting of the run here, `{name}`"
     return f"{key}={value}: lorakit has no such setting for a folder; it was left out"

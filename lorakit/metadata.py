@@ -116,8 +116,12 @@ def of_run(
         batches: an epoch; None counts them from the dataset.
         prior: regularisation pictures an epoch, repeats counted.
     """
-    sizes = buckets.sizes(config.resolution, step=max(config.bucket_step, base.step))
-    chosen = [buckets.assign(p.width, p.height, sizes) for p in dataset.pictures]
+    step, own = max(config.bucket_step, base.step), config.bucket_rule == "no_upscale"  # which knows no limits
+    limits = {"minimum": config.min_bucket_side, "maximum": config.max_bucket_side}
+    sizes = buckets.sizes(config.resolution, step=step, **limits)
+    dimensions = [(p.width, p.height) for p in dataset.pictures]
+    fits = buckets.fits(dimensions, config.resolution, step=step, rule=config.bucket_rule, **limits)
+    chosen = [fit.size for fit in fits]
     repeats = [p.repeats for p in dataset.pictures]
     if batches is None:
         batches = buckets.steps_per_epoch(chosen, repeats, config.batch_size)
@@ -160,7 +164,9 @@ def of_run(
         "ss_keep_tokens": config.keep_tokens, "ss_caption_tag_dropout_rate": config.tag_dropout,
         "ss_masked_loss": bool(config.mask),
         "ss_resolution": (config.resolution, config.resolution), "ss_enable_bucket": True,
-        "ss_min_bucket_reso": min(map(min, sizes)), "ss_max_bucket_reso": max(map(max, sizes)),
+        "ss_bucket_no_upscale": own,
+        "ss_min_bucket_reso": None if own else min(map(min, sizes)),
+        "ss_max_bucket_reso": None if own else max(map(max, sizes)),
         "ss_bucket_info": json.dumps({
             "buckets": {i: {"resolution": size, "count": n} for i, (size, n) in enumerate(filled.items())},
             "mean_img_ar_error": sum(skewed) / len(skewed),

@@ -96,7 +96,7 @@ def rungs(config: Config, smallest: int = LOWEST, bits: bool = True) -> Iterator
         config = config.with_(micro_batch_size=-(-config.at_once // 2))
         changes["batch"] = f"the batch in parts of {config.at_once}"
         yield config, tuple(changes.values())
-    while config.resolution - config.bucket_step >= smallest:
+    while config.resolution - config.bucket_step >= max(smallest, config.min_bucket_side or 0):
         config = config.with_(resolution=config.resolution - config.bucket_step)
         changes["resolution"] = f"resolution {config.resolution}"
         yield config, tuple(changes.values())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ACCENT = "#2f7fe0"  # the smoothed loss: stands out from white pages and from dark ones
+JUDGED = "#d9822b"  # the validation loss
 COLUMNS = 400  # across the SVG: of a longer run, each shows what lies within it
 WIDEST = 2400  # pixels of a sheet
 SMALLEST = 128  # pixels of a cell's shorter side
@@ -109,10 +110,12 @@ def _curves(steps, losses, half_life) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def loss(
     steps: Sequence[int], losses: Sequence[float], *, path: Path | None = None,
     learning_rates: Sequence[float] | None = None, half_life: float | None = None, title: str = "",
+    validation: Sequence[tuple[int, float]] = (),
 ) -> "Figure":  # fmt: skip
     """A figure of the loss, raw and smoothed, which shows itself at the end of a notebook cell.
 
     Args:
+        validation: (step, loss on held-out pictures), drawn beside.
         path: where to save it, too, as PNG.
         learning_rates: one for each step; drawn below.
         half_life: as in `smooth`.
@@ -136,6 +139,9 @@ def loss(
         axes[0].plot(x, raw, color="#555555", alpha=0.4, linewidth=0.8, marker=dots, label="each step")
         axes[0].plot(x, average, color=ACCENT, linewidth=2, marker=dots, label="smoothed")
         axes[0].margins(x=0.02)
+        if judged := _finite(validation):
+            axes[0].plot(*zip(*judged, strict=True), color=JUDGED, linewidth=2, marker="o", label="validation")
+            low, high = _around(low, high, judged)
         axes[0].set_ylim(low, high)
         axes[0].set_ylabel("loss")
         axes[0].legend(loc="upper right", framealpha=0.85, edgecolor="none")
@@ -160,6 +166,17 @@ def loss(
     return figure
 
 
+def _finite(validation: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(step, loss) for step, loss in validation if math.isfinite(loss)]
+
+
+def _around(low: float, high: float, judged: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Limits that show validation losses as well."""
+    least, most = min(loss for _, loss in judged), max(loss for _, loss in judged)
+    margin = (max(high, most) - min(low, least)) * 0.03
+    return (low if low <= least else least - margin), (high if high >= most else most + margin)
+
+
 def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -170,7 +187,7 @@ def _png(figure: "Figure") -> bytes:
 
 def loss_svg(
     steps: Sequence[int], losses: Sequence[float], *, width: int = 640, height: int = 240, total: int | None = None,
-    half_life: float | None = None, title: str = "",
+    half_life: float | None = None, title: str = "", validation: Sequence[tuple[int, float]] = (),
 ) -> str:  # fmt: skip
     """The loss, raw and smoothed, as one self-contained `<svg>`, drawn in milliseconds for a page of any colour.
 
@@ -178,11 +195,14 @@ def loss_svg(
         width, height: pixels.
         total: steps of the whole run, which the axis then shows; None ends it at the last step.
         half_life: as in `smooth`.
+        validation: (step, loss on held-out pictures), drawn beside.
 
     Raises:
         ValueError: not as many losses as steps.
     """
     x, raw, average, low, high = _curves(steps, losses, half_life)
+    if judged := _finite(validation):
+        low, high = _around(low, high, judged)
     now = average[-1] if len(x) else math.nan
     first, last = (x.min(), max(x.max(), total or 0)) if len(x) else (0, total or 1)
     last = max(last, first + 1)
@@ -207,15 +227,17 @@ def loss_svg(
         average = (np.fmin.reduceat(average, starts) + np.fmax.reduceat(average, starts)) / 2
 
     said = f"step {steps[-1]}{f' of {total}' if total else ''}, loss {now:#.3g}" if len(x) else "no step yet"
-    fits = max(0, (right - left) // 8 - len(said))  # letters of the title: they are about 8 pixels wide
+    latest = f", validation {judged[-1][1]:#.3g}" if judged else ""
+    coloured = f'<tspan fill="{JUDGED}">{latest}</tspan>' if judged else ""
+    fits = max(0, (right - left) // 8 - len(said + latest))  # letters of the title: they are about 8 pixels wide
     title = _plain(title)
     head = html.escape(title if len(title) <= fits else title[:fits] + "…")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-        f' role="img" aria-label="{html.escape(title)} {said}" style="max-width:100%;height:auto"'
+        f' role="img" aria-label="{html.escape(title)} {said}{latest}" style="max-width:100%;height:auto"'
         f' fill="currentColor" font-family="system-ui,sans-serif" font-size="12">',
         f'<text x="{left}" y="16" font-weight="600">{head}</text>',
-        f'<text x="{right}" y="16" text-anchor="end">{said}</text>',
+        f'<text x="{right}" y="16" text-anchor="end">{said}{coloured}</text>',
         f'<text x="{(left + right) / 2:.0f}" y="{height - 6}" text-anchor="middle" opacity=".75">step</text>',
     ]
     for step, label in across:
@@ -228,6 +250,11 @@ def loss_svg(
     parts.append('<g fill="none" stroke-linecap="round" stroke-linejoin="round">')
     parts += ['<g stroke="currentColor" opacity=".35">', *_polylines(at_x(noise_x), at_y(noise)), "</g>"]
     parts += [f'<g stroke="{ACCENT}" stroke-width="2">', *_polylines(at_x(x), at_y(average)), "</g>"]
+    if judged:
+        places = np.array(judged, float)
+        across, up = at_x(places[:, 0]), at_y(places[:, 1])
+        parts += [f'<g stroke="{JUDGED}" stroke-width="2">', *_polylines(across, up)]
+        parts += [f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2"/>' for cx, cy in zip(across, up, strict=True)] + ["</g>"]
     return "".join([*parts, "</g></svg>"])
 
 

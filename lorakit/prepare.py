@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lorakit import base as bases
-from lorakit import buckets, cache, captions, dataset, evaluate, files, memory, plan, train
+from lorakit import buckets, cache, captions, dataset, decisions, evaluate, files, memory, plan, train
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
 
@@ -20,6 +20,7 @@ DEMO = Path(__file__).parent / "demo" / "pictures"
 # What may change between two starts of one run: it does not decide the weights.
 FREE = {
     "name",
+    "decisions",
     "trigger",
     "device",
     "fit_memory",
@@ -60,13 +61,18 @@ class Prepared:
 
 
 def scan(config: Config) -> dataset.Dataset:
-    """The run's pictures."""
-    return dataset.scan(DEMO if config.dataset == "demo" else config.dataset, repeats=config.repeats)
+    """The run's pictures, as they were decided about.
+
+    Raises:
+        ValueError, FileNotFoundError: as `dataset.scan`, `decisions.load` and `decisions.decide`.
+    """
+    found = dataset.scan(DEMO if config.dataset == "demo" else config.dataset, repeats=config.repeats)
+    return decisions.decide(found, decisions.load(config.decisions)) if config.decisions else found
 
 
 def run(
-    config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool = True, shared_by: int = 1,
-    rungs: Sequence[Config] = (),
+    config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool | cache.Progress = True,
+    shared_by: int = 1, rungs: Sequence[Config] = (),
 ) -> Prepared:  # fmt: skip
     """Check everything that can be checked, then encode pictures and captions into the run's cache.
 
@@ -172,8 +178,10 @@ def _fitting(
     """
     free, tried = memory.available(device), []
     for lower in rungs:
-        sizes = buckets.sizes(lower.resolution, step=step)
-        fits = [buckets.fit(p.width, p.height, sizes) for p in everything]
+        fits = buckets.fits(
+            [(p.width, p.height) for p in everything], lower.resolution, step=step, rule=lower.bucket_rule,
+            minimum=lower.min_bucket_side, maximum=lower.max_bucket_side,
+        )  # fmt: skip
         largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
         store = plan.default_store()
         share = lower.with_(batch_size=-(-lower.batch_size // shared_by))  # this process's
@@ -245,9 +253,12 @@ def digest(values) -> str:
 
 
 @contextmanager
-def bar(visible: bool) -> Iterator[cache.Progress]:
-    """A progress bar that says itself what it counts: show(what, done, of)."""
-    with tqdm(disable=not visible, leave=False) as line:
+def bar(progress: bool | cache.Progress) -> Iterator[cache.Progress]:
+    """A progress bar that says itself what it counts: show(what, done, of). False draws none, a function stands in."""
+    if callable(progress):
+        yield progress
+        return
+    with tqdm(disable=not progress, leave=False) as line:
 
         def show(what: str, done: int, of: int) -> None:
             line.set_description(what, refresh=False)

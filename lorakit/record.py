@@ -22,7 +22,7 @@ from lorakit.train import State, Step
 
 
 class Log:
-    """A listener that writes log.jsonl, a line a step; losses are fetched from the device in tens.
+    """A listener that writes log.jsonl, a line a step; losses are fetched from the device in tens, or every 2 seconds.
 
     Args:
         names: of the pictures, to tell which ones a skipped step saw.
@@ -48,9 +48,10 @@ class Log:
             partial.write_text(text)
 
     def __call__(self, step: Step) -> None:
-        if len(self.waiting) == 10:  # not yet this one, to which others may still add marks
-            self.flush()
-        self.waiting.append((step, time.monotonic() - self.began))
+        now = time.monotonic() - self.began
+        if self.waiting and (len(self.waiting) == 10 or now - self.waiting[0][1] > 2):
+            self.flush()  # not yet this one, to which others may still add marks
+        self.waiting.append((step, now))
 
     def flush(self) -> None:
         """Bring what is waiting to the disk; where there is no room for it, it goes on waiting."""

@@ -12,7 +12,6 @@ import gc
 import json
 import math
 import shutil
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -43,7 +42,9 @@ from lorakit import (
 from lorakit import base as bases
 from lorakit import config as configs
 from lorakit import metadata as metadatas
+from lorakit.cache import Progress
 from lorakit.config import Config
+from lorakit.live import Live, at_once, obeying, sampler
 from lorakit.prepare import Prepared
 from lorakit.train import Step
 
@@ -117,53 +118,12 @@ def claim(folder: Path) -> None:
         raise OSError(error.errno, f"the run folder {folder.name} cannot be made: {reason}. Choose another") from error
 
 
-# ── Listeners ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def sampler(
-    unet, state: train.State, prepared: Prepared, config: Config, folder: Path, say: Callable[[str], None],
-    on_board: board.Board | None = None,
-) -> Callable[[Step], None]:  # fmt: skip
-    """A listener that samples the run's prompts every so many steps. A failure is said and never ends training."""
-
-    def listener(step: Step) -> None:
-        if step.number % config.sample_every and step.number != step.total:
-            return
-        try:
-            with sample.borrowed(unet), state.evaluated():
-                seeds = list(range(config.seed, config.seed + len(prepared.prompts)))
-                texts = [prepared.texts[prompt] for prompt in (*prepared.prompts, "")]
-                *asked, empty = cache.encode_anew(prepared.base, state.adapter.encoders, texts, config.clip_skip)
-                latents = sample.latents(
-                    unet, prepared.base, asked, empty, seeds,
-                    size=(config.resolution, config.resolution), steps=config.sample_steps,
-                    guidance=config.sample_guidance, batch=_at_once(config),
-                )  # fmt: skip
-                vae = bases.load_vae(prepared.base, unet.dtype, unet.device)
-                pictures = sample.decode(vae, latents)
-                del vae
-                cache.free(unet.device)
-            sample.save(pictures, folder / "samples" / f"step-{step.number:06d}", prepared.prompts, seeds)
-            for prompt, picture in zip(prepared.prompts, pictures, strict=True):
-                if on_board:
-                    on_board.picture(step.number, prompt, picture)
-        except Exception as error:  # anything, a full disk or card too: the LoRA matters more than its preview
-            say(f"samples   none at step {step.number}: {type(error).__name__}: {error}")
-
-    return listener
-
-
-def _at_once(config: Config) -> int:
-    """Pictures sampled together: one, so that samples need no more memory than training; small ones go in eights."""
-    return 8 if config.resolution < 256 else 1
-
-
 # ── The run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def start(
-    config: Config, folder: str | Path, *, say: Callable[[str], None] = print, progress: bool = True,
-    stop: threading.Event | None = None, listeners: Sequence[Callable[[Step], None]] = (),
+    config: Config, folder: str | Path, *, say: Callable[[str], None] = print, progress: bool | Progress = True,
+    live: Live | None = None, listeners: Sequence[Callable[[Step], None]] = (),
     fork: str | Path | None = None,
 ) -> Result:  # fmt: skip
     """Train a LoRA from pictures to finished file, or go on with a run that was cut.
@@ -171,8 +131,9 @@ def start(
     Args:
         folder: of the run; new, empty, or the folder of the same run.
         say: gets each line of what is done.
-        progress: whether bars are drawn.
-        stop: set it from anywhere to end after the current step; Ctrl-C, SIGTERM and a file named STOP do the same.
+        progress: whether bars are drawn; or what is told, in their place, of what is done before training and after.
+        live: to see and steer the run from elsewhere. Its `stop` ends it after the current step, as Ctrl-C, SIGTERM and
+            a file named STOP do.
         listeners: called with every Step, after the run's own.
         fork: another run's folder: where this one has no checkpoint yet, it begins from the newest of that one.
 
@@ -186,14 +147,14 @@ def start(
     Of several processes (`accelerate launch`) every one calls this; each batch is shared out among them, and the first
     alone speaks, listens, writes and returns the finished file.
     """
-    folder, stop, team = Path(folder).absolute(), stop or threading.Event(), processes.join(config.device)
+    folder, live, team = Path(folder).absolute(), live or Live(), processes.join(config.device)
     if config.batch_size < team.size:
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out among {team.size} processes: "
             f"set it to {team.size} or a multiple, with as much less gradient_accumulation_steps."
         )
     if not team.first:
-        return _start(config, folder, lambda _: None, False, stop, (), None, team)
+        return _start(config, folder, lambda _: None, False, live, (), None, team)
 
     def tell(text: str) -> None:
         with suppress(OSError):  # a terminal that was closed
@@ -201,11 +162,11 @@ def start(
 
     claim(folder)
     with files.claimed(folder):
-        return _start(config, folder, tell, progress, stop, listeners, fork and Path(fork), team)
+        return _start(config, folder, tell, progress, live, listeners, fork and Path(fork), team)
 
 
 def _start(
-    config: Config, folder: Path, say: Callable[[str], None], progress: bool, stop: threading.Event,
+    config: Config, folder: Path, say: Callable[[str], None], progress: bool | Progress, live: Live,
     listeners: Sequence[Callable[[Step], None]], fork: Path | None, team: processes.Team,
 ) -> Result:  # fmt: skip
     """`start`, in a folder that is this run's alone."""
@@ -247,7 +208,7 @@ def _start(
                 state = _state(models, prepared.base, config, device, dtype, saved)
             at = _telling(config, prepared, state, per_epoch, saved, clock)
             _drain(
-                models["unet"], prepared, state, config, folder, decided, at, total, say, progress, stop, listeners,
+                models["unet"], prepared, state, config, folder, decided, at, total, say, progress, live, listeners,
                 losses, team, copier, (saved.about or {}).get("log") if saved else None,
             )  # fmt: skip
             break
@@ -264,7 +225,7 @@ def _start(
             back = saved.step if saved else 0
             if copier:
                 copier.back(back)
-            if factor < LEAST_FACTOR:
+            if factor < LEAST_FACTOR * min(1, (live.learning_rate or config.learning_rate) / config.learning_rate):
                 raise FloatingPointError(_hopeless(error, config)) from error
             state = _state(models, prepared.base, config, device, dtype, saved)
             state.rate_factor = factor
@@ -309,9 +270,8 @@ def _start(
     del models, adapter, state
     cache.free(device)
     sheet = folder / "comparison.png"
-    comparison = _draw(
-        say, sheet.name, lambda: compare(prepared.base, lora, prepared.prompts, config, sheet, progress=progress)
-    )
+    prompts = list(live.prompts or prepared.prompts)
+    comparison = _draw(say, sheet.name, lambda: compare(prepared.base, lora, prompts, config, sheet, progress=progress))
     if comparison:
         say(f"look      {sheet.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
     if copier:
@@ -322,8 +282,9 @@ def _start(
 
 
 def _ready(
-    config: Config, folder: Path, team: processes.Team, say: Callable[[str], None], progress: bool, fork: Path | None
-) -> tuple[Prepared, checkpoint.Checkpoint | None]:
+    config: Config, folder: Path, team: processes.Team, say: Callable[[str], None], progress: bool | Progress,
+    fork: Path | None,
+) -> tuple[Prepared, checkpoint.Checkpoint | None]:  # fmt: skip
     """Prepare a run, or find where it goes on, and write down the settings it has."""
     if fork and (fork / "cache").is_dir() and not (folder / "cache").exists():
         shutil.copytree(fork / "cache", folder / "cache")  # nothing is encoded twice
@@ -503,22 +464,18 @@ def _hopeless(error: Exception, config: Config) -> str:
 
 def _drain(
     unet, prepared: Prepared, state: train.State, config: Config, folder: Path, decided: dict,
-    at: Callable[[int], dict[str, str]], total: int, say: Callable[[str], None], progress: bool, stop: threading.Event,
-    listeners: Sequence[Callable[[Step], None]], losses: dict[int, float], team: processes.Team,
+    at: Callable[[int], dict[str, str]], total: int, say: Callable[[str], None], progress: bool | Progress,
+    live: Live, listeners: Sequence[Callable[[Step], None]], losses: dict[int, float], team: processes.Team,
     copier: backup.Copier | None, kept: str | None,
 ) -> None:  # fmt: skip
     """The training itself, with the run's own listeners; saves where it ends, puts down each step's loss."""
     loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config, team)
     if not team.first:
-        train.run(loop, stop=stop, team=team)
+        train.run(loop, stop=live.stop, team=team)
         return
-    stop_file = folder / "STOP"
+    live.prepared, live.step, live.total = prepared, state.step, total
 
-    def watch(step: Step) -> None:
-        if stop_file.exists():
-            stop.set()
-
-    with tqdm(total=total, initial=state.step, desc="train", unit="step", disable=not progress) as line:
+    with tqdm(total=total, initial=state.step, desc="train", unit="step", disable=progress is not True) as line:
 
         def show(step: Step, loss: float) -> None:
             with suppress(OSError):  # a terminal that was closed
@@ -530,7 +487,10 @@ def _drain(
         about = lambda step: {"family": prepared.base.family, "metadata": at(step)}  # noqa: E731
         keeper = record.Keeper(folder, state, decided, config, about, log, copier, say)
         keep = checkpoint.every(config.save_every, config.save_minutes, keeper)
-        own = [log, keep, sampler(unet, state, prepared, config, folder, say, on_board), watch]
+        own = [  # the log before what saves it, and wishes before the state is saved that has them
+            log, obeying(live, state, prepared, config, keeper, log, folder / "STOP", say), keep,
+            sampler(unet, state, prepared, config, folder, live, say, on_board),
+        ]  # fmt: skip
         if prepared.held_out:
             own_pictures = [picture for picture in prepared.pictures if not picture.prior]
             judge = evaluate.every(
@@ -539,7 +499,7 @@ def _drain(
             )  # fmt: skip
             own.insert(1, judge)
         try:
-            train.run(loop, *own, *listeners, stop=stop, team=team)
+            train.run(loop, *own, *listeners, stop=live.stop, team=team)
             if state.step < total:  # at its end there is the finished file, which needs less room
                 keeper.stopped()
         except BaseException as error:
@@ -576,12 +536,13 @@ def _draw_loss(folder: Path, config: Config) -> None:
     lines = plots.read_log(folder / "log.jsonl")
     if lines:
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-        plots.loss(steps, losses, path=folder / "loss.png", title=config.name)
+        judged = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+        plots.loss(steps, losses, path=folder / "loss.png", title=config.name, validation=judged)
 
 
 def compare(
     base: bases.Base, lora: Path, prompts: Sequence[str], config: Config, path: Path, *,
-    strengths: Sequence[float] = STRENGTHS, progress: bool = True,
+    strengths: Sequence[float] = STRENGTHS, progress: bool | Progress = True,
 ) -> Path:  # fmt: skip
     """A sheet of pictures made with the exported file: a row a prompt, a column a strength, the same noise in each."""
     loaded = export.load(lora)
@@ -590,7 +551,7 @@ def compare(
             base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
             attach=lambda models: export.inject(models, base, loaded), adapts=loaded.adapts, steps=config.sample_steps,
             guidance=config.sample_guidance, clip_skip=config.clip_skip, device=config.device,
-            precision=config.mixed_precision, quantize=config.quantize, batch=_at_once(config),
+            precision=config.mixed_precision, quantize=config.quantize, batch=at_once(config),
             on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)),
         )  # fmt: skip
     labels = ["base" if s == 0 else f"strength {s:g}" for s in strengths]

@@ -1,11 +1,17 @@
-"""Prompts → pictures, with the adapter at a chosen strength.
+"""Prompts → pictures, with adapters at chosen strengths, one after the other as they are made.
 
 A picture depends on its own prompt and seed alone, whatever is made beside it in a batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import io
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +29,14 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {
     "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "ddim": ("DDIMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),  # for LoRAs and bases that were made for 4 to 8 steps, at a guidance of 1 to 2
 }
+USUAL = "dpm++_2m_karras"
+ANCESTRAL = ("euler_a", "lcm")  # draw noise at each step
+SAMPLERS = {  # as A1111 calls them
+    "euler": "Euler", "euler_a": "Euler a", "dpm++_2m_karras": "DPM++ 2M Karras", "ddim": "DDIM", "unipc": "UniPC",
+    "lcm": "LCM",
+}  # fmt: skip
 
 
 def scheduler(name: str, base: bases.Base):
@@ -42,11 +55,16 @@ def scheduler(name: str, base: bases.Base):
     return getattr(diffusers, cls).from_config(base.configs["scheduler"], **options)
 
 
+def _suits(base: bases.Base, size: tuple[int, int]) -> None:
+    if size[0] % base.step or size[1] % base.step:
+        raise ValueError(f"Sample size {size[1]}×{size[0]} must be multiples of {base.step} pixels for {base.name}.")
+
+
 @torch.no_grad()
 def latents(
     unet, base: bases.Base, texts: Sequence[Text], negative: Text, seeds: Sequence[int], *, size: tuple[int, int],
-    steps: int = 25, guidance: float = 7.0, scheduler_name: str = "dpm++_2m_karras", batch: int = 4,
-    on_picture: Callable[[int], None] | None = None,
+    steps: int = 25, guidance: float = 7.0, scheduler_name: str = USUAL, batch: int = 4,
+    on_picture: Callable[[int], None] | None = None, stop: threading.Event | None = None,
 ) -> Tensor:  # fmt: skip
     """Denoise one set of latents a text.
 
@@ -55,21 +73,21 @@ def latents(
         negative: what guidance pushes away from.
         size: (height, width) in pixels, multiples of `base.step`.
         guidance: 1 follows the prompt alone and costs half.
+        stop: once it is set, no further step is made.
 
     Returns:
-        Latents (N, C, height / factor, width / factor), float32, on the CPU.
+        Latents (N, C, height / factor, width / factor), float32, on the CPU; of those finished, where it was stopped.
 
     Raises:
         ValueError: size does not suit the base.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance).
     """
-    if size[0] % base.step or size[1] % base.step:
-        raise ValueError(f"Sample size {size[1]}×{size[0]} must be multiples of {base.step} pixels for {base.name}.")
+    _suits(base, size)
     device, dtype = unet.device, unet.dtype
     shape = (base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
     sizes = bases.size_conditions(size, (0, 0), size)
-    finished = []
+    finished = [torch.empty(0, *shape)]
     for start in range(0, len(texts), batch):
         some, own_seeds = texts[start : start + batch], seeds[start : start + batch]
         randoms = [torch.Generator().manual_seed(seed) for seed in own_seeds]
@@ -81,11 +99,15 @@ def latents(
             pooled = torch.stack([text.pooled for text in both]).to(device, dtype)
             conditions = {"text_embeds": pooled, "time_ids": sizes.repeat(len(both), 1).to(device, dtype)}
         stepper = scheduler(scheduler_name, base)
-        stepper.set_timesteps(steps, device=device)
+        # LCM takes its steps from among 50 others, unless told to from more.
+        among = {"original_inference_steps": steps} if scheduler_name == "lcm" and steps > 50 else {}
+        stepper.set_timesteps(steps, device=device, **among)
         x = x * stepper.init_noise_sigma
-        # Ancestral samplers draw noise at each step: from each picture's own generator, whatever the batch.
-        random = {"generator": randoms} if scheduler_name == "euler_a" else {}
+        # From each picture's own generator, whatever the batch.
+        random = {"generator": randoms} if scheduler_name in ANCESTRAL else {}
         for timestep in stepper.timesteps:
+            if stop and stop.is_set():
+                return torch.cat(finished)
             scaled = stepper.scale_model_input(x, timestep).to(dtype)
             scaled = torch.cat([scaled, scaled]) if guidance > 1 else scaled
             with bases.autocast(device, dtype):
@@ -127,82 +149,231 @@ def borrowed(unet) -> Iterator:
         np.random.set_state(numpy_state)
 
 
-def generate(
-    base: bases.Base, prompts: Sequence[str], *, negative: str = "", seeds: Sequence[int] | int = 0,
-    size: tuple[int, int] | None = None, strengths: Sequence[float] = (1.0,), attach: Callable | None = None,
-    adapts: Sequence[str] = ("unet",), steps: int = 25, guidance: float = 7.0,
-    scheduler_name: str = "dpm++_2m_karras", clip_skip: int = 1, device: str = "auto", precision: str = "auto",
-    quantize: str = "none", batch: int = 4, folder: Path | None = None,
-    on_picture: Callable[[int], None] | None = None,
-) -> list[list[Image.Image]]:  # fmt: skip
-    """Pictures for prompts, at one strength or several, loading one component of the base at a time.
+# ── Many at once ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Attach = Callable[[adapters.Models], adapters.Adapter]  # puts an adapter into models by name, and returns it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What some of the pictures are made with: the base as it is, or with an adapter."""
+
+    attach: Attach | None = None  # None is the bare base; variants with the same one are made with one adapter
+    adapts: Sequence[str] = ("unet",)  # the models that it is for: "unet", "text_encoder", "text_encoder_2"
+    strength: float = 1.0
+
+
+class Placed(NamedTuple):
+    """A picture that is done, and where it belongs."""
+
+    row: int  # which prompt's
+    column: int  # which variant's
+    picture: Image.Image
+
+
+def stream(
+    base: bases.Base, prompts: Sequence[str], variants: Sequence[Variant] = (Variant(),), *, negative: str = "",
+    seeds: Sequence[int] | int = 0, size: tuple[int, int] | None = None, steps: int = 25, guidance: float = 7.0,
+    scheduler_name: str = USUAL, clip_skip: int = 1, device: str = "auto", precision: str = "auto",
+    quantize: str = "none", batch: int = 4, folder: Path | None = None, stop: threading.Event | None = None,
+) -> Generator[Placed, None, None]:  # fmt: skip
+    """Pictures of every prompt with every variant, each as soon as it is made.
+
+    The base is loaded once, whatever the number of variants: first its text encoders, then UNet and VAE. Adapters are
+    put in and taken out again one after the other. Closing the generator, or setting `stop`, ends it after the current
+    denoising step and hands the memory back.
 
     Args:
         seeds: one for each prompt, or the first of a row of them.
         size: (height, width) in pixels; None is the base's own.
-        attach: called with models by name, returns the adapter it put there; None samples the bare base.
-        adapts: the models that `attach` is for: "unet", "text_encoder", "text_encoder_2".
         quantize: as for `base.load_unet`.
+        batch: pictures of one variant that are denoised together.
         folder: where text embeddings are kept; None keeps none.
-        on_picture: told how many pictures are done.
 
-    Returns:
-        For each prompt, a picture for each strength.
+    Raises:
+        ValueError: settings that do not suit the base; before anything is loaded.
     """
-    import tempfile
-
-    if attach and not {"unet", *base.text_encoders} & set(adapts):
-        raise ValueError(f"It adapts {', '.join(adapts) or 'nothing'}, and {base.name} has no such part to adapt.")
-    scheduler(scheduler_name, base)  # an unknown name is told before anything is loaded
-    target = bases.choose_device(device)
-    dtype = bases.compute_dtype(precision, target)
+    scheduler(scheduler_name, base)
+    for variant in variants:
+        if variant.attach and not {"unet", *base.text_encoders} & set(variant.adapts):
+            raise ValueError(
+                f"It adapts {', '.join(variant.adapts) or 'nothing'}, and {base.name} has no such part to adapt."
+            )
     seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(
             f"{len(seeds)} seeds were given for {len(prompts)} prompts. Give one each, or a single number."
         )
     size = size or (base.resolution, base.resolution)
-    with tempfile.TemporaryDirectory() as scratch:
-        texts = cache.encode_texts(
-            base, [*prompts, negative], folder or Path(scratch), device=target, dtype=dtype, clip_skip=clip_skip
-        )
-    said = [[texts[prompt] for prompt in (*prompts, negative)]] * len(strengths)
-    if attach and (changed := [which for which in base.text_encoders if which in adapts]):
-        encoders = {which: bases.load_text_encoder(base, dtype, target, which)[0] for which in changed}
-        adapter = attach(encoders)
-        for number, value in enumerate(strengths):
-            with adapters.strength(adapter, value):
-                said[number] = cache.encode_anew(base, encoders, said[number], clip_skip)
+    _suits(base, size)
+    target, stop = bases.choose_device(device), stop or threading.Event()
+    dtype = bases.compute_dtype(precision, target)
+
+    def made() -> Generator[Placed, None, None]:
+        with tempfile.TemporaryDirectory() as scratch:
+            plain = cache.encode_texts(
+                base, [*prompts, negative], folder or Path(scratch), device=target, dtype=dtype, clip_skip=clip_skip
+            )
+        said = _said(base, [plain[prompt] for prompt in (*prompts, negative)], variants, target, dtype, clip_skip)
+        if stop.is_set():
+            return
+        unet, vae = bases.load_unet(base, dtype, target, quantize), bases.load_vae(base, dtype, target)
+        try:
+            for variant, columns in _by_adapter(variants):
+                with _attached(variant, {"unet": unet}) as adapter:
+                    for column in columns:
+                        *wanted, unwanted = said[column]
+                        for start in range(0, len(wanted), batch):
+                            some = slice(start, start + batch)
+                            with _at(adapter, variants[column].strength):
+                                found = latents(
+                                    unet, base, wanted[some], unwanted, seeds[some], size=size, steps=steps,
+                                    guidance=guidance, scheduler_name=scheduler_name, batch=batch, stop=stop,
+                                )  # fmt: skip
+                            for row, x in enumerate(found, start):
+                                yield Placed(row, column, decode(vae, x[None])[0])
+                                if stop.is_set():
+                                    return
+        finally:
+            del unet, vae
+            cache.free(target)
+
+    return made()
+
+
+def _by_adapter(variants: Sequence[Variant]) -> list[tuple[Variant, list[int]]]:
+    """The first variant of each adapter, and the columns of all that have it."""
+    columns: dict[Attach | None, list[int]] = {}
+    for column, variant in enumerate(variants):
+        columns.setdefault(variant.attach, []).append(column)
+    return [(variants[own[0]], own) for own in columns.values()]
+
+
+@contextmanager
+def _attached(variant: Variant, models: adapters.Models) -> Iterator[adapters.Adapter | None]:
+    """The variant's adapter in those of the models that it is for; in the end they are what they were."""
+    own = {which: model for which, model in models.items() if variant.attach and which in variant.adapts}
+    try:
+        yield variant.attach(own) if own else None
+    finally:
+        adapters.eject(own)
+
+
+def _at(adapter: adapters.Adapter | None, strength: float):
+    return adapters.strength(adapter, strength) if adapter else nullcontext()
+
+
+def _said(
+    base: bases.Base, plain: list[Text], variants: Sequence[Variant], device: torch.device, dtype: torch.dtype,
+    clip_skip: int,
+) -> list[list[Text]]:  # fmt: skip
+    """Texts as each variant's text encoders say them; the encoders are loaded where one is changed, and freed."""
+    said = [plain] * len(variants)
+    changed = [which for which in base.text_encoders if any(v.attach and which in v.adapts for v in variants)]
+    encoders = {which: bases.load_text_encoder(base, dtype, device, which)[0] for which in changed}
+    for variant, columns in _by_adapter(variants):
+        with _attached(variant, encoders) as adapter:
+            for column in columns if adapter else ():
+                with _at(adapter, variants[column].strength):
+                    said[column] = cache.encode_anew(base, adapter.models, plain, clip_skip)
+    if encoders:
         del encoders, adapter
-        cache.free(target)
-    unet = bases.load_unet(base, dtype, target, quantize)
-    adapter = attach({"unet": unet}) if attach and "unet" in adapts else None
-    columns, total = [], len(prompts)
-    for number, value in enumerate(strengths):
-        *wanted, unwanted = said[number]
-        seen = (lambda n, before=number * total: on_picture(before + n)) if on_picture else None
-        with adapters.strength(adapter, value) if adapter else nullcontext():
-            columns.append(
-                latents(unet, base, wanted, unwanted, seeds, size=size, steps=steps,
-                        guidance=guidance, scheduler_name=scheduler_name, batch=batch, on_picture=seen)
-            )  # fmt: skip
-    del unet, adapter
-    cache.free(target)
-    vae = bases.load_vae(base, dtype, target)
-    pictures = [decode(vae, column) for column in columns]
-    return [list(row) for row in zip(*pictures, strict=True)]
+        cache.free(device)
+    return said
 
 
-def save(pictures: Sequence[Image.Image], folder: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
-    """Write pictures as PNG, with prompt and seed in their metadata where A1111's "PNG Info" finds them."""
+def generate(
+    base: bases.Base, prompts: Sequence[str], *, strengths: Sequence[float] = (1.0,), attach: Attach | None = None,
+    adapts: Sequence[str] = ("unet",), on_picture: Callable[[int], None] | None = None, **settings,
+) -> list[list[Image.Image]]:  # fmt: skip
+    """All pictures of `stream`, with one adapter at one strength or several.
+
+    Args:
+        attach: called with models by name, returns the adapter it put there; None samples the bare base.
+        adapts: the models that `attach` is for.
+        on_picture: told how many pictures are done.
+        settings: as for `stream`.
+
+    Returns:
+        For each prompt, a picture for each strength.
+    """
+    variants = [Variant(attach, tuple(adapts), value) for value in strengths]
+    rows: list[list] = [[None] * len(variants) for _ in prompts]
+    for done, (row, column, picture) in enumerate(stream(base, prompts, variants, **settings), 1):
+        rows[row][column] = picture
+        if on_picture:
+            on_picture(done)
+    return rows
+
+
+# ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def infotext(
+    prompt: str, seed: int, size: tuple[int, int], *, negative: str = "", steps: int | None = None,
+    guidance: float | None = None, scheduler_name: str | None = None, clip_skip: int | None = None, model: str = "",
+    loras: Sequence[tuple[str, float]] = (),
+) -> str:  # fmt: skip
+    """What a picture was made of, as A1111's "PNG Info" reads it and sends it on to txt2img.
+
+    Args:
+        size: (height, width) in pixels.
+        loras: names and strengths, which stand in the prompt there. What has no value is left out.
+    """
+    tags = "".join(f" <lora:{_tag(name)}:{strength:g}>" for name, strength in loras if strength)
+    told = {
+        "Steps": steps, "Sampler": SAMPLERS.get(scheduler_name, scheduler_name),
+        "CFG scale": None if guidance is None else f"{guidance:g}", "Seed": seed, "Size": f"{size[1]}x{size[0]}",
+        "Model": model or None, "Clip skip": clip_skip,
+    }  # fmt: skip
+    line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in told.items() if value is not None)
+    return "\n".join([prompt + tags, *([f"Negative prompt: {negative}"] if negative else []), line])
+
+
+def _tag(name: str) -> str:
+    """A name that can stand in <lora:…:…>."""
+    return "".join("_" if letter in "<>:,\n" else letter for letter in name)
+
+
+def _quoted(value: str) -> str:
+    """As A1111 writes what would be taken for the next setting."""
+    return json.dumps(value, ensure_ascii=False) if set(",:\n") & set(value) else value
+
+
+def prompt_of(infotext: str) -> str:
+    """The prompt that an `infotext` begins with, without its LoRAs."""
+    prompt = infotext.rpartition("\n")[0].partition("\nNegative prompt: ")[0]
+    while prompt.endswith(">") and " <lora:" in prompt:
+        prompt = prompt.rpartition(" <lora:")[0]
+    return prompt
+
+
+def png(picture: Image.Image, infotext: str) -> bytes:
+    """A picture as a PNG file that tells what it was made of."""
     from PIL.PngImagePlugin import PngInfo
 
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
-        facts = PngInfo()
-        facts.add_text("parameters", f"{prompt}\nSeed: {seed}, Size: {picture.width}x{picture.height}")
-        paths.append(folder / f"{number:02d}-seed-{seed}.png")
-        with files.replacing(paths[-1]) as partial:
-            picture.save(partial, "PNG", pnginfo=facts)
-    return paths
+    facts, stream = PngInfo(), io.BytesIO()
+    facts.add_text("parameters", infotext)
+    picture.save(stream, "PNG", pnginfo=facts)
+    return stream.getvalue()
+
+
+def write(picture: Image.Image, path: Path, infotext: str) -> Path:
+    """Write a picture as a PNG file that tells what it was made of, whole or not at all."""
+    with files.replacing(path) as partial:
+        partial.write_bytes(png(picture, infotext))
+    return path
+
+
+def save(
+    pictures: Sequence[Image.Image], folder: Path, prompts: Sequence[str], seeds: Sequence[int], **settings
+) -> list[Path]:
+    """Write pictures as numbered PNG files that tell what they were made of.
+
+    Args:
+        settings: as for `infotext`.
+    """
+    return [
+        write(picture, folder / f"{number:02d}-seed-{seed}.png", infotext(prompt, seed, picture.size[::-1], **settings))
+        for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True))
+    ]

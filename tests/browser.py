@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import nbformat
 
@@ -25,27 +26,47 @@ SLOW = 120_000  # milliseconds: two busy cores
 
 
 @contextmanager
-def jupyterlab(folder: Path) -> Iterator[str]:
-    """A server of the notebooks in a folder; yields the address of its files."""
+def jupyterlab(folder: Path, dark: bool = False) -> Iterator[str]:
+    """A server of the notebooks in a folder; yields the address of its files.
+
+    Args:
+        dark: show JupyterLab's dark theme.
+    """
+    command = [
+        sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", "--port={port}",
+        "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]  # fmt: skip
+    news = folder / ".jupyter" / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # else a question lies over the page
+    if dark:
+        news.with_name("themes.jupyterlab-settings").write_text('{"theme": "JupyterLab Dark"}')
+    with served(folder, command) as address:
+        yield f"{address}/lab/tree/{{}}?token=t&reset"
+
+
+@contextmanager
+def served(folder: Path, command: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+    """A Jupyter server with settings of its own, ready; yields its address.
+
+    Args:
+        folder: its settings go into a folder of it.
+        command: with {port} for the port, and "t" as the token.
+        environment: what it gets besides this process's.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = folder / ".jupyter"
+    own.mkdir(exist_ok=True)
     places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_DATA_DIR": "data",
               "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
               "IPYTHONDIR": "ipython"}  # fmt: skip
-    command = [
-        sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
-        "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]  # fmt: skip
-    own.mkdir()
-    news = own / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    news.parent.mkdir(parents=True)
-    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # else a question lies over the page
     with (own / "log").open("w") as log:
-        environment = os.environ | {name: str(own / place) for name, place in places.items()}
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        variables = os.environ | {name: str(own / place) for name, place in places.items()} | environment
+        command = [word.replace("{port}", str(port)) for word in command]
+        server = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(240):
             assert server.poll() is None, (own / "log").read_text()
@@ -54,23 +75,23 @@ def jupyterlab(folder: Path) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=t&reset"
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(20)
 
 
-def notebook(path: Path, *cells: str) -> Path:
+def notebook(path: Path, *cells: str, kernel: str = "python3") -> Path:
     """Write a notebook of code cells."""
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    made.metadata["kernelspec"] = {"name": kernel, "display_name": "Python 3", "language": "python"}
     nbformat.write(made, path)
     return path
 
 
 @contextmanager
-def opened(address: str, width: int = 1200, height: int = 1600) -> Iterator:
-    """A notebook in a browser, its kernel ready: yields playwright's page."""
+def browsed(address: str, width: int, height: int) -> Iterator:
+    """A page in a browser: yields playwright's."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -78,12 +99,19 @@ def opened(address: str, width: int = 1200, height: int = 1600) -> Iterator:
         page = browser.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(SLOW)
         page.goto(address)
+        yield page
+        browser.close()
+
+
+@contextmanager
+def opened(address: str, width: int = 1200, height: int = 1600) -> Iterator:
+    """A notebook in a browser, its kernel ready: yields playwright's page."""
+    with browsed(address, width, height) as page:
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         # Run All before the kernel is idle opens a dialog that asks for one.
         ready = "/\\| Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText || '')"
         page.wait_for_function(ready)
         yield page
-        browser.close()
 
 
 def run_all(page) -> None:

@@ -10,6 +10,7 @@ import pytest
 from killing import same_weights
 
 from lorakit import backup, checkpoint, plots, run
+from lorakit.live import Live
 
 QUIET = {"say": lambda _: None, "progress": False}
 TOKEN = "hf_" + "s" * 34
@@ -24,7 +25,7 @@ def away(settings, tmp_path):
 def stopped_at(step, settings, folder, **more):
     stop = threading.Event()
     stops = [lambda s: stop.set() if s.number == step else None]
-    return run.start(settings, folder, stop=stop, listeners=stops, **({**QUIET} | more))
+    return run.start(settings, folder, live=Live(stop), listeners=stops, **({**QUIET} | more))
 
 
 def test_what_is_there_after_a_run(away, tmp_path):

@@ -47,6 +47,18 @@ def test_limits_are_rounded_outwards_as_in_kohya():
     assert buckets.sizes(512, minimum=512, maximum=512) == [(512, 512)]
 
 
+def test_the_fits_of_a_run_follow_its_rule_and_limits():
+    dimensions = [(100, 40), (40, 100), (30, 30)]
+    sizes_of = lambda **how: [fit.size for fit in buckets.fits(dimensions, 64, step=16, **how)]  # noqa: E731
+    assert sizes_of() == [(96, 32), (32, 96), (64, 64)]
+    assert sizes_of(minimum=48) == [(80, 48), (48, 80), (64, 64)]
+    assert sizes_of(maximum=80) == [(80, 32), (32, 80), (64, 64)]
+    assert sizes_of(minimum=64, maximum=64) == [(64, 64)] * 3
+    assert sizes_of(rule="no_upscale") == [(96, 32), (32, 96), (16, 16)]
+    # kohya's trainer ignores the limits by this rule; one bucket alone would also hide the step.
+    assert sizes_of(rule="no_upscale", minimum=64, maximum=64) == sizes_of(rule="no_upscale")
+
+
 def test_a_resolution_off_the_step_names_its_neighbours():
     with pytest.raises(ValueError, match="500 is not a multiple of the bucket step 64: use 448 or 512"):
         buckets.sizes(500)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from lorakit import check, dataset
+from lorakit import check, dataset, decisions
+from lorakit.decisions import Decisions
 from lorakit.demo import PICTURES
 
 PHOTO = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
@@ -297,10 +298,10 @@ def test_decisions_change_the_dataset_and_no_file(tmp_path, photo):
     photo.save(better)
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}
     scanned = dataset.scan(folder)
-    decisions = check.Decisions(("4_sks/0.png",), ("4_sks/3.png",), {"4_sks/1.png": str(better)})
-    check.save(decisions, tmp_path / "run" / "decisions.json")
-    assert check.load(tmp_path / "run" / "decisions.json") == decisions
-    decided = check.decide(scanned, decisions)
+    made = Decisions(("4_sks/0.png",), ("4_sks/3.png",), {"4_sks/1.png": str(better)})
+    decisions.save(made, tmp_path / "run" / "decisions.json")
+    assert decisions.load(tmp_path / "run" / "decisions.json") == made
+    decided = decisions.decide(scanned, made)
     assert [picture.path.name for picture in decided.pictures] == ["better.png", "2.png", "3.png"]
     new, old = decided.pictures[0], scanned.pictures[1]
     assert (new.width, new.height, new.caption, new.repeats) == (512, 600, old.caption, 4)
@@ -314,21 +315,21 @@ def test_decisions_change_the_dataset_and_no_file(tmp_path, photo):
 def test_leaving_out(tmp_path, photo):
     found(tmp_path, {"a.png": photo, "b.png": ImageOps.mirror(photo)})
     scanned = dataset.scan(tmp_path)
-    assert [picture.path.name for picture in check.leave_out(scanned, ["a.png"]).pictures] == ["b.png"]
-    assert check.leave_out(scanned, []).pictures == scanned.pictures
+    assert [picture.path.name for picture in decisions.leave_out(scanned, ["a.png"]).pictures] == ["b.png"]
+    assert decisions.leave_out(scanned, []).pictures == scanned.pictures
     with pytest.raises(ValueError, match="'aa.png': did you mean 'a.png'"):
-        check.leave_out(scanned, ["aa.png"])
+        decisions.leave_out(scanned, ["aa.png"])
     with pytest.raises(ValueError, match="all 2 pictures are left out"):
-        check.leave_out(scanned, ["a.png", "b.png"])
+        decisions.leave_out(scanned, ["a.png", "b.png"])
     with pytest.raises(FileNotFoundError):
-        check.decide(scanned, check.Decisions(replace={"a.png": str(tmp_path / "none.png")}))
+        decisions.decide(scanned, Decisions(replace={"a.png": str(tmp_path / "none.png")}))
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"leave_out": 3}', '{"leave_out": [], "keep": [], "replace": 1}'])
 def test_damaged_decisions_are_named(tmp_path, text):
     (tmp_path / "decisions.json").write_text(text)
     with pytest.raises(ValueError, match=r"decisions\.json holds no decisions"):
-        check.load(tmp_path / "decisions.json")
+        decisions.load(tmp_path / "decisions.json")
 
 
 # What is cut off

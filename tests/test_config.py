@@ -64,6 +64,9 @@ def test_all_problems_are_told_together_with_the_nearest_name(tmp_path):
         ({"optimizer": "adamw_schedulefree", "schedule": "cosine"}, "needs no schedule"),
         ({"optimizer": "adamw_schedulefree", "ema_decay": 0.99}, "averages the weights itself"),
         ({"debiased": True}, "two weightings of one loss"),
+        ({"min_bucket_side": 576}, "min_bucket_side 576 and max_bucket_side None leave out the resolution 512: widen"),
+        ({"max_bucket_side": 448}, "min_bucket_side None and max_bucket_side 448 leave out"),
+        ({"bucket_rule": "nearest"}, "no_upscale"),
         ({"min_timestep": 500, "max_timestep": 400}, "min_timestep 500 is not below max_timestep 400"),
     ],
 )

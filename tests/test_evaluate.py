@@ -172,7 +172,7 @@ def test_a_single_outlier_decides_nothing():
 def test_few_values_are_early_and_none_is_none():
     assert evaluate.advise([], []).best is None
     early = evaluate.advise(STEPS[:5], RISING[:5])
-    assert early.state == "early" and "too few" in str(early)
+    assert early.state == "early" and "Too few" in str(early)
 
 
 def test_values_that_are_not_finite_are_never_the_best():

@@ -572,6 +572,21 @@ def test_metadata_of_a_run(sd15, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "changes, told, wide",
+    [
+        ({}, ("False", "256", "1024"), [640, 384]),
+        ({"min_bucket_side": 448, "max_bucket_side": 576}, ("False", "448", "576"), [576, 448]),
+        ({"bucket_rule": "no_upscale", "max_bucket_side": 576}, ("True", "None", "None"), [576, 384]),
+    ],
+)
+def test_metadata_of_buckets(sd15, changes, told, wide):
+    metadata = a_run(sd15, **changes)
+    assert tuple(metadata[f"ss_{key}"] for key in ("bucket_no_upscale", "min_bucket_reso", "max_bucket_reso")) == told
+    sizes = [bucket["resolution"] for bucket in json.loads(metadata["ss_bucket_info"])["buckets"].values()]
+    assert sorted(sizes) == sorted([[512, 512], wide])
+
+
 def test_the_thumbnail_is_small():
     import base64
     import io

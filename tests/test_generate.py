@@ -46,8 +46,8 @@ def test_pictures_of_all_prompts_with_all_seeds(small_bases, tmp_path, made, fam
         with Image.open(file) as picture:
             assert np.abs(np.asarray(picture).astype(int) - np.asarray(rows[0])).max() <= 1
             told = picture.info["parameters"]
-        assert told.startswith(f"{prompt}\nNegative prompt: \nSteps: 2, Sampler: dpm++_2m_karras, CFG scale: 3, ")
-        assert f", Seed: {seed}, Size: 24x32, Model: {family}" in told
+        told_of = {"steps": 2, "guidance": 3.0, "scheduler_name": sample.USUAL, "clip_skip": 1, "model": family}
+        assert told == sample.infotext(prompt, seed, (32, 24), **told_of)
 
 
 def test_what_is_there_and_sound_is_not_made_again(base, tmp_path, made, monkeypatch):

@@ -18,6 +18,7 @@ import killing
 import pytest
 
 from lorakit import checkpoint, export, files, plots, record, run
+from lorakit.live import Live
 
 QUIET = {"say": lambda _: None, "progress": False}
 
@@ -209,7 +210,11 @@ def test_a_clock_that_jumps_changes_nothing(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: next(clock))
     stop = threading.Event()
     run.start(
-        settings, tmp_path / "run", stop=stop, listeners=[lambda s: stop.set() if s.number == 3 else None], **QUIET
+        settings,
+        tmp_path / "run",
+        live=Live(stop),
+        listeners=[lambda s: stop.set() if s.number == 3 else None],
+        **QUIET,
     )
     again = run.start(settings, tmp_path / "run", **QUIET)
     assert killing.same_weights(again.lora, whole.lora)

@@ -183,7 +183,7 @@ def test_ranks_and_rates_by_block():
         ({"network_args": ["algo=loha", "dora_wd=True"]}, "dora_wd: left out, lorakit has no DoRA of loha"),
         ({"network_module": "lycoris.kohya", "network_args": ["dora_wd=True"]}, "dora_wd: by columns here"),
         ({"optimizer_state": "old.pt"}, "optimizer_state=old.pt: lorakit has no such setting"),
-        ({"bucket_no_upscale": True}, "bucket_no_upscale: small pictures are scaled up here"),
+        ({"enable_bucket": False, "bucket_no_upscale": True}, "enable_bucket=False: pictures go into buckets"),
     ],
 )
 def test_nothing_is_dropped_in_silence(settings, note):
@@ -223,6 +223,26 @@ def test_the_command_prints_a_config_and_tells_the_rest(tmp_path):
     (tmp_path / "run.json").write_text(done.stdout)
     assert config.load(tmp_path / "run.json").rank == 64
     assert "note: random_crop=True" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, rule, sides",
+    [
+        ("--resolution=512", "kohya", (None, None)),
+        ("--enable_bucket --resolution=512", "kohya", (256, 1024)),  # sd-scripts' own
+        ("--enable_bucket --resolution=1024,1024 --min_bucket_reso=512", "kohya", (512, 1024)),
+        ("--enable_bucket --min_bucket_reso=320 --max_bucket_reso=768", "kohya", (320, 768)),
+        ("--bucket_no_upscale --max_bucket_reso=768", "no_upscale", (None, 768)),
+        ("--enable_bucket --bucket_no_upscale", "no_upscale", (None, None)),
+        ("--enable_bucket=false --bucket_no_upscale", "kohya", (None, None)),
+        ("--enable_bucket --resolution=2048", "kohya", (None, None)),
+    ],
+)
+def test_rules_of_buckets(options, rule, sides):
+    imported = kohya.from_command(f"train_network.py {options}")
+    made = imported.config
+    assert (made.bucket_rule, (made.min_bucket_side, made.max_bucket_side)) == (rule, sides)
+    assert len(imported.notes) == ("=false" in options)
 
 
 @pytest.mark.parametrize(

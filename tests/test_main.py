@@ -1,12 +1,16 @@
 """The commands, called as a person calls them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from lorakit.__main__ import app
@@ -81,6 +85,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(settings, tmp_path):
         (["preset", "landscape"], "no preset for 'landscape'"),
         (["sample", "a cat", "--base", "nowhere"], "no base 'nowhere'"),
         (["sample", "a cat", "--scheduler", "dpm"], "no scheduler 'dpm'"),
+        (["check", "nowhere"], "nowhere does not exist"),
+        (["frames", "none.mp4", "out"], "There is no video none.mp4"),
+        (["generate", "a cat", "--name", "cat", "--out", "out", "--base", "nowhere"], "no base 'nowhere'"),
     ],
 )
 def test_mistakes_get_a_message_and_no_traceback(tmp_path, arguments, message):
@@ -163,3 +170,74 @@ def test_pictures_are_checked_and_captioned_at_a_terminal(pictures, tmp_path, mo
     assert "undone    6 captions" in told("caption", "undo", pictures)
     assert file.read_text() == "sks thing, number 0"
     assert "sks" in told("caption", "audit", pictures, "--trigger", "sks thing")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_a_check_for_programs_tells_all_that_was_found(tmp_path, packed):
+    folder = tmp_path / "cats" / "2_cat"
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for number, size in enumerate([(512, 512)] * 3 + [(100, 512)]):
+        Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(folder / f"{number}.png")
+    for number, text in enumerate(["sks cat, sitting", "a cat"]):
+        (folder / f"{number}.txt").write_text(text)
+    whole = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "again.png").write_bytes(whole)
+    source = folder.parent
+    if packed:
+        source = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", folder.parent))
+    facts = json.loads(lorakit("check", source, "--trigger", "sks cat", "--json", cwd=tmp_path).stdout)
+    assert (facts["pictures"], facts["per_epoch"], facts["resolution"]) == (5, 10, 512)
+    (left_out,), (double,) = facts["left_out"], facts["to_look_at"]
+    assert left_out["picture"] == "2_cat/cut.png" and "truncated" in left_out["reason"]
+    assert double["picture"] == "2_cat/again.png" and "the same picture as 2_cat/0.png" in double["reason"]
+    assert facts["captions"] == {  # three have their folder's name
+        "with": 5, "without": 0, "own": 2, "shared": 3, "words": {"least": 1, "median": 1, "most": 3},
+        "without_trigger": 4,
+    }  # fmt: skip
+    for finding in facts["findings"]:
+        assert finding.keys() == {"picture", "kind", "severity", "message"} and finding["message"]
+        assert finding["severity"] in ("serious", "warning", "info")
+    found = {(finding["picture"], finding["kind"]) for finding in facts["findings"]}
+    assert {(None, "count"), ("2_cat/1.png", "caption"), ("2_cat/3.png", "resolution")} <= found
+    assert str(tmp_path) not in json.dumps(facts)
+    own = json.loads(told("check", source, "--rule", "no_upscale", "--json"))
+    assert "resolution" not in {finding["kind"] for finding in own["findings"]}
+    failed = CliRunner().invoke(app, ["check", str(source), "--max-side", "256"])
+    assert failed.exit_code and "leave out the resolution 512" in str(failed.exception)
+
+
+def test_a_check_fails_where_training_could_not_start(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"not a picture")
+    (tmp_path / "none.zip").write_bytes(b"PK")
+    for name in ("empty", "broken", "none.zip", "nowhere"):
+        done = lorakit("check", name, "--json", cwd=tmp_path, expect=1)
+        assert done.stdout == "" and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_frames_of_a_video(tmp_path):
+    pytest.importorskip("av")
+    from test_video import film, shapes
+
+    clip = film(tmp_path / "clip.mp4", [shapes(number // 10) for number in range(30)])  # three scenes of a second
+    assert f"done      3 pictures in {tmp_path / 'all'}\n" in told("frames", clip, tmp_path / "all")
+    told("frames", clip, tmp_path / "scenes", "--scenes", "--suffix", ".jpg")
+    assert sorted(path.suffix for path in (tmp_path / "scenes").iterdir()) == [".jpg"] * 3
+    assert "1 pictures" in told("frames", clip, tmp_path / "few", "--every", 10)
+    assert "--scenes" in told("frames", "--help")
+
+
+def test_pictures_are_generated_and_none_twice(tmp_path):
+    command = ["generate", "flatto style, cup", "--out", tmp_path, "--name", "cup", "--steps", 2, "--width", 48]
+    said = told(*command, "--count", 2, "--seed", 5, "--repeats", 3)
+    assert f"done      2 pictures in {tmp_path / '3_cup'}\n" in said
+    made = sorted((tmp_path / "3_cup").glob("*.png"))
+    assert [Image.open(path).size for path in made] == [(48, 64)] * 2
+    before = [path.stat().st_mtime_ns for path in made]
+    assert "done      3 pictures" in told(*command, "--count", 3, "--seed", 5, "--repeats", 3)
+    assert [path.stat().st_mtime_ns for path in made] == before
+    assert {path.read_text() for path in (tmp_path / "3_cup").glob("*.txt")} == {"flatto style, cup\n"}
+    assert "--negative" in told("generate", "--help")

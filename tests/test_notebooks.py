@@ -1,6 +1,16 @@
+"""Notebooks are thin, tidy, and call what is there; their set-up cell finds lorakit or says what to do."""
+
 import ast
+import builtins
+import importlib
+import inspect
 import json
 import os
+import shutil
+import subprocess
+import sys
+import types
+from importlib import util
 from pathlib import Path
 
 import nbformat
@@ -9,6 +19,13 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+GIVEN = {*dir(builtins), "get_ipython", "display", "_exit_code"}  # by Python and IPython
+
+spec = util.spec_from_file_location("tidy", ROOT / "notebooks" / "tidy.py")
+tidy = util.module_from_spec(spec)
+spec.loader.exec_module(tidy)
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
 def code_cells(path):
@@ -21,8 +38,9 @@ def python(cell) -> str:
     return "\n".join(line.replace(line.strip(), "pass") if line.strip()[:1] in "!%" else line for line in lines if line)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@every_notebook
 def test_cells_are_thin_and_hold_no_outputs(path):
+    """Fields and calls: nothing is defined, tried or repeated. A list of labels may be made in place."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert "widgets" not in notebook["metadata"]
     assert notebook["metadata"]["accelerator"] == "GPU" and notebook["metadata"]["colab"]["gpuType"] == "T4"
@@ -30,8 +48,219 @@ def test_cells_are_thin_and_hold_no_outputs(path):
         assert cell["outputs"] == [] and cell["execution_count"] is None
         assert cell["metadata"]["cellView"] == "form" and cell["source"][0].startswith("#@title")
         tree = ast.parse(python(cell))
-        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.For, ast.While)
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.For, ast.AsyncFor, ast.While, ast.Try)
         assert not [node for node in ast.walk(tree) if isinstance(node, kinds)], cell["source"][0]
+
+
+@every_notebook
+def test_notebooks_are_as_tidy_writes_them(path):
+    text = path.read_text(encoding="utf-8")
+    assert tidy.tidied(text, path.name, tidy.address(ROOT / "pyproject.toml")) == text, "run: python notebooks/tidy.py"
+
+
+def test_one_address_reaches_every_notebook(tmp_path, monkeypatch):
+    """And taking it away again leaves every byte as it was."""
+    pyproject, notebooks = tmp_path / "pyproject.toml", tmp_path / "notebooks"
+    notebooks.mkdir()
+    for path in NOTEBOOKS:
+        shutil.copy(path, notebooks)
+    said = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pyproject.write_text(
+        said.replace("[project.urls]", '[project.urls]\nRepository = "https://github.com/me/my.kit.git"')
+    )
+    for _ in range(2):
+        tidy.main(notebooks, pyproject)
+    for path in sorted(notebooks.iterdir()):
+        first, *_ = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        link = f"https://colab.research.google.com/github/me/my.kit/blob/main/notebooks/{path.name}"
+        assert "".join(first["source"]) == f"{tidy.BADGE}({link})"
+        (setup,) = [cell for cell in code_cells(path) if cell["source"][0].startswith("#@title 1. Set-up")]
+        assert setup["source"][1] == 'repository = "https://github.com/me/my.kit"  #@param {type:"string"}\n'
+    pyproject.write_text(said.replace("[project.urls]", '[project.urls]\nRepository = "https://example.org/lorakit/"'))
+    tidy.main(notebooks, pyproject)  # not GitHub's: Colab cannot open it, and git can
+    text = (notebooks / "quickstart.ipynb").read_text(encoding="utf-8")
+    assert "colab.research" not in text and 'https://example.org/lorakit\\"' in text
+    shutil.copy(ROOT / "pyproject.toml", pyproject)
+    tidy.main(notebooks, pyproject)
+    for path in NOTEBOOKS:
+        assert (notebooks / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_running_leaves_behind_is_stripped():
+    path = NOTEBOOKS[0]
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["metadata"]["widgets"] = {"state": {}}
+    notebook["metadata"]["language_info"]["version"] = "3.12.1"
+    notebook["nbformat_minor"] = 5
+    for number, cell in enumerate(notebook["cells"]):
+        cell["id"] = cell["metadata"]["id"] = f"c{number}"
+    ran = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    ran["execution_count"], ran["metadata"]["outputId"] = 7, "x"
+    ran["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["/home/me"]}]
+    repository = tidy.address(ROOT / "pyproject.toml")
+    assert tidy.tidied(json.dumps(notebook), path.name, repository) == path.read_text(encoding="utf-8")
+    notebook["cells"] = [cell for cell in notebook["cells"] if cell is not ran]
+    with pytest.raises(ValueError, match="has no set-up cell"):
+        tidy.tidied(json.dumps(notebook), path.name, repository)
+
+
+# ── What cells name is there ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def names_bound(tree: ast.AST) -> set[str]:
+    """Every name that a cell gives a meaning, anywhere in it."""
+    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    found |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    imports = [alias for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names]
+    return found | {(alias.asname or alias.name).split(".")[0] for alias in imports}
+
+
+def imported(tree: ast.AST) -> dict[str, object]:
+    """What a cell imports from lorakit, by the name it has there."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lorakit":
+            for alias in node.names:
+                try:
+                    thing = getattr(importlib.import_module(node.module), alias.name)
+                except AttributeError:
+                    thing = importlib.import_module(f"{node.module}.{alias.name}")
+                found[alias.asname or alias.name] = thing
+    return found
+
+
+def resolved(node: ast.AST, known: dict[str, object]) -> object | None:
+    """The thing of lorakit's that `a.b.c` names; None where it is not known before the cell runs.
+
+    Raises:
+        AttributeError: there is no such thing.
+    """
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = resolved(node.value, known)
+        if isinstance(owner, types.ModuleType | type):
+            return getattr(owner, node.attr)
+    return None
+
+
+def faults(sources: list[str]) -> list[str]:
+    """What cells name and nobody gave a meaning, or call with words it does not take."""
+    wrong, bound, known = [], set(GIVEN), {}
+    for source in sources:
+        tree = ast.parse(source)
+        here = names_bound(tree)
+        bound |= here
+        known = {name: thing for name, thing in known.items() if name not in here} | imported(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id not in bound:
+                wrong.append(f"{node.id} is not bound in this cell or an earlier one")
+            elif isinstance(node, ast.Attribute | ast.Call):
+                try:
+                    thing = resolved(node.func if isinstance(node, ast.Call) else node, known)
+                    words = {keyword.arg: ... for keyword in getattr(node, "keywords", ())}
+                    if isinstance(node, ast.Call) and thing is not None and None not in words:  # None: of **words
+                        inspect.signature(thing).bind(*node.args, **words)
+                except (AttributeError, TypeError) as error:
+                    wrong.append(str(error))
+    return sorted({*wrong})  # an attribute that is called is met twice
+
+
+@every_notebook
+def test_what_cells_name_is_there(path):
+    assert faults([python(cell) for cell in code_cells(path)]) == []
+
+
+def test_what_is_not_there_would_be_found():
+    begin = "from lorakit import demo\nfrom lorakit.widgets.dataset import Pictures"
+    assert faults([begin, "x = 1", "demo.config(steps=x)\nPictures('p', kind='style')"]) == []
+    for cell in ("demo.confog()", "demo.copy()", "demo.copy('a', into='b')", "y", "Pictures(cind='style')"):
+        assert len(faults([begin, cell])) == 1, cell
+
+
+# ── Set-up ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# What a kernel does with a cell, where lorakit is not on the path.
+KERNEL = """
+import sys
+from pathlib import Path
+from IPython.core.interactiveshell import InteractiveShell
+
+sys.path[:] = [*sys.argv[1:], "", *(p for p in sys.path if p and not Path(p, "lorakit", "__init__.py").is_file())]
+shell = InteractiveShell.instance()
+for _ in range(2):  # a cell is run again and again
+    if not shell.run_cell(Path("cell.txt").read_text()).success:
+        sys.exit(1)
+"""
+STUB = 'echo "set up for $LORAKIT_PYTHON"'
+
+
+def set_up(folder: Path, repository: str = "", path: Path | None = None) -> subprocess.CompletedProcess:
+    """Run the set-up cell in a folder, twice; `path` comes first on the kernel's."""
+    cell = tidy.SETUP.format(address=repository) + "\nfrom lorakit import __version__\nprint(__version__)"
+    (folder / "cell.txt").write_text(cell)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"IPYTHONDIR": str(folder / ".ipython"), "NO_COLOR": "1", "GIT_TERMINAL_PROMPT": "0"}
+    command = [sys.executable, "-c", KERNEL, *([str(path)] if path else [])]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def checkout(folder: Path, script: str = STUB) -> Path:
+    """Something like a checkout."""
+    (folder / "lorakit").mkdir(parents=True)
+    (folder / "lorakit" / "__init__.py").write_text(f"__version__ = 'that of {folder.name}'\n")
+    (folder / "colab_setup.sh").write_text(script + "\n")
+    return folder
+
+
+def test_set_up_without_an_address_says_what_to_do(tmp_path):
+    (tmp_path / "lorakit" / "runs").mkdir(parents=True)  # a folder of that name is no package
+    done = set_up(tmp_path)
+    assert done.returncode == 1 and "lorakit is not here yet. Write the address" in done.stdout
+    assert "fatal" not in done.stdout + done.stderr and "git" not in done.stderr
+
+
+@pytest.mark.parametrize("where", ["lorakit-main", "..", "."])
+def test_set_up_finds_a_checkout_beside_or_above(tmp_path, where):
+    here = tmp_path / "my lora" / "notebooks"
+    here.mkdir(parents=True)
+    made = checkout(here / where)
+    done = set_up(here)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"that of {made.name}") == 2
+    assert done.stdout.count(f"set up for {sys.executable}") == 2  # what went missing meanwhile comes back
+
+
+def test_set_up_leaves_an_installed_lorakit_alone(tmp_path):
+    site = checkout(tmp_path / "site-packages")
+    (site / "colab_setup.sh").unlink()
+    done = set_up(checkout(tmp_path / "other"), path=site)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["that", "of", "site-packages"] * 2
+
+
+def test_set_up_clones_what_the_field_names(tmp_path):
+    made, here = checkout(tmp_path / "published"), tmp_path / "here"
+    here.mkdir()
+    as_me = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*as_me, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-C", made, *command], check=True)
+    done = set_up(here, repository=f"file://{made}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"set up for {sys.executable}") == 2 == done.stdout.count("that of published")
+
+
+def test_a_set_up_that_fails_ends_the_cell(tmp_path):
+    checkout(tmp_path / "lorakit-main", "echo no room; exit 1")
+    done = set_up(tmp_path)
+    assert done.returncode == 1 and "no room" in done.stdout and "The set-up did not finish" in done.stdout
+    here = tmp_path / "here"
+    here.mkdir()
+    done = set_up(here, repository=f"file://{tmp_path}/nothing")
+    assert done.returncode == 1 and "The set-up did not finish" in done.stdout
+
+
+# ── Run whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def executed(name, folder, monkeypatch, **exchanged):
@@ -63,3 +292,38 @@ def test_a_dataset_is_prepared_from_end_to_end(tmp_path, monkeypatch):
     assert len(panels) == 2 and "0 captions drafted" in str(outputs)
     assert "flatto" in str(outputs[-1])
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 30
+
+
+def test_a_run_is_made_compared_and_exported(tmp_path, monkeypatch):
+    """With few steps; where a run is there, that is taken."""
+    shorter = {
+        "steps=100, batch_size=2, save_every=50": "steps=4, save_every=2",
+        "validate_every=50": "validate_every=2",
+    }
+    shorter |= {"sample_steps=10": "sample_steps=2"}
+    outputs = executed("compare_and_export.ipynb", tmp_path, monkeypatch, **shorter)
+    assert "comparing what is in" in str(outputs)
+    assert [path.name for path in (tmp_path / "exports").iterdir()] in (
+        [f"flatto-step-00000{n}.safetensors"] for n in (2, 4)
+    )
+    before = (tmp_path / "runs" / "demo" / "log.jsonl").read_bytes()
+    outputs = executed("compare_and_export.ipynb", tmp_path, monkeypatch, **{"download = False": "download = True"})
+    assert "Download flatto-step" in str(outputs) and (tmp_path / "runs" / "demo" / "log.jsonl").read_bytes() == before
+
+
+def test_train_lora_goes_the_whole_way_and_goes_on_when_run_again(tmp_path, monkeypatch):
+    """With few steps; the second time the finished run is found, with its settings, and nothing is trained again."""
+    shorter = {"name=name, trigger": "name=name, steps=12, trigger"}
+    shorter |= {"validation_share=0.1": 'validation_share=0.1, sample_prompts=("flatto style, pizza",), sample_steps=2'}
+    shorter |= {'strengths = "0, 0.7, 1"': 'strengths = "1"'}
+    executed("train_lora.ipynb", tmp_path, monkeypatch, **shorter)
+    run = tmp_path / "runs" / "flatto_v1"
+    log = (run / "log.jsonl").read_text()
+    assert log.count("\n") == 12 and "validation_loss" in log
+    exported = next((tmp_path / "exports").glob("*.safetensors"))
+    assert exported.stat().st_size > 1e6 and (tmp_path / "flatto_v1.settings.json").is_file()
+    outputs = executed("train_lora.ipynb", tmp_path, monkeypatch, **shorter)
+    assert (run / "log.jsonl").read_text() == log
+    shown = [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
+    assert len(shown) == 6  # pictures, captions, settings, training, comparison, proof
+    assert any("image/png" in output.get("data", {}) for output in outputs)  # the loss, which stays

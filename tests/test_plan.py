@@ -63,6 +63,11 @@ def test_the_fastest_settings_that_fit_are_taken(quick, gib, changes):
     assert (picked.config.batch_size, picked.config.gradient_accumulation_steps) == (4, 1)  # the same learning
 
 
+def test_a_bucket_has_room_for_its_shortest_side(quick):
+    assert chosen(1.6, min_bucket_side=512).config.resolution == 512
+    assert chosen(1.0, min_bucket_side=384, max_bucket_side=640).config.resolution == 384
+
+
 def test_where_nothing_helps_it_says_so(quick):
     picked = chosen(1.0)
     assert picked.fits is False and picked.config.resolution == 256

@@ -199,6 +199,16 @@ def test_the_live_plot_takes_the_pages_colour():
     assert set(re.findall(r'(?:fill|stroke)="([^"]+)"', svg)) == {"currentColor", "none", plots.ACCENT}
 
 
+def test_validation_losses_are_drawn_beside_and_within_the_plot():
+    steps, losses = noisy(50)
+    svg = plots.loss_svg(steps, losses, validation=[(10, 9.5), (20, math.nan), (30, 9.0)])
+    places = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([^"]+)" cy="([^"]+)"', svg)]
+    assert len(places) == 2 and all(0 < x < 640 and 0 < y < 240 for x, y in places)
+    assert places[0][1] < places[1][1] and plots.JUDGED in svg and "validation 9.00" in svg
+    low, high = plots.loss(steps, losses, validation=[(10, 9.5)]).axes[0].get_ylim()
+    assert low < min(losses) and 9.5 < high < 11
+
+
 # ── figure ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

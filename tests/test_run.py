@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from lorakit import adapter as adapters
 from lorakit import base as bases
 from lorakit import cache, checkpoint, export, memory, plan, plots, prepare, record, run, train
+from lorakit.live import Live
 
 
 def tensor_bytes(file):
@@ -46,7 +47,11 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(settings, tmp_path
     whole = run.start(settings, tmp_path / "whole", **QUIET)
     stop = threading.Event()
     first = run.start(
-        settings, tmp_path / "cut", stop=stop, listeners=[lambda s: stop.set() if s.number == 2 else None], **QUIET
+        settings,
+        tmp_path / "cut",
+        live=Live(stop),
+        listeners=[lambda s: stop.set() if s.number == 2 else None],
+        **QUIET,
     )
     assert (first.steps, first.lora, first.comparison) == (2, None, None)
     said = []
@@ -88,7 +93,7 @@ def test_other_settings_are_refused_with_both_values(settings, tmp_path, picture
 def test_what_does_not_decide_the_weights_may_change(settings, tmp_path):
     stop = threading.Event()
     stop.set()
-    run.start(settings, tmp_path / "out", stop=stop, **QUIET)
+    run.start(settings, tmp_path / "out", live=Live(stop), **QUIET)
     result = run.start(settings.with_(sample_prompts=("other",), save_every=2), tmp_path / "out", **QUIET)
     assert result.steps == 6
 
@@ -263,7 +268,7 @@ def test_memory_may_be_short_while_the_base_is_loaded(settings, tmp_path, monkey
 
 def test_a_run_begun_before_a_setting_was_known_goes_on(settings, tmp_path):
     stop = threading.Event()
-    run.start(settings, tmp_path / "run", stop=stop, listeners=[lambda s: stop.set() if s.number == 2 else None],
+    run.start(settings, tmp_path / "run", live=Live(stop), listeners=[lambda s: stop.set() if s.number == 2 else None],
               **QUIET)  # fmt: skip
     path = tmp_path / "run" / "checkpoints" / checkpoint.name(2)
     with safe_open(path, "pt") as file:
@@ -351,7 +356,9 @@ def test_every_algorithm_trains_resumes_and_is_proven(settings, tmp_path, algori
     settings = settings.with_(algorithm=algorithm, targets="attention+conv", steps=4, save_every=2)
     whole = run.start(settings, tmp_path / "whole", **QUIET)
     stop = threading.Event()
-    part = run.start(settings, tmp_path / "cut", stop=stop, listeners=[lambda s: s.number == 2 and stop.set()], **QUIET)
+    part = run.start(
+        settings, tmp_path / "cut", live=Live(stop), listeners=[lambda s: s.number == 2 and stop.set()], **QUIET
+    )
     assert part.lora is None and part.steps == 2
     again = run.start(settings, tmp_path / "cut", **QUIET)
     ours, theirs = (export.load(result.lora) for result in (whole, again))
@@ -409,7 +416,7 @@ def test_text_encoders_are_trained_resumed_and_exported(settings, small_bases, t
     said = []
     whole = run.start(settings, tmp_path / "whole", say=said.append, progress=False)
     stop = threading.Event()
-    run.start(settings, tmp_path / "cut", stop=stop, listeners=[lambda s: stop.set() if s.number == 2 else None],
+    run.start(settings, tmp_path / "cut", live=Live(stop), listeners=[lambda s: stop.set() if s.number == 2 else None],
               **QUIET)  # fmt: skip
     again = run.start(settings, tmp_path / "cut", **QUIET)
     first, second = load_file(whole.lora), load_file(again.lora)
@@ -452,7 +459,7 @@ def test_a_resumed_run_comes_down_by_its_own_rungs(settings, tmp_path, monkeypat
     rungs, asked = plan.ladder(settings), []
     starved(monkeypatch, at=1, times=1)
     stop = threading.Event()
-    run.start(settings, tmp_path / "run", stop=stop, listeners=[lambda s: stop.set() if s.number == 2 else None],
+    run.start(settings, tmp_path / "run", live=Live(stop), listeners=[lambda s: stop.set() if s.number == 2 else None],
               **QUIET)  # fmt: skip
     monkeypatch.undo()
     whole = prepare.run

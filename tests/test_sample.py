@@ -1,3 +1,9 @@
+import gc
+import json
+import re
+import threading
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +11,8 @@ from PIL import Image
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import cache, sample
+from lorakit import cache, compare, export, merge, sample
+from lorakit.lora import Lora
 
 CPU = torch.device("cpu")
 
@@ -14,20 +21,22 @@ def encoded(base, prompts, folder):
     return cache.encode_texts(base, prompts, folder, device=CPU, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
-def test_latents_are_those_of_diffusers_pipeline(small_bases, tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "name"), [("sd15", "ddim"), ("sd2", "ddim"), ("sdxl", "ddim"), ("sd15", "lcm"), ("sd2", "lcm")]
+)
+def test_latents_are_those_of_diffusers_pipeline(small_bases, tmp_path, family, name):
     import diffusers
 
     base = bases.open(small_bases[family])
     unet = bases.load_unet(base, torch.float32, CPU)
     texts = encoded(base, ["a red apple", ""], tmp_path)
     ours = sample.latents(
-        unet, base, [texts["a red apple"]], texts[""], [5], size=(32, 32), steps=4, guidance=3.0, scheduler_name="ddim"
+        unet, base, [texts["a red apple"]], texts[""], [5], size=(32, 32), steps=4, guidance=3.0, scheduler_name=name
     )
     shared = {
         "unet": unet,
         "vae": bases.load_vae(base, torch.float32, CPU),
-        "scheduler": sample.scheduler("ddim", base),
+        "scheduler": sample.scheduler(name, base),
     }
     parts = [bases.load_text_encoder(base, torch.float32, CPU, which) for which in base.text_encoders]
     shared |= {"text_encoder": parts[0][0], "tokenizer": parts[0][1]}
@@ -124,9 +133,235 @@ def test_strengths_are_those_of_text_encoders_too(small_bases, family, adapts):
     assert len({picture.tobytes() for picture in rows[0]}) == 3
 
 
-def test_pngs_carry_prompt_and_seed(tmp_path):
-    path = sample.save([Image.new("RGB", (8, 8))], tmp_path / "out", ["a red apple"], [7])[0]
-    assert Image.open(path).text["parameters"] == "a red apple\nSeed: 7, Size: 8x8"
+# ── Many at once ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PLAIN = {"steps": 2, "device": "cpu", "precision": "no"}
+
+
+def lora_for(base, seed: int, *, rank: int = 4, alpha: float = 2, models=("unet",), algorithm="lora") -> Lora:
+    """A LoRA with weights by chance, large enough to be seen."""
+    loaded = {}
+    for which in models:
+        text = which != "unet"
+        load = (lambda *rest: bases.load_text_encoder(*rest, which)[0]) if text else bases.load_unet  # noqa: B023
+        loaded[which] = load(base, torch.float32, CPU)
+    adapter = adapters.inject(loaded, rank, alpha, algorithm=algorithm)
+    for number, weight in enumerate(adapter.parameters()):
+        weight.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(100 * seed + number))
+    return export.of(adapter, base)
+
+
+def with_(base, lora: Lora, strength: float = 1.0) -> sample.Variant:
+    return sample.Variant(lambda models: export.inject(models, base, lora), lora.adapts, strength)
+
+
+def pixels(pictures) -> list[bytes]:
+    return [picture.tobytes() for picture in pictures]
+
+
+@pytest.mark.parametrize("family, models", [("sd15", ["unet", "text_encoder"]), ("sdxl", ["text_encoder_2", "unet"])])
+def test_loras_in_one_stream_are_each_as_if_alone(small_bases, family, models, monkeypatch):
+    """With the base loaded once: what one leaves behind would be seen in the next, or in the bare base after it."""
+    base = bases.open(small_bases[family])
+    one, two = lora_for(base, 1, models=models), lora_for(base, 2, rank=2, algorithm="loha")
+    first = with_(base, one, 0.5)
+    variants = [first, with_(base, two), sample.Variant(), sample.Variant(first.attach, one.adapts, 1.0)]
+    prompts, loaded = ["a red apple", "a house", "b"], []
+    alone = [[placed.picture for placed in sample.stream(base, prompts, [v], **PLAIN)] for v in variants]
+    for name in ("load_unet", "load_vae", "load_text_encoder"):
+        load = getattr(bases, name)
+        monkeypatch.setattr(
+            bases, name, lambda *rest, load=load, name=name, **more: loaded.append(name) or load(*rest, **more)
+        )
+    found = list(sample.stream(base, prompts, variants, batch=2, **PLAIN))
+    assert (loaded.count("load_unet"), loaded.count("load_vae")) == (1, 1)
+    assert sorted((row, column) for row, column, _ in found) == [(r, c) for r in range(3) for c in range(4)]
+    for row, column, picture in found:
+        difference = np.asarray(picture).astype(int) - np.asarray(alone[column][row])
+        assert np.abs(difference).max() <= 1, (row, column)
+    assert len({pixels(column)[0] for column in alone}) == 4
+
+
+def test_a_stream_gives_what_generate_gives(small_bases):
+    base = bases.open(small_bases["sd15"])
+    lora = lora_for(base, 1)
+    attach = with_(base, lora).attach
+    rows = sample.generate(base, ["a", "b"], strengths=(0, 0.7), attach=attach, seeds=[3, 9], **PLAIN)
+    variants = [sample.Variant(attach, strength=value) for value in (0, 0.7)]
+    streamed = {(row, column): p for row, column, p in sample.stream(base, ["a", "b"], variants, seeds=[3, 9], **PLAIN)}
+    assert [pixels(row) for row in rows] == [pixels(streamed[r, c] for c in range(2)) for r in range(2)]
+
+
+@pytest.mark.parametrize("models", [["unet"], ["text_encoder", "unet"]])
+def test_two_loras_at_once_are_the_merged_file(small_bases, tmp_path, models):
+    base = bases.open(small_bases["sd15"])
+    loras, strengths = [lora_for(base, 1, models=models), lora_for(base, 2, rank=2, alpha=3)], [0.8, -0.5]
+    files = [export.write(lora, tmp_path / f"{n}.safetensors", dtype=torch.float32) for n, lora in enumerate(loras)]
+    merged = export.write(merge.merge(loras, strengths).lora, tmp_path / "both.safetensors", dtype=torch.float32)
+    variants = [compare.variant(base, list(zip(files, strengths, strict=True))), compare.variant(base, [(merged, 1)])]
+    both, one = (placed.picture for placed in sample.stream(base, ["a red apple"], variants, **PLAIN))
+    assert np.abs(np.asarray(both).astype(int) - np.asarray(one)).max() <= 1
+    bare = sample.generate(base, ["a red apple"], **PLAIN)[0][0]
+    assert np.abs(np.asarray(both).astype(int) - np.asarray(bare)).max() > 5
+
+
+@torch.no_grad()
+def test_loras_of_all_kinds_at_once_are_the_sum_of_their_changes(small_bases, tmp_path):
+    """And taking them out leaves the very base; a text encoder gets those alone that are for it."""
+    base, strengths = bases.open(small_bases["sd15"]), [0.8, -0.5, 0.6, 0.3]
+    kinds = ["lora", "loha", "dora", "lora"]
+    models = [["unet"], ["unet"], ["unet"], ["text_encoder", "unet"]]
+    loras = [
+        lora_for(base, n, algorithm=kind, models=own) for n, (kind, own) in enumerate(zip(kinds, models, strict=True))
+    ]
+    files = [export.write(lora, tmp_path / f"{n}.safetensors", dtype=torch.float32) for n, lora in enumerate(loras)]
+    variant = compare.variant(base, list(zip(files, strengths, strict=True)))
+    assert variant.adapts == ("text_encoder", "unet") and variant.strength == 1
+    for own in (["unet"], ["text_encoder"]):
+        load = bases.load_unet if own == ["unet"] else lambda *rest: bases.load_text_encoder(*rest)[0]
+        plain, adapted, untouched = (load(base, torch.float32, CPU) for _ in range(3))
+        for lora, strength in zip(loras, strengths, strict=True):
+            for module, (parts, alpha) in lora.modules.items():
+                if [adapters.which(module)] == own:
+                    weight = adapters.find({own[0]: plain}, module).weight
+                    frozen = adapters.find({own[0]: untouched}, module).weight
+                    weight += strength * adapters.change(parts, alpha, frozen).view_as(weight)
+        asked = (torch.ones(1, 77, dtype=torch.int64),)
+        if own == ["unet"]:
+            asked = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 500, torch.ones(1, 77, 16)
+        variant.attach({own[0]: adapted})
+        assert torch.allclose(plain(*asked)[0], adapted(*asked)[0], atol=1e-4)
+        assert not torch.allclose(plain(*asked)[0], untouched(*asked)[0], atol=1e-2)
+        adapters.eject({own[0]: adapted})
+        assert torch.equal(adapted(*asked)[0], untouched(*asked)[0])
+        assert [name for name, _ in adapted.named_modules()] == [name for name, _ in untouched.named_modules()]
+
+
+@pytest.mark.parametrize("how", ["close", "event", "step", "attach"])
+def test_what_is_stopped_leaves_no_adapter_and_no_model_behind(small_bases, monkeypatch, how):
+    base, stop, models = bases.open(small_bases["sd15"]), threading.Event(), []
+    variant = with_(base, lora_for(base, 1))
+
+    def attach(own):
+        models.append(own["unet"])
+        if how == "attach":
+            raise RuntimeError("no room")
+        return variant.attach(own)
+
+    def forward(unet, *rest, original=sample.latents, **options):
+        if how == "step":  # the fourth question of ten
+            asked = iter(range(20))
+            unet.register_forward_pre_hook(lambda *_: stop.set() if next(asked) == 3 else None)
+        return original(unet, *rest, **options)
+
+    monkeypatch.setattr(sample, "latents", forward)
+    settings = PLAIN | {"steps": 10, "batch": 1}
+    pictures = sample.stream(base, ["a", "b", "c"], [sample.Variant(attach)], stop=stop, **settings)
+    if how == "attach":
+        with pytest.raises(RuntimeError, match="no room"):
+            next(pictures)
+    elif how == "step":
+        assert list(pictures) == []
+    else:
+        assert next(pictures).row == 0
+        adapted = sum(hasattr(module, "lora_A") for module in models[0].modules())
+        assert adapted > 0
+        if how == "close":
+            pictures.close()
+        else:
+            stop.set()
+            assert list(pictures) == []
+    assert not [name for name, module in models[0].named_modules() if hasattr(module, "lora_A")]
+    left = weakref.ref(models.pop())
+    del pictures
+    gc.collect()
+    assert left() is None
+
+
+def test_settings_that_do_not_suit_are_told_before_anything_is_loaded(small_bases, monkeypatch):
+    base = bases.open(small_bases["sd15"])
+    monkeypatch.setattr(bases, "load_unet", None)
+    monkeypatch.setattr(bases, "load_text_encoder", None)
+    for wrong in ({"size": (30, 32)}, {"scheduler_name": "x"}, {"seeds": [1, 2]}):
+        with pytest.raises(ValueError):
+            sample.stream(base, ["a"], **wrong)
+
+
+def test_lcm_takes_many_steps_as_well(small_bases, tmp_path):
+    base = bases.open(small_bases["sd15"])
+    unet, texts = bases.load_unet(base, torch.float32, CPU), encoded(base, [""], tmp_path)
+    x = sample.latents(
+        unet, base, [texts[""]], texts[""], [0], size=(32, 32), steps=60, guidance=1.0, scheduler_name="lcm"
+    )
+    assert torch.isfinite(x).all()
+
+
+def test_the_command_takes_several_loras_with_weights(small_bases, tmp_path):
+    from typer.testing import CliRunner
+
+    from lorakit.__main__ import app
+
+    base = bases.open(small_bases["sd15"])
+    loras = [lora_for(base, 1), lora_for(base, 2, rank=2)]
+    paths = [export.write(lora, tmp_path / f"{n}.safetensors", dtype=torch.float32) for n, lora in enumerate(loras)]
+    given = [word for path in paths for word in ("--lora", path)]
+    asked = ["sample", "a red apple", "--base", small_bases["sd15"], "--steps", "2", *given, "--scheduler", "lcm"]
+
+    def told(*more):
+        done = CliRunner().invoke(app, [*map(str, asked), *map(str, more)])
+        assert done.exit_code == 0, done.output
+        return done.output.split()
+
+    out = tmp_path / "out"
+    printed = told("--weight", 1, "--weight", 0.5, "--strength", 0, "--strength", 0.8, "--out", out)
+    assert printed == [str(out / name) for name in (
+        "strength-0/00-seed-0.png", "strength-0.8/00-seed-0.png", "sheet.png")]  # fmt: skip
+    whole = merge.merge(loras, [0.8, 0.4]).lora
+    expected = sample.generate(
+        base, ["a red apple"], attach=with_(base, whole).attach, steps=2, scheduler_name="lcm", strengths=(0, 1)
+    )
+    for folder, picture in zip(("strength-0", "strength-0.8"), expected[0], strict=True):
+        with Image.open(out / folder / "00-seed-0.png") as made:
+            assert np.abs(np.asarray(made).astype(int) - np.asarray(picture)).max() <= 1
+            assert ("<lora:0:0.8> <lora:1:0.4>" in made.text["parameters"]) == (folder == "strength-0.8")
+    done = CliRunner().invoke(app, [*map(str, asked), "--weight", "1"])
+    assert "1 weights were given for 2 LoRAs" in str(done.exception)
+
+
+# ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parsed(text: str) -> dict[str, str]:
+    """As A1111's modules/infotext_utils.py reads it (parse_generation_parameters), in short."""
+    *lines, last = text.strip().split("\n")
+    found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    assert len(found) >= 3, "A1111 would take it for a part of the prompt"
+    prompt, negative, done = [], [], False
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            done, line = True, line.removeprefix("Negative prompt:").strip()
+        (negative if done else prompt).append(line)
+    told = {key: json.loads(value) if value.startswith('"') else value for key, value in found}
+    return told | {"prompt": "\n".join(prompt), "negative": "\n".join(negative)}
+
+
+def test_pngs_carry_what_a1111_reads(tmp_path):
+    path = sample.save(
+        [Image.new("RGB", (8, 16))], tmp_path / "out", ["ein Bild, кот"], [7], negative="blurry, low", steps=25,
+        guidance=7.5, scheduler_name="dpm++_2m_karras", clip_skip=2, model="me/base, v1",
+        loras=[("style: a", 0.75), ("none", 0.0), ("thing", 1.0)],
+    )[0]  # fmt: skip
+    assert path.name == "00-seed-7.png"
+    text = Image.open(path).text["parameters"]
+    assert parsed(text) == {
+        "prompt": "ein Bild, кот <lora:style_ a:0.75> <lora:thing:1>", "negative": "blurry, low", "Steps": "25",
+        "Sampler": "DPM++ 2M Karras", "CFG scale": "7.5", "Seed": "7", "Size": "8x16", "Model": "me/base, v1",
+        "Clip skip": "2",
+    }  # fmt: skip
+    assert sample.prompt_of(text) == "ein Bild, кот"
+    assert sample.prompt_of("a red apple\nSeed: 7, Size: 8x8") == "a red apple"  # as it was written before
+    assert sample.prompt_of("") == ""
+    assert set(sample.SAMPLERS) == set(sample.SCHEDULERS)
 
 
 def test_what_adapts_nothing_of_the_base_is_refused(small_bases):

@@ -77,6 +77,9 @@ def pins(python: str) -> dict[str, str]:
     return pinned
 
 
+SET_UP = COLAB | {"imagehash": pins(RUNNING)["imagehash"]}  # the same after set-up, but for torchao
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_tested_versions_satisfy_what_lorakit_asks_for(python):
     pinned = pins(python)
@@ -87,9 +90,10 @@ def test_the_tested_versions_satisfy_what_lorakit_asks_for(python):
     assert Version(python + ".1") in Requirement("python" + project()["requires-python"]).specifier
 
 
-def test_colab_has_all_that_lorakit_asks_for():
+def test_colab_has_almost_all_that_lorakit_asks_for():
     wanted = requirements("notebook", "tensorboard", python="3.12")  # Colab's
-    assert {name for name, r in wanted.items() if not r.specifier.contains(COLAB.get(name, "0"))} == set()
+    lacking = {name for name, r in wanted.items() if not r.specifier.contains(COLAB.get(name, "0"))}
+    assert lacking == {"imagehash"}  # of the panels
 
 
 def test_no_cap_on_what_hosts_ship():
@@ -192,8 +196,9 @@ def test_what_colab_ships_stays_and_torchao_goes(host):
 
     first = colab.set_up()
     assert first.returncode == 0, first.stderr
-    assert colab.installed() == {k: v for k, v in COLAB.items() if k != "torchao"}
-    assert "torch 2.11.0+cu128, removed torchao 0.10.0" in first.stdout
+    assert colab.installed() == {k: v for k, v in SET_UP.items() if k != "torchao"}
+    assert "torch 2.11.0+cu128, installed 1 package in " in first.stdout
+    assert "removed torchao 0.10.0" in first.stdout
 
     second = colab.set_up()
     assert second.returncode == 0, second.stderr
@@ -202,7 +207,7 @@ def test_what_colab_ships_stays_and_torchao_goes(host):
 
 def test_only_what_is_missing_is_installed_in_its_tested_version(host):
     absent = ("bitsandbytes", "diffusers", "peft", "torchao")
-    pod = host({name: version for name, version in COLAB.items() if name not in absent})
+    pod = host({name: version for name, version in SET_UP.items() if name not in absent})
     index_of_newest(pod)
     pod.command("nvidia-smi", "echo GPU 0: Tesla T4")
     before = pod.installed()
@@ -216,7 +221,7 @@ def test_only_what_is_missing_is_installed_in_its_tested_version(host):
 
 def test_the_tested_version_gives_way_to_the_host(host):
     """The tested diffusers may want a newer package than the host's: then another diffusers, not another host."""
-    pod = host({name: version for name, version in COLAB.items() if name not in ("diffusers", "torchao")})
+    pod = host({name: version for name, version in SET_UP.items() if name not in ("diffusers", "torchao")})
     tested = pins(RUNNING)["diffusers"]
     wheel(pod.index, "huggingface-hub", "99.0")
     wheel(pod.index, "diffusers", tested, ("huggingface-hub>=99",))
@@ -229,12 +234,12 @@ def test_the_tested_version_gives_way_to_the_host(host):
 
 
 def test_a_package_too_old_is_replaced_but_never_torch(host):
-    pod = host(COLAB | {"transformers": "4.30.0", "torchao": "0.16.0"})
+    pod = host(SET_UP | {"transformers": "4.30.0", "torchao": "0.16.0"})
     index_of_newest(pod)
     done = pod.set_up()
     assert done.returncode == 0, done.stderr
     tested = pins(RUNNING)["transformers"]
-    assert pod.installed() == COLAB | {"transformers": tested, "torchao": "0.16.0"}
+    assert pod.installed() == SET_UP | {"transformers": tested, "torchao": "0.16.0"}
 
 
 def test_a_torch_too_old_is_refused(host):
@@ -248,7 +253,7 @@ def test_a_torch_too_old_is_refused(host):
 
 
 def test_without_an_nvidia_card_torch_comes_without_cuda(host):
-    bare = host({name: version for name, version in COLAB.items() if name not in ("torch", "torchao")})
+    bare = host({name: version for name, version in SET_UP.items() if name not in ("torch", "torchao")})
     version = pins("3.12")["torch"]
     wheel(bare.index, "torch", version, ("nvidia-cublas",))
     wheel(bare.index, "nvidia-cublas", "13.0")
@@ -263,6 +268,27 @@ def test_without_an_nvidia_card_torch_comes_without_cuda(host):
     assert done.returncode == 0, done.stderr
     assert bare.installed()["torch"] == f"{version}+cpu"
     assert "nvidia-cublas" not in bare.installed()
+
+
+def test_a_notebook_names_the_python_of_its_kernel(host):
+    """The active environment is another one, and stays as it is."""
+    pod = host({name: version for name, version in SET_UP.items() if name not in ("peft", "torchao")})
+    index_of_newest(pod)
+    done = pod.set_up(VIRTUAL_ENV="/nowhere", LORAKIT_PYTHON=str(pod.folder / "venv/bin/python"))
+    assert done.returncode == 0, done.stderr
+    assert pod.installed()["peft"] == pins(RUNNING)["peft"]
+
+    # Python as Debian keeps it: it says of itself that it belongs to the system.
+    base, told = pod.folder / "venv/bin/python", "sys.prefix == sys.base_prefix"
+    pod.command("python-of-debian", f'case "$*" in *"{told}"*) exit 0 ;; *) exec {base} "$@" ;; esac')
+    assert pod.set_up(LORAKIT_PYTHON="python-of-debian").returncode == 0  # there is nothing to install
+    shutil.rmtree(next(pod.site.glob("peft-*")))
+    done = pod.set_up(LORAKIT_PYTHON="python-of-debian")
+    assert done.returncode == 1 and "belongs to the system" in done.stderr
+    assert "peft" not in pod.installed()
+
+    done = pod.set_up(LORAKIT_PYTHON=str(pod.folder / "absent"))
+    assert done.returncode == 1 and "is no Python" in done.stderr
 
 
 def test_an_unknown_task_is_refused(host):

@@ -3,10 +3,13 @@
 import io
 import shutil
 import zipfile
+from pathlib import Path
 
+import ipywidgets as widgets
 import pytest
+from PIL import Image
 
-from lorakit import check, dataset
+from lorakit import dataset, decisions
 from lorakit.widgets.captions import Captions
 from lorakit.widgets.dataset import Pictures
 from lorakit.widgets.pictures import thumbnail
@@ -16,6 +19,12 @@ from lorakit.widgets.pictures import thumbnail
 def panel(pictures, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return Captions(dataset.scan(pictures), trigger="sks thing")
+
+
+def all_widgets() -> dict:
+    """Those that have not been closed; ipywidgets 7 keeps them elsewhere."""
+    found = getattr(widgets.widget, "_instances", None)
+    return widgets.Widget.widgets if found is None else found
 
 
 def said(widget) -> str:
@@ -31,10 +40,10 @@ def test_captions_are_edited_by_hand_saved_and_brought_back(panel, pictures):
     assert panel.pages.things == ["2_sks thing/2.png"]
     panel.save()
     file = pictures / "2_sks thing" / "2.txt"
-    assert file.read_text() == "sks thing, on a table\n" and "1 captions saved" in said(panel.status)
+    assert file.read_text() == "sks thing, on a table\n" and "1 caption saved" in said(panel.status)
     panel.undo()
     assert file.read_text() == "sks thing, number 2"
-    assert panel.captions["2_sks thing/2.png"] == "sks thing, number 2" and "1 captions are as they were" in said(
+    assert panel.captions["2_sks thing/2.png"] == "sks thing, number 2" and "1 caption brought back" in said(
         panel.status
     )
     panel.undo()
@@ -73,6 +82,10 @@ def test_filters_and_pages(panel):
     assert len(panel.pages.seen.children) == 2 and "5–6 of 6, page 2 of 2" in said(panel.pages.where)
     panel.pages.turn(1)
     assert panel.pages.page == 1
+    alive = len(all_widgets())
+    panel.pages.turn(-1)
+    panel.pages.turn(1)
+    assert len(all_widgets()) == alive  # what is not seen any more is gone
     assert "sks thing" in said(panel.frequent)
 
 
@@ -93,19 +106,25 @@ def chosen(pictures, tmp_path):
     return Pictures(str(pictures), resolution=64, trigger="sks thing", store=tmp_path / "decisions.json")
 
 
+def toggled(cell, text, on=True):
+    """Click a picture's toggle."""
+    (toggle,) = [part for part in cell.children if getattr(part, "description", "") == text]
+    toggle.value = on
+
+
 def test_pictures_are_left_out_with_a_click_and_stay_so(chosen, pictures, tmp_path):
     assert "6 pictures" in said(chosen.told) and len(chosen.pages.seen.children) == 6
     assert "the guide asks for 20" in said(chosen.told)
     cell = chosen.pages.seen.children[0]
     name = chosen.pages.things[0]
-    cell.children[2].value = True
-    assert [check.name_of(p.path, chosen.dataset) for p in chosen.dataset.pictures].count(name) == 0
+    toggled(cell, "leave out")
+    assert [decisions.name_of(p.path, chosen.dataset) for p in chosen.dataset.pictures].count(name) == 0
     assert len(chosen.dataset) == 5
     chosen.filter.value = "left out"
     assert chosen.pages.things == [name]
     again = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
     assert len(again.dataset) == 5
-    chosen.pages.seen.children[0].children[2].value = False
+    toggled(chosen.pages.seen.children[0], "leave out", False)
     assert len(chosen.dataset) == 6
     assert sorted(path.name for path in (pictures / "2_sks thing").iterdir()) == sorted(
         f"{n}.{kind}" for n in range(6) for kind in ("png", "txt")
@@ -117,10 +136,68 @@ def test_a_picture_that_is_fine_is_not_spoken_of_again(chosen):
     assert marked  # 32 pixels are enlarged to 64
     chosen.filter.value = "marked"
     assert set(chosen.pages.things) == set(marked)
-    chosen.pages.seen.children[0].children[3].value = True
+    toggled(chosen.pages.seen.children[0], "is fine")
     fine = chosen.pages.things[0]
     chosen.check()
     assert not chosen.findings.get(fine) and len(chosen.dataset) == 6
+
+
+def test_a_picture_is_replaced_and_keeps_its_name_and_caption(chosen, pictures, tmp_path):
+    name, place = "2_sks thing/4.png", 4
+    cell = chosen.pages.seen.children[chosen.pages.things.index(name)]
+    image, path, wrong = cell.children[0], *cell.children[-2:]
+    old = image.value
+    assert path.layout.display == "none"
+    toggled(cell, "replace")
+    assert path.layout.display == ""
+    path.value = str(tmp_path / "none.png")
+    assert "none.png: no such file or directory" in said(wrong)
+    (tmp_path / "notes.png").write_text("no picture")
+    path.value = str(tmp_path / "notes.png")
+    assert "not a picture that can be read" in said(wrong) and image.value == old and not chosen.decisions.replace
+    better = tmp_path / "better.png"
+    Image.new("RGB", (96, 96), "red").save(better)
+    path.value = f" {better} "
+    assert chosen.decisions.replace == {name: str(better)} and image.value != old and not said(wrong)
+    taken = chosen.dataset.pictures[place]
+    assert (taken.path, taken.width, taken.caption) == (better, 96, "sks thing, number 4")
+    assert (pictures / name).is_file()
+    chosen.check()
+    assert chosen.report.pictures[place].name == name  # what is found about it is told where it is seen
+    panel = Captions(chosen.dataset)  # and its caption stays the caption of the picture's own file
+    panel.captions[name] = "sks thing, new"
+    panel.save()
+    assert (pictures / "2_sks thing" / "4.txt").read_text() == "sks thing, new\n"
+
+    again = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
+    assert again.dataset.pictures[place].path == better
+    cell = again.pages.seen.children[again.pages.things.index(name)]
+    assert cell.children[-2].value == str(better) and cell.children[-2].layout.display == ""
+    toggled(cell, "replace", False)
+    assert again.dataset.pictures[place].path == pictures / name and cell.children[0].value == old
+    assert not decisions.load(tmp_path / "decisions.json").replace
+
+    decisions.save(decisions.Decisions(replace={name: str(better)}), tmp_path / "decisions.json")
+    better.unlink()
+    gone = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
+    assert f"{name} is not replaced any more: better.png: no such file" in said(gone.told) and len(gone.dataset) == 6
+
+
+def test_the_rule_of_the_buckets_is_the_runs(pictures):
+    assert any(found.kind == "resolution" for found in Pictures(str(pictures), resolution=64).report.findings)
+    own = Pictures(str(pictures), resolution=64, rule="no_upscale", step=8)
+    assert not any(found.kind == "resolution" for found in own.report.findings)
+    narrow = Pictures(str(pictures), resolution=32, step=8, sides=(32, 32))
+    assert {measured.fit.size for measured in narrow.report.pictures} == {(32, 32)}
+    narrow._crops()
+    assert narrow.sheet.value
+
+
+def test_pages_of_pictures_leave_nothing_behind(chosen):
+    chosen.show()
+    alive = len(all_widgets())
+    chosen.show()
+    assert len(all_widgets()) == alive
 
 
 def test_what_is_cut_off_is_shown(chosen):
@@ -145,6 +222,23 @@ def test_an_archive_is_uploaded(pictures, tmp_path, release):
         panel.dataset  # noqa: B018
     panel._uploaded({"a.zip": sent} if release == 7 else (sent,))
     assert len(panel.dataset) == 6 and panel.path.value.endswith("a.zip")
+
+
+def test_on_colab_its_own_dialog_uploads(pictures, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fakes"))
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    panel = Pictures(uploads=tmp_path / "uploads")
+    assert panel.upload.description == "Upload" and not isinstance(panel.upload, widgets.FileUpload)
+    panel.upload.click()  # and nothing is chosen
+    assert panel.found is None
+    monkeypatch.setenv("FAKE_COLAB_UPLOAD", shutil.make_archive(str(tmp_path / "packed"), "zip", pictures))
+    panel.upload.click()
+    assert len(panel.dataset) == 6 and (tmp_path / "uploads" / "packed.zip").is_file()
+    monkeypatch.setenv("FAKE_COLAB_UPLOAD", str(tmp_path / "gone.zip"))
+    panel.upload.click()
+    assert "nothing was uploaded" in said(panel.told) and not panel.asking.children and len(panel.dataset) == 6
+    monkeypatch.delenv("COLAB_RELEASE_TAG")
+    assert isinstance(Pictures().upload, widgets.FileUpload)
 
 
 def test_a_wrong_path_is_told(tmp_path, pictures):

@@ -8,9 +8,10 @@ import ipywidgets as widgets
 
 from lorakit import captions
 from lorakit.dataset import Dataset
-from lorakit.widgets.pictures import Pages, bars, button, note, shown
+from lorakit.widgets.pictures import LABEL, Pages, bars, button, note, shown
 
 PAGE = 8  # captions on a page
+FIELD = {"width": "auto", "flex": "1 1 150px", "max_width": "260px"}
 WIDE = {"width": "auto", "max_width": "900px", "margin": "2px 0"}
 
 
@@ -34,8 +35,11 @@ class Captions(widgets.VBox):
             options=["all", "without caption", "without trigger", "edited", "the same as another"], description="show"
         )
         self.search = widgets.Text(placeholder="only with this text", continuous_update=False)
+        self.search.layout = widgets.Layout(**FIELD)
         self.edit = widgets.Dropdown(options=list(EDITS), description="edit all")
-        self.first, self.second = (widgets.Text(layout=widgets.Layout(width="260px")) for _ in range(2))
+        for choice in (self.filter, self.edit):
+            choice.style, choice.layout = LABEL, widgets.Layout(width="240px")
+        self.first, self.second = (widgets.Text(layout=widgets.Layout(**FIELD)) for _ in range(2))
         self.regex = widgets.Checkbox(description="pattern", indent=False, layout=widgets.Layout(width="90px"))
         self.preview, self.status, self.frequent = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.apply = button("Do it", self._apply, "primary")
@@ -80,7 +84,7 @@ class Captions(widgets.VBox):
             self._say()
 
         text.observe(changed, "value")
-        title = widgets.HTML(f'<div style="line-height:1.3;overflow-wrap:anywhere">{escape(name)}</div>')
+        title = widgets.HTML(f'<div style="font-size:12px;line-height:1.3;overflow-wrap:anywhere">{escape(name)}</div>')
         beside = widgets.VBox([title, text], layout=widgets.Layout(flex="1 1 0%", min_width="0px"))
         return widgets.HBox([shown(self.pictures[name]), beside], layout=widgets.Layout(grid_gap="8px"))
 
@@ -132,7 +136,7 @@ class Captions(widgets.VBox):
             self._say(str(error), "bad")
             return
         self.written = dict(self.captions)
-        self._say(f"{len(paths)} captions saved" if paths else "nothing was edited", "good")
+        self._say(f"{_count(paths)} saved" if paths else "nothing was edited", "good")
 
     def undo(self) -> None:
         """Bring back what the last save changed."""
@@ -148,7 +152,11 @@ class Captions(widgets.VBox):
             if path in touched:
                 self.captions[name] = self.written[name] = back[name]
         self.show(self.pages.page)
-        self._say(f"{len(paths)} captions are as they were", "good")
+        self._say(f"{_count(paths)} brought back", "good")
+
+
+def _count(paths) -> str:
+    return "1 caption" if len(paths) == 1 else f"{len(paths)} captions"
 
 
 EDITS = {  # what it is called -> what its fields ask for, and how it is done

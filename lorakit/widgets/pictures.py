@@ -12,6 +12,7 @@ from lorakit import dataset
 from lorakit.dataset import Picture
 
 SIDE = 128  # pixels of a thumbnail
+LABEL = {"description_width": "initial"}  # as wide as its text, and at the left
 
 
 @lru_cache(2048)  # a dataset's, some 10 MB
@@ -29,9 +30,8 @@ def thumbnail(picture: Picture) -> bytes:
 
 def shown(picture: Picture) -> widgets.Image:
     """A thumbnail in a square of its own."""
-    image = widgets.Image(value=thumbnail(picture), format="jpeg")
-    image.layout = widgets.Layout(width=f"{SIDE}px", height=f"{SIDE}px", object_fit="contain", flex="0 0 auto")
-    return image
+    square = widgets.Layout(width=f"{SIDE}px", height=f"{SIDE}px", object_fit="contain", flex="0 0 auto")
+    return widgets.Image(value=thumbnail(picture), format="jpeg", layout=square)
 
 
 def button(text: str, act: Callable[[], None], style: str = "", tooltip: str = "") -> widgets.Button:
@@ -65,6 +65,14 @@ def bars(counts: Sequence[tuple[str, int]], of: int) -> str:
     return "".join(rows)
 
 
+def discard(widget: widgets.Widget) -> None:
+    """Close a widget and all it is made of, which otherwise stays in kernel and page as long as they live."""
+    for part in (*getattr(widget, "children", ()), getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if part is not None:
+            discard(part)
+    widget.close()
+
+
 class Pages(widgets.VBox):
     """Things shown a page at a time; only those of the page that is seen are made.
 
@@ -77,11 +85,13 @@ class Pages(widgets.VBox):
     def __init__(self, make: Callable[[object], widgets.Widget], most: int, wrap: bool = False):
         self.make, self.most, self.things, self.page = make, most, [], 0
         self.where = widgets.HTML()
-        turn = [button(text, lambda by=by: self.turn(by)) for text, by in (("‹ back", -1), ("next ›", 1))]
+        self.back, self.next = (
+            button(text, lambda by=by: self.turn(by)) for text, by in (("‹ back", -1), ("next ›", 1))
+        )
         flow = widgets.Layout(display="flex", flex_flow="row wrap" if wrap else "column", grid_gap="8px")
         self.seen = widgets.Box(layout=flow)
-        line = widgets.HBox([turn[0], self.where, turn[1]], layout=widgets.Layout(align_items="center", grid_gap="8px"))
-        line.layout.flex_flow = "row wrap"
+        line = widgets.HBox([self.back, self.where, self.next])
+        line.layout = widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="8px")
         super().__init__([line, self.seen])
 
     def show(self, things: Sequence, page: int = 0) -> None:
@@ -91,14 +101,12 @@ class Pages(widgets.VBox):
         self.page = min(max(0, page), pages - 1)
         first = self.page * self.most
         here = self.things[first : first + self.most]
-        self.where.value = note(
-            f"{first + 1}–{first + len(here)} of {len(self.things)}, page {self.page + 1} of {pages}"
-            if here
-            else "none"
-        )
-        for gone in self.seen.children:
-            gone.close()
-        self.seen.children = [self.make(thing) for thing in here]
+        gone, self.seen.children = self.seen.children, [self.make(thing) for thing in here]
+        for widget in gone:
+            discard(widget)
+        place = f"{first + 1}–{first + len(here)} of {len(self.things)}, page {self.page + 1} of {pages}"
+        self.back.disabled, self.next.disabled = self.page == 0, self.page == pages - 1
+        self.where.value = note(place if here else "none")  # last: what it says is then to be seen
 
     def turn(self, by: int) -> None:
         self.show(self.things, self.page + by)

@@ -141,11 +141,18 @@ def gaussian(image: Image.Image, sigma: float) -> Image.Image:
 
 def motion(image: Image.Image, length: float, angle: float) -> Image.Image:
     """The mean of the picture along a line of `length` pixels."""
-    from scipy.ndimage import shift
+    from scipy.signal import fftconvolve
 
-    pixels, places = np.asarray(image, float), np.linspace(-length / 2, length / 2, math.ceil(length) * 2 + 1)
-    moved = [shift(pixels, (t * math.sin(angle), t * math.cos(angle), 0), order=1, mode="nearest") for t in places]
-    return Image.fromarray(np.mean(moved, 0).round().astype(np.uint8))
+    middle = math.ceil(length / 2)
+    kernel = np.zeros((2 * middle + 1, 2 * middle + 1))
+    for place in np.linspace(-length / 2, length / 2, 16 * middle):
+        x, y = middle + place * math.cos(angle), middle + place * math.sin(angle)
+        for row, column in ((int(y), int(x)), (int(y), int(x) + 1), (int(y) + 1, int(x)), (int(y) + 1, int(x) + 1)):
+            if max(row, column) <= 2 * middle:
+                kernel[row, column] += (1 - abs(y - row)) * (1 - abs(x - column))
+    padded = np.pad(np.asarray(image, float), ((middle, middle), (middle, middle), (0, 0)), "edge")
+    moved = fftconvolve(padded, kernel[:, :, None] / kernel.sum(), "valid", axes=(0, 1))
+    return Image.fromarray(moved.round().clip(0, 255).astype(np.uint8))
 
 
 def rescaled(image: Image.Image, size: tuple[int, int], way: Image.Resampling) -> Image.Image:

@@ -1,0 +1,454 @@
+"""Comparing and exporting: the panel asked as a kernel asks it, and clicked in a browser."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import browser
+import colab
+import ipywidgets as widgets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lorakit import base as bases
+from lorakit import checkpoint, compare, export, merge, record, run, sample
+from lorakit.config import Config
+from lorakit.widgets import compare as panels
+from lorakit.widgets.compare import Compare
+
+BARE = (None, 0.0)
+
+
+@pytest.fixture(scope="module")
+def trained(small_bases, tmp_path_factory) -> Path:
+    """A run of six steps with three checkpoints, the middle one with the lowest validation loss."""
+    pictures = tmp_path_factory.mktemp("compare") / "pictures" / "2_thing"
+    pictures.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("sks thing")
+    config = Config(
+        base=str(small_bases["sd15"]), dataset=str(pictures.parent), name="thing", trigger="sks thing", resolution=32,
+        bucket_step=8, rank=4, alpha=2, batch_size=2, steps=6, learning_rate=3e-2, save_every=2, sample_every=100,
+        sample_prompts=("sks thing", "a house", "more"), sample_steps=2, device="cpu", mixed_precision="no",
+    )  # fmt: skip
+    folder = pictures.parents[1] / "run"
+    run.start(config, folder, say=lambda _: None, progress=False)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {2: {"validation_loss": 0.3}, 4: {"validation_loss": 0.1}, 6: {"validation_loss": 0.1}}.get(
+            line["step"], {}
+        )
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def panel(folder, tmp_path, monkeypatch) -> Compare:
+    monkeypatch.chdir(tmp_path)
+    return Compare(folder, strengths=(0, 0.5, 1), prompts=("sks thing", "a house"))
+
+
+def at(trained: Path, step: int) -> Path:
+    return trained / "checkpoints" / checkpoint.name(step)
+
+
+# ── The room ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_runs_checkpoints_are_candidates_and_the_best_is_known(folder):
+    found = compare.candidates(folder)
+    assert list(found.paths) == ["step 2", "step 4", "step 6"] and found.best == "step 4"
+    assert found.first == ["step 4", "step 6"] and found.problems == () and found.config.name == "thing"
+    assert compare.beginning(found) == (found.config.base, ["sks thing", "a house"])
+    at(folder, 4).write_bytes(at(folder, 4).read_bytes()[:100])
+    (folder / "config.json").write_text("{")
+    found = compare.candidates(folder)
+    assert list(found.paths) == ["step 2", "step 6"] and found.config is None and len(found.problems) == 2
+    assert "step-000004.safetensors cannot be read" in found.problems[1]
+
+
+def test_files_and_folders_of_files_are_candidates(folder, tmp_path):
+    lora = record.lora_of(folder, 6)
+    for name in ("a/one", "b/one", "b/two"):
+        export.write(lora, tmp_path / f"{name}.safetensors")
+    export.write(lora, tmp_path / "peft", layout="peft")
+    one, both = tmp_path / "a" / "one.safetensors", tmp_path / "b"
+    assert list(compare.candidates(one).paths) == ["one"]
+    assert list(compare.candidates([one, both, tmp_path / "peft"]).paths) == ["a/one", "b/one", "two", "peft"]
+    assert list(compare.candidates([folder, one]).paths) == ["run step 2", "run step 4", "run step 6", "one"]
+    with pytest.raises(FileNotFoundError, match="There is no"):
+        compare.candidates(tmp_path / "nowhere")
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="new has no checkpoint to compare yet"):
+        compare.candidates(tmp_path / "new")
+
+
+def test_the_base_is_the_one_that_a_file_names(folder, tmp_path):
+    lora = record.lora_of(folder, 6)
+    for name, base in (("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"), ("lorakit/demo", "demo")):
+        metadata = lora.metadata | {"ss_sd_model_name": name}
+        path = export.write(type(lora)(**vars(lora) | {"metadata": metadata}), tmp_path / "x.safetensors")
+        assert compare.beginning(compare.candidates(path)) == (base, ["sks thing"])
+    path.write_bytes(b"PK")
+    assert compare.beginning(compare.candidates(path)) == ("", [])
+
+
+def test_columns_hold_strength_zero_once():
+    assert compare.columns(["a", "b"], [0.5, 0, 1, 0.5]) == [BARE, ("a", 0.5), ("a", 1), ("b", 0.5), ("b", 1)]
+
+
+def test_others_keep_their_own_strength_at_every_strength_of_the_candidate(folder, small_bases):
+    """And at strength 0 they alone are left."""
+    base, paths = bases.open(small_bases["sd15"]), {"step 2": at(folder, 2)}
+    other = at(folder, 6)
+    columns = compare.columns(["step 2"], [0, 0.5])
+    found = compare.variants(base, columns, paths, [(other, 0.8)])
+    plain = {"steps": 2, "device": "cpu", "precision": "no"}
+    made = [placed.picture for placed in sample.stream(base, ["sks thing"], list(found.values()), **plain)]
+    whole = merge.merge([record.lora_of(paths["step 2"]), record.lora_of(other)], [0.5, 0.8]).lora
+    expected = [
+        sample.generate(
+            base, ["sks thing"], attach=lambda models, lora=lora: export.inject(models, base, lora), strengths=[by],
+            **plain,
+        )[0][0]
+        for lora, by in ((record.lora_of(other), 0.8), (whole, 1.0))
+    ]  # fmt: skip
+    assert [picture.tobytes() for picture in made] == [picture.tobytes() for picture in expected]
+    assert made[0].tobytes() != made[1].tobytes()
+
+
+def test_strengths_of_one_candidate_share_its_adapter(folder, small_bases):
+    base = bases.open(small_bases["sd15"])
+    paths = {"a": at(folder, 2), "b": at(folder, 4)}
+    found = compare.variants(base, compare.columns(["a", "b"], [0, 0.5, 1]), paths)
+    attaches = [variant.attach for variant in found.values()]
+    assert attaches[0] is None and attaches[1] is attaches[2] is not attaches[3] is attaches[4]
+
+
+def test_what_cannot_be_used_is_told_and_left_out(folder, small_bases, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"PK" * 40)
+    told: list[str] = []
+    wanted = compare.columns(["good", "broken"], [0, 1])
+    paths = {"good": at(folder, 2), "broken": broken}
+    found = compare.variants(bases.open(small_bases["sd15"]), wanted, paths, tell=told.append)
+    assert list(found) == [BARE, ("good", 1)] and "looks like a zip" in told[0]
+    assert list(compare.variants(bases.open(small_bases["sdxl"]), wanted, paths, tell=told.append)) == [BARE]
+    assert any("the two do not go together" in text for text in told)
+    with pytest.raises(ValueError, match="looks like a zip"):
+        compare.variants(bases.open(small_bases["sd15"]), wanted, paths, [(broken, 1.0)])
+
+
+def test_a_copy_is_compared_and_replaces_nothing(tmp_path, monkeypatch):
+    source, drive = tmp_path / "a.bin", tmp_path / "drive"
+    source.write_bytes(b"one")
+    assert compare.copy(source, drive) == [drive / "a.bin"] and (drive / "a.bin").read_bytes() == b"one"
+    assert compare.copy(source, drive) == [drive / "a.bin"]
+    source.write_bytes(b"two")
+    with pytest.raises(FileExistsError, match="a.bin is there already"):
+        compare.copy(source, drive)
+    assert (drive / "a.bin").read_bytes() == b"one"
+    nested = tmp_path / "peft" / "unet"
+    nested.mkdir(parents=True)
+    (nested / "x").write_bytes(b"x")
+    assert compare.copy(tmp_path / "peft", drive) == [drive / "peft" / "unet" / "x"]
+    monkeypatch.setattr(shutil, "copyfile", lambda _, to: Path(to).write_bytes(b"lost"))
+    with pytest.raises(OSError, match="did not arrive as it was sent"):
+        compare.copy(source, tmp_path / "other")
+    assert not (tmp_path / "other" / "a.bin").exists()
+
+
+# ── The panel ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def styles(panel) -> str:
+    return "".join(child.value for child in panel.styles.children[1:])
+
+
+def test_a_run_is_opened_with_its_settings_and_the_best_is_preselected(panel):
+    assert [label for label, box in panel.boxes.items() if box.value] == ["step 4", "step 6"]
+    assert panel.boxes["step 4"].description == "step 4 (lowest validation loss)"
+    assert panel.what.value == "step 4" and panel.name.value == "thing-step-000004"
+    assert panel.steps.value == 2 and panel.make_button.description == "Make 10 pictures"
+    panel.boxes["step 6"].value = False
+    assert panel.make_button.description == "Make 6 pictures"
+
+
+def test_a_grid_is_made_and_looked_at(panel, small_bases):
+    panel.run()
+    assert "10 of 10 pictures" in panel.progress.value and not panel.make_button.disabled
+    assert set(panel.pictures) == {(r, c) for r in (0, 1) for c in compare.columns(["step 4", "step 6"], [0, 0.5, 1])}
+    assert sum(map(len, panel.cells.values())) == 12  # strength 0 is shown beside each checkpoint
+    assert styles(panel).count("data:image/jpeg;base64,") == 10
+    base = bases.open(small_bases["sd15"])
+    lora = record.lora_of(panel.found.paths["step 4"])
+    expected = sample.generate(
+        base, ["a house"], seeds=[42], strengths=[0.5], attach=lambda models: export.inject(models, base, lora),
+        steps=2, device="cpu", precision="no",
+    )  # fmt: skip
+    assert panel.pictures[1, ("step 4", 0.5)].tobytes() == expected[0][0].tobytes()
+    panel.cells[1, ("step 4", 0.5)][0].click()
+    assert "a house\nstep 4 at strength 0.5, seed 42" in panel.large.value
+    shown = [base64.b64decode(code) for code in re.findall(r"data:image/png;base64,([^\"]+)", panel.large.value)]
+    pictures = [Image.open(io.BytesIO(code)) for code in shown]
+    assert [p.tobytes() for p in pictures] == [expected[0][0].tobytes(), panel.pictures[1, BARE].tobytes()]
+    assert "a house <lora:thing-step-000004:0.5>\n" in pictures[0].text["parameters"]
+    assert "<lora" not in pictures[1].text["parameters"]
+    assert "lk-chosen" in panel.cells[1, ("step 4", 0.5)][0]._dom_classes
+    panel.cells[0, BARE][1].click()
+    assert "lk-chosen" not in panel.cells[1, ("step 4", 0.5)][0]._dom_classes
+    assert panel.pick_button.description == "Pick step 6"
+    panel.pick_button.click()
+    assert panel.what.value == "step 6" and panel.name.value == "thing-step-000006"
+    panel.make()  # with no kernel it works as well, and takes the place of what was there
+    assert "10 of 10 pictures" in panel.progress.value and styles(panel).count("data:image/jpeg") == 10
+
+
+def test_files_are_compared_without_their_run(folder, small_bases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (2, 6):
+        export.write(record.lora_of(folder, step), tmp_path / "loras" / f"v{step}.safetensors")
+    panel = Compare(tmp_path / "loras", base=str(small_bases["sd15"]), strengths="1", steps=2, seeds=(1, 2))
+    assert panel.prompts.value == "sks thing" and panel.make_button.description == "Make 4 pictures"
+    panel.run()
+    assert "4 of 4 pictures" in panel.progress.value and panel.what.value == "v6"
+    panel.look(1, "v2", 1)
+    assert panel.large.value.count("<img") == 1  # nothing of strength 0 to be seen beside it
+    panel.strengths.value = "0"
+    panel.run()
+    assert "2 of 2 pictures" in panel.progress.value
+    panel.export()
+    assert panel.exported.name == "v6.safetensors" and "read back" in panel.proof.value
+
+
+def test_stop_leaves_what_is_made_and_the_panel_usable(panel, monkeypatch):
+    original = sample.stream
+
+    def watched(*rest, **settings):
+        for number, placed in enumerate(original(*rest, **settings)):
+            if number == 3:
+                panel.stop_button.click()
+            yield placed
+
+    monkeypatch.setattr(sample, "stream", watched)
+    panel.run()
+    assert "stopped, 4 of 10 pictures" in panel.progress.value and len(panel.pictures) == 4
+    assert panel.stop_button.disabled and not panel.make_button.disabled
+    missing = next(place for place in panel.cells if place not in panel.pictures)
+    panel.cells[missing][0].click()
+    assert panel.large.value == ""
+    monkeypatch.undo()
+    panel.run()
+    assert "10 of 10 pictures" in panel.progress.value
+
+
+def test_an_interrupt_stops_the_grid(panel, monkeypatch):
+    from lorakit.widgets import pump
+
+    def interrupted(work, refresh, stop):
+        stop.set()
+        work()
+        refresh()
+
+    monkeypatch.setattr(pump, "supervise", interrupted)
+    panel.run()
+    assert "stopped, 0 of 10 pictures" in panel.progress.value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("strengths", "0, half", "strengths are numbers"), ("seeds", "1.5", "seeds are numbers"),
+        ("prompts", " \n", "give a prompt"), ("seeds", "", "a seed at least"), ("steps", 0, "0 steps"),
+        ("width", 30, "multiples of"), ("base", "nowhere", "no base"),
+    ],
+)  # fmt: skip
+def test_wrong_fields_are_told(panel, field, value, message):
+    getattr(panel, field).value = value
+    panel.run()
+    assert message in panel.progress.value.replace("&#x27;", "'") and panel.pictures == {}
+    assert not panel.make_button.disabled and panel.stop_button.disabled
+
+
+def test_damaged_and_missing_runs_are_told(panel, folder, tmp_path, small_bases):
+    stepped = at(folder, 6)
+    content = stepped.read_bytes()
+    stepped.write_bytes(content[:-50] + bytes(50))  # whole to look at, but its digest does not hold
+    panel.run()
+    assert "step-000006.safetensors cannot be read" in panel.progress.value and "6 of 10" in panel.progress.value
+    panel.what.value = "step 6"
+    panel.export()
+    assert "cannot be read" in panel.proof.value and panel.exported is None
+    panel.read([tmp_path / "nowhere"])
+    assert "There is no" in panel.told.value and panel.boxes == {} and panel.what.options == ()
+    panel.run()
+    assert "Tick a checkpoint" in panel.progress.value
+    panel.export()
+    assert "nothing to export yet" in panel.proof.value
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    empty = Compare(tmp_path / "new")
+    assert "has no checkpoint to compare yet" in empty.told.value
+    panel.read([folder])
+    panel.base.value = str(small_bases["sdxl"])
+    panel.run()
+    assert "None of them can be used" in panel.progress.value and "do not go together" in panel.progress.value
+
+
+def test_a_card_without_room_is_told(panel, monkeypatch):
+    def full(*rest):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+
+    monkeypatch.setattr(bases, "load_unet", full)
+    panel.run()
+    assert "The card has no room for this" in panel.progress.value
+
+
+def test_other_loras_are_used_together(panel, folder):
+    panel.beside.children = ()
+    panel._another(str(at(folder, 2)), 0.5)
+    panel.boxes["step 6"].value = False
+    panel.run()
+    assert "6 of 6 pictures" in panel.progress.value
+    panel.look(0, "step 4", 1)
+    shown = re.findall(r"data:image/png;base64,([^\"]+)", panel.large.value)
+    told = [Image.open(io.BytesIO(base64.b64decode(code))).text["parameters"] for code in shown]
+    assert "<lora:thing-step-000004:1> <lora:step-000002:0.5>\n" in told[0] and "<lora:step-000002:0.5>\n" in told[1]
+    panel.beside.children[0].children[2].click()
+    assert panel.beside.children == ()
+
+
+@pytest.mark.parametrize("layout", list(export.LAYOUTS))
+def test_the_picked_checkpoint_is_exported_proven_copied_and_downloaded(panel, folder, tmp_path, layout):
+    panel.download()
+    assert "Export it first" in panel.copied.value
+    panel.form.value, panel.dtype.value, panel.name.value = layout, "fp32", "mine"
+    panel.export()
+    path = tmp_path / "exports" / ("mine" if layout == "peft" else "mine.safetensors")
+    assert panel.exported == Path(os.path.relpath(path)) and path.exists()
+    assert "read back: ΔW of all" in panel.proof.value and "exports/mine" in panel.proof.value
+    lora = record.lora_of(folder, 4)
+    assert export.prove(path, lora, layout=layout).modules == len(lora.modules)
+    panel.copy()
+    assert "Name the folder" in panel.copied.value
+    panel.folder.value = str(tmp_path / "drive")
+    panel.copy()
+    assert "copied, read back: the same" in panel.copied.value and (tmp_path / "drive" / path.name).exists()
+    panel.download()
+    panel.link = widgets.HTML()  # as of release 7
+    panel.download()
+    assert (tmp_path / "exports" / "mine.zip").exists() == (layout == "peft")
+    panel.what.value = "step 6"
+    assert panel.name.value == "mine"  # written by hand, it stays
+
+
+def test_a_large_grid_is_light(folder, tmp_path, monkeypatch):
+    """5 strengths, 4 checkpoints, 4 prompts: what is sent for a picture does not grow with the grid."""
+    panel = Compare(folder, prompts=[f"prompt {n}" for n in range(4)], strengths=(0, 0.5, 0.7, 0.9, 1))
+    for label in ("step 2", "step 4", "step 6"):
+        panel.boxes[label].value = True
+    assert panel._begin()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (1024, 1024, 3), np.uint8).astype(np.uint8))
+    smooth = noise.resize((8, 8)).resize((1024, 1024))
+    sent = []
+    for row in range(4):
+        for column in panel.asked.columns:
+            panel.done.put((row, column, smooth, panels.small(smooth)))
+            panel._refresh()
+            sent.append(len(panel.styles.children[-1].value))
+    panel._ended(None)
+    assert len(sent) == 52 and max(sent) < 30_000
+    assert len({cell.layout for cells in panel.cells.values() for cell in cells}) == 1
+    assert threading.active_count() < 50
+
+
+# ── Clicked ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+clicked = pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no chromium here: .ci/run installs it")
+
+
+def cells(trained: Path, folder: Path, kernel: str) -> None:
+    shutil.copytree(trained, folder / "run")
+    browser.notebook(
+        folder / "compare.ipynb",
+        "from lorakit.widgets.compare import Compare\npanel = Compare('run', strengths=(0, 0.5, 1), steps=300)\npanel",
+        "panel.run()\nprint('STOPPED-AT', len(panel.pictures))",
+        kernel=kernel,
+    )
+
+
+def clicks(page, folder: Path, outputs: str) -> Path:
+    """Stop the grid in its midst, make it whole, pick, export and ask for the file; the file."""
+    page.wait_for_selector('.widget-html-content:has-text("of 10 pictures, about")')  # they stream in
+    page.click('button:has-text("Stop"):not([disabled])')  # while the cell is busy
+    said = page.wait_for_selector(f'{outputs}:has-text("STOPPED-AT")').inner_text()
+    assert 2 <= int(said.split()[-1]) < 10
+    page.wait_for_selector('.widget-html-content:has-text("stopped, ")')
+    page.click("text=Base and sampler")
+    page.fill('.widget-vbox:has(> .widget-html:has-text("steps")) > .widget-text input >> nth=0', "3")
+    page.keyboard.press("Tab")
+    page.click('button:has-text("Make 10 pictures")')
+    page.wait_for_selector('.widget-html-content:has-text("10 of 10 pictures")')
+    page.click("text=Base and sampler")
+    page.click("button.lk-cell >> nth=5")  # step 6 at strength 1
+    page.wait_for_selector(".lk-wipe")
+    page.click('button:has-text("Pick step 6")')
+    page.click('button:has-text("Export")')
+    page.wait_for_selector('.widget-html-content:has-text("read back: ΔW of all")')
+    made = folder / "exports" / "thing-step-000006.safetensors"
+    assert export.prove(made, record.lora_of(folder / "run", 6)).error < 0.01
+    page.click('button:has-text("Download")')
+    return made
+
+
+@pytest.mark.no_cover
+@clicked
+def test_a_grid_is_made_stopped_picked_and_exported_with_clicks(trained, tmp_path):
+    cells(trained, tmp_path, "python3")
+    with (
+        browser.jupyterlab(tmp_path) as address,
+        browser.opened(address.format("compare.ipynb")) as page,
+    ):
+        browser.run_all(page)
+        made = clicks(page, tmp_path, ".jp-OutputArea-output")
+        with page.expect_download() as arrived:
+            page.click('a:has-text("thing-step-000006")')
+        assert Path(arrived.value.path()).read_bytes() == made.read_bytes()
+        browser.picture(page, "compare")
+        page.set_viewport_size({"width": 900, "height": 1600})  # a column of some 600 pixels
+        browser.picture(page, "compare-narrow")
+
+
+@pytest.mark.no_cover
+@clicked
+def test_the_same_clicks_on_colabs_versions(trained, tmp_path, monkeypatch):
+    (tmp_path / "downloads").mkdir()
+    monkeypatch.setenv("FAKE_COLAB_DOWNLOADS", str(tmp_path / "downloads"))
+    cells(trained, tmp_path, "colab")
+    with (
+        colab.notebook6(colab.machine(tmp_path / "machine", ready=True), tmp_path) as address,
+        colab.opened(address.format("compare.ipynb")) as page,
+    ):
+        colab.run_all(page)
+        made = clicks(page, tmp_path, ".output_area")
+        arrived = tmp_path / "downloads" / made.name
+        for _ in range(100):
+            if arrived.exists() and arrived.stat().st_size == made.stat().st_size:
+                break
+            page.wait_for_timeout(100)
+        assert arrived.read_bytes() == made.read_bytes()
+        browser.picture(page, "colab-compare", "#site")

@@ -1,0 +1,91 @@
+"""What is said of a run before it starts is what the loop then does."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorakit import decisions, demo, export, prepare, run, train
+
+QUIET = {"say": lambda _: None, "progress": False}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Seven pictures, all smaller than the demo's 64 pixels but two, three times an epoch."""
+    folder = tmp_path / "small" / "3_dot"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(48, 48)] * 3 + [(40, 33), (20, 90), (100, 100), (5, 60)]):
+        noise = random.integers(0, 255, (height, width, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    return folder.parent
+
+
+def test_pictures_below_the_resolution_are_trained_on_as_they_are(small, tmp_path):
+    config = demo.config().with_(
+        dataset=str(small), bucket_rule="no_upscale", min_bucket_side=64, max_bucket_side=64, batch_size=2, epochs=2,
+        rank=4, sample_prompts=("dot",), sample_steps=2, sample_every=100, device="cpu",
+    )  # fmt: skip
+    said, seen = [], []
+    result = run.start(config, tmp_path / "run", say=said.append, progress=False, listeners=[seen.append])
+    text = "\n".join(said)
+    assert "buckets   16×48: 1, 16×80: 1, 32×32: 1, 48×48: 3, 64×64: 1" in text
+    # 9 pictures of 48×48 make 5 batches, 3 of each other size 2
+    assert "7 pictures × 3 repeats = 21, / batch 2 = 13 steps an epoch; 26 steps = 2 epochs" in text
+    assert (len(seen), result.total, sum(step.epoch == 1 for step in seen)) == (26, 26, 13)
+    sizes = [(48, 48)] * 3 + [(32, 32), (16, 80), (64, 64), (16, 48)]
+    assert all(len({sizes[picture] for picture in step.examples}) == 1 for step in seen)
+    metadata = export.load(result.lora).metadata
+    assert metadata["ss_num_batches_per_epoch"] == "13" and metadata["ss_bucket_no_upscale"] == "True"
+    buckets = json.loads(metadata["ss_bucket_info"])["buckets"].values()
+    assert {tuple(bucket["resolution"]): bucket["count"] for bucket in buckets} == {
+        size: 3 * sizes.count(size) for size in sizes
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bucket_rule": "least_crop"}, {"min_bucket_side": 64, "max_bucket_side": 96}, {"bucket_rule": "no_upscale"}],
+    ids=str,
+)
+def test_the_length_that_is_said_is_the_loops(small, tmp_path, changes):
+    config = demo.config().with_(dataset=str(small), batch_size=2, epochs=1, sample_prompts=("dot",), **changes)
+    said = []
+    prepared = prepare.run(config, tmp_path, say=said.append, progress=False)
+    assert train.plan(prepared.pictures, prepared.repeats, config)[0] == prepared.batches
+    assert f"/ batch 2 = {prepared.batches} steps an epoch" in "\n".join(said)
+    areas = [p.latents.shape[-1] * p.latents.shape[-2] for p in prepared.pictures]
+    height, width = prepared.prediction.size
+    cell = width * height // max(areas)  # of the pictures' latents, in pixels
+    assert cell == round(cell**0.5) ** 2 and cell * max(areas) == width * height
+
+
+def test_a_run_from_before_the_rules_goes_on(settings, tmp_path, monkeypatch):
+    new, older = prepare.settings, ("bucket_rule", "min_bucket_side", "max_bucket_side")
+    with monkeypatch.context() as then:
+        then.setattr(prepare, "settings", lambda *a: {k: v for k, v in new(*a).items() if k not in older})
+        run.start(settings, tmp_path / "run", **QUIET)
+    assert run.start(settings, tmp_path / "run", **QUIET).steps == settings.steps
+    with pytest.raises(ValueError, match="bucket_rule was 'kohya', is now 'no_upscale'"):
+        run.start(settings.with_(bucket_rule="no_upscale"), tmp_path / "run", **QUIET)
+
+
+def test_what_was_decided_about_pictures_holds_for_training(settings, tmp_path):
+    better, store = tmp_path / "better.png", tmp_path / "decisions.json"
+    Image.new("RGB", (64, 64), "red").save(better)
+    made = decisions.Decisions(leave_out=("2_sks thing/0.png",), replace={"2_sks thing/1.png": str(better)})
+    decisions.save(made, store)
+    settings = settings.with_(decisions=str(store))
+    result = run.start(settings, tmp_path / "run", **QUIET)
+    assert [picture.path.name for picture in prepare.scan(settings).pictures] == [
+        "better.png", "2.png", "3.png", "4.png", "5.png",
+    ]  # fmt: skip
+    assert export.describe(result.lora)["hash"] == "verified"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["decisions"] == str(store)
+    store.rename(tmp_path / "moved.json")  # what was decided counts, not where that stands
+    run.start(settings.with_(decisions=str(tmp_path / "moved.json")), tmp_path / "run", **QUIET)
+    decisions.save(decisions.Decisions(), store)
+    with pytest.raises(ValueError, match="begun with other settings: dataset"):
+        run.start(settings, tmp_path / "run", **QUIET)

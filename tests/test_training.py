@@ -1,0 +1,161 @@
+"""The panel of a run, without a page: what it reads, what it asks for, what it shows."""
+
+import json
+import threading
+
+import pytest
+
+from lorakit import config as configs
+from lorakit import demo
+from lorakit.widgets.settings import FIRST, Settings, advice, planned
+from lorakit.widgets.training import Curves, Training, _span
+
+
+def line(step, loss, **more):
+    return json.dumps({"step": step, "loss": loss, "learning_rate": 1e-4, "epoch": 1, "seconds": step / 2} | more)
+
+
+# ── The log ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_log_is_read_on_from_where_it_was_read_to(tmp_path):
+    file, curves = tmp_path / "log.jsonl", Curves()
+    assert not curves.read(file, 0)
+    file.write_text(line(1, 0.5) + "\n" + line(2, 0.4)[:20])  # the second one is being written
+    assert curves.read(file, 2) and curves.steps == [1]
+    assert not curves.read(file, 2)
+    file.write_text("\n".join([line(1, 0.5), line(2, 0.4), line(3, 0.3, validation_loss=0.6, overfit_gap=0.1)]) + "\n")
+    assert curves.read(file, 3)
+    assert (curves.steps, curves.losses) == ([1, 2, 3], [0.5, 0.4, 0.3])
+    assert (curves.validation, curves.gap, curves.pace) == ([(3, 0.6)], 0.1, 0.5)
+    assert len(curves.smoothed) == 3 and curves.svg("a run", 10).startswith("<svg")
+
+
+def test_a_run_that_goes_back_is_read_anew(tmp_path):
+    file, curves = tmp_path / "log.jsonl", Curves()
+    file.write_text("".join(line(step, 0.5) + "\n" for step in range(1, 6)))
+    curves.read(file, 5)
+    file.write_text("".join(line(step, 0.4) + "\n" for step in range(1, 4)))
+    assert curves.read(file, 3) and curves.steps == [1, 2, 3] and set(curves.losses) == {0.4}
+
+
+def test_a_damaged_line_hides_no_other(tmp_path):
+    file, curves = tmp_path / "log.jsonl", Curves()
+    file.write_text(f"{line(1, 0.5)}\n\x00\x00 no line\n{line(2, 0.4)}\n")
+    assert curves.read(file, 2) and curves.steps == [1, 2]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(5, "5 s"), (89, "89 s"), (600, "10 min"), (7260, "2 h 1 min")])
+def test_times_are_said_as_people_do(seconds, said):
+    assert _span(seconds) == said
+
+
+# ── The run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_panel_trains_and_shows_what_there_is(settings, tmp_path, capsys):
+    panel = Training(settings.with_(validation_share=0.2, validate_every=2), tmp_path / "run")
+    result = panel.train()
+    assert result.lora.is_file() and "done: thing.safetensors, 6 steps" in panel.head.value
+    assert panel.bar.value == 1 and panel.bar.bar_style == "success" and panel.stop.disabled
+    assert "<svg" in panel.plot.value and "overfit dial" in panel.figures.value and "Too few" in panel.advice.value
+    assert "samples of step 6" in panel.samples.value and "data:image/jpeg" in panel.samples.value
+    assert "proof     read back" in panel.lines.value
+
+
+def test_what_is_clicked_reaches_the_run(settings, tmp_path):
+    panel = Training(settings.with_(steps=400, sample_every=400, save_every=400), tmp_path / "run")
+
+    def click():
+        while panel.live.step < 2:
+            pass
+        panel.rate.value = 2e-4
+        panel._rate()
+        panel.prompts.value = "one\n\n  two  "
+        panel._prompts()
+        panel.stop.click()
+
+    person = threading.Thread(target=click)
+    person.start()
+    result = panel.train()
+    person.join()
+    assert result.lora is None and "Run the cell again" in panel.head.value and panel.bar.bar_style == "warning"
+    assert panel.live.learning_rate == 2e-4 and panel.live.prompts == ["one", "two"]
+    asked = [json.loads(text).get("asked") for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert asked[-1] == {"learning_rate": 2e-4, "prompts": ["one", "two"]}
+    again = Training(settings.with_(steps=400, sample_every=400, save_every=400), tmp_path / "run")
+    again.live.stop.set()  # of an earlier start: it does not hold for this one
+    threading.Timer(1, again.stop.click).start()
+    assert again.train().steps > result.steps
+
+
+def test_what_is_no_learning_rate_is_not_asked_for(settings, tmp_path):
+    panel = Training(settings, tmp_path / "run")
+    panel.rate.value = 0
+    panel._rate()
+    assert panel.live.learning_rate is None and "above 0" in panel.asked.value
+
+
+def test_an_error_is_told_and_raised(settings, tmp_path):
+    panel = Training(settings.with_(dataset=str(tmp_path / "nowhere")), tmp_path / "run")
+    with pytest.raises(FileNotFoundError):
+        panel.train()
+    assert "nowhere" in panel.head.value and panel.bar.bar_style == "danger"
+
+
+# ── Settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_preset_fills_every_field():
+    for kind in ("character", "style", "object", "clothing"):
+        for base, family in (("sd15", "sd15"), ("sd21", "sd2"), ("sdxl", "sdxl")):
+            assert Settings(kind, base, dataset="d").config == configs.preset(kind, family).with_(dataset="d")
+        assert Settings(kind, "demo").config == demo.config(kind=kind)
+
+
+def test_every_setting_has_a_field_and_every_field_can_be_filled():
+    panel = Settings("style", "demo")
+    assert set(panel.fields) == set(configs.Config.model_fields) - {"base", "kind"}
+    wanted = demo.config(
+        kind="style", block_ranks={"mid_block": 8}, sample_prompts=("a", "b"), flip=True, ema_decay=0.99,
+        schedule="linear", regularisation="class", learning_rate=3.3e-5, bucket_rule="least_crop",
+    )  # fmt: skip
+    panel._fill(wanted)
+    assert panel.config == wanted
+
+
+def test_what_is_wrong_is_told_while_it_is_typed():
+    panel = Settings("style", "demo")
+    panel.fields["rank"].value = "many"
+    assert "rank" in panel.told.value
+    with pytest.raises(ValueError, match="rank"):
+        panel.config  # noqa: B018
+    panel.fields["rank"].value = "8"
+    assert panel.told.value == "" and panel.config.rank == 8
+    panel.kind.value = "object"
+    assert panel.config == demo.config(kind="object")
+
+
+def test_settings_are_taken_up_again_by_the_same_call_alone(tmp_path):
+    store = tmp_path / "settings.json"
+    panel = Settings("style", "demo", store=store, trigger="flatto")
+    panel.fields["rank"].value = "8"
+    assert panel.config.rank == 8
+    assert Settings("style", "demo", store=store, trigger="flatto").config.rank == 8
+    assert Settings("style", "demo", store=store, trigger="other").config.rank == 32
+    store.write_text("{")
+    assert Settings("style", "demo", store=store, trigger="flatto").config.rank == 32
+
+
+def test_the_guide_has_something_to_say_of_what_matters():
+    assert advice("steps", "style", "sd15") == "2000–4000 for style (the guide's)"
+    assert "128" in advice("rank", "character", "sdxl") and advice("seed", "style", "sd15") == ""
+    assert all(name in configs.Config.model_fields for name in FIRST)
+
+
+def test_a_plan_is_told_before_anything_is_loaded(monkeypatch):
+    told = planned(demo.config()).data
+    assert "fits" in told and "5.6 MB" in told and "400 = " in told and "device cpu" in told
+    monkeypatch.setattr("lorakit.base.open", lambda *_: pytest.fail("it would be asked from the hub"))
+    told = planned(configs.preset("style").with_(dataset="demo")).data
+    assert "days on a CPU" in told and "stable-diffusion-v1-5" in told
