@@ -436,6 +436,30 @@ def upload(
 
 
 @app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="a run folder, one of its checkpoints, or a LoRA file")],
+    out: Annotated[Path | None, typer.Option(help="folder for the report; the run's by default")] = None,
+    base: Annotated[str | None, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = None,
+    pictures: Annotated[str | None, typer.Option(help="that a file was trained on: folder or zip")] = None,
+    trigger: Annotated[str, typer.Option(help="the word that calls it up; else what the run or file says")] = "",
+    kind: Annotated[str, typer.Option("--type", help="character, style, object or clothing; else the run's")] = "",
+    see: Annotated[str, typer.Option(help="what judges: auto, clip, clip-large, dinov2, a folder, or none")] = "auto",
+    seed: Annotated[int, typer.Option(help="of the first picture")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Make pictures with a LoRA and without, measure them, and fill in the guide's checklist."""
+    from lorakit import dataset as datasets
+    from lorakit import report as reports
+
+    made = reports.report(
+        source, base=base, pictures=datasets.scan(pictures) if pictures else None, trigger=trigger, kind=kind,
+        see=None if see == "none" else see, seed=seed, say=lambda text: print(text, file=sys.stderr),
+    )  # fmt: skip
+    page, _ = reports.save(made, out or (source if source.is_dir() else source.parent))
+    print(json.dumps(made.facts(), indent=2, ensure_ascii=False) if as_json else f"{made.describe()}\nlook at {page}")
+
+
+@app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or a LoRA file")],
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,

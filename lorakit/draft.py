@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from lorakit import base as bases
-from lorakit import captions, files
+from lorakit import captions, fetch, files
 from lorakit.dataset import STAND_INS, Dataset, Picture, open_picture
 
 MODELS = {  # name → hub id, revision
@@ -70,7 +70,7 @@ def draft(
         ImportError: a package is missing; says which.
     """
     record = Path(store or captions.store()) / "drafts.jsonl"
-    told = json.dumps([str(_known(model)), prompt, thresholds])
+    told = json.dumps([str(fetch.place(model, MODELS)), prompt, thresholds])
     drafts: dict[str, dict[str, str]] = defaultdict(dict)  # a picture's digest → what the model was told → draft
     for line in captions.lines_of(record):
         drafts[line["picture"]][line["by"]] = line["caption"]
@@ -111,44 +111,11 @@ def load(
     model: str, *, prompt: str | None = None, thresholds: tuple[float, float] = (0.35, 0.85), device: str = "auto"
 ) -> Captioner:
     """A function that captions pictures, RGB, of any sizes; its arguments and errors are `draft`'s."""
-    folder = _known(model)
-    if not isinstance(folder, Path):
-        folder = _fetch(model, *folder)
+    folder = fetch.model(model, MODELS)
     on = bases.choose_device(device)
     if (folder / "selected_tags.csv").is_file():
         return _tagger(folder, on, *thresholds)
     return _describer(folder, on, prompt)
-
-
-def _known(model: str) -> Path | tuple[str, str | None]:
-    """A model's folder, or its hub id and revision."""
-    if model in MODELS:
-        return MODELS[model]
-    if (folder := Path(model).expanduser()).is_dir():
-        return folder.resolve()
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return model, None
-    raise FileNotFoundError(f"There is no model {model!r}. Use {', '.join(MODELS)}, a folder, or a hub id.")
-
-
-def _fetch(model: str, repository: str, revision: str | None) -> Path:
-    """A model's folder in the hub's cache, with the files that are read alone."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.txt", "*.jinja", "selected_tags.csv"]
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-        weights = "model.onnx" if (folder / "selected_tags.csv").is_file() else "*.safetensors"
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*patterns, weights]))
-    except Exception as error:  # the hub raises a dozen kinds: offline, gated, not found, rate limit …
-        raise FileNotFoundError(
-            f"The model {model!r} ({repository}) is not here and could not be fetched from the hub ({_reason(error)}). "
-            "Check the connection, or fetch it elsewhere and give its folder as the model."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _open(folder: Path, device: torch.device, dtype: torch.dtype):
@@ -166,7 +133,7 @@ def _open(folder: Path, device: torch.device, dtype: torch.dtype):
         )
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(
-            f"{folder.name} is no model that captions pictures with this transformers ({_reason(error)}). Update "
+            f"{folder.name} is no model that captions pictures with this transformers ({fetch.reason(error)}). Update "
             f"transformers, or use one of {', '.join(MODELS)}."
         ) from error
     if len(told["missing_keys"]) > len(model.state_dict()) / 10:  # a few are computed, by some releases

@@ -217,3 +217,10 @@ def test_what_a_pipeline_is_made_of(tmp_path, small_bases, monkeypatch):
     ((name, patterns),) = fetched
     assert name == "owner/model" and {pattern.split("/")[0] for pattern in patterns} == {"unet", "vae"}
     assert {"unet/*.json", "vae/diffusion_pytorch_model.safetensors", "unet/model-*.safetensors"} < set(patterns)
+
+
+def test_computing_goes_on_after_its_threads_were_let_go():
+    x = torch.randn(256, 256)
+    before = x @ x
+    bases.rest_threads()
+    assert torch.equal(x @ x, before)

@@ -9,17 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "lorakit"
 FLOORS = [
-    {"config", "files", "original", "processes", "quantize"},
+    {"config", "fetch", "files", "measures", "original", "processes", "quantize"},
     {"archive", "index", "kohya", "video"},
     {"dataset", "captions", "buckets"},
     {"base", "adapter", "optim", "loss", "audit", "decisions"},
-    {"cache", "memory", "lora", "draft", "check"},
+    {"cache", "memory", "lora", "draft", "check", "eyes"},
     {"sample", "plan", "metadata"},
     {"train", "generate"},
     {"checkpoint", "evaluate", "export", "plots", "board", "backup"},
     {"record", "prepare", "merge"},
     {"live", "hub", "hosts", "compare"},
-    {"run"},
+    {"run", "report"},
     {"demo"},
     {"widgets"},
     {"__main__"},

@@ -14,6 +14,8 @@ from typing import TypeVar
 import zmq
 from IPython import get_ipython
 
+from lorakit import base as bases
+
 EVERY = 0.1  # seconds between two looks
 COMMS = ("comm_open", "comm_msg", "comm_close")
 QUESTIONS = ("kernel_info_request", "comm_info_request")  # what a page asks that was opened anew
@@ -70,6 +72,7 @@ def _begin(work: Callable[[], Made]) -> "Future[Made]":
         except BaseException as error:
             outcome.set_exception(error)
 
+    bases.rest_threads()
     threading.Thread(target=run, name="lorakit worker", daemon=True).start()
     return outcome
 

@@ -1,0 +1,133 @@
+"""What pictures show and what texts say, as vectors that can be compared: CLIP, DINOv2, or the embedded base's own.
+
+They judge pictures for the report, and never take part in training.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lorakit import base as bases
+from lorakit import fetch
+
+MODELS = {  # name → hub id, revision; each keeps its weights as safetensors
+    "clip": ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", None),
+    "clip-large": ("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", None),
+    "dinov2": ("facebook/dinov2-base", None),
+}
+EMBEDDED = Path(__file__).parent / "demo" / "base" / "eyes"
+TOKENS = 77  # at most, of a text
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """A model that sees pictures and, unless it is DINOv2, reads texts."""
+
+    name: str
+    model: torch.nn.Module = field(repr=False)
+    tokenizer: object | None = field(repr=False)  # None: it cannot read
+    size: int  # pixels of the square it sees
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    batch: int = 16
+
+    @property
+    def reads(self) -> bool:
+        return self.tokenizer is not None
+
+    @torch.no_grad()
+    def see(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Unit vectors of pictures, of any sizes: (N, D), float32. Their cosine is how alike two pictures are."""
+        mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
+        found = []
+        for start in range(0, len(pictures), self.batch):
+            arrays = [
+                (np.asarray(self._square(p), np.float32) / 255 - mean) / std for p in pictures[start:][: self.batch]
+            ]
+            x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.model.device, self.model.dtype)
+            if hasattr(self.model, "get_image_features"):
+                found.append(_vectors(self.model.get_image_features(pixel_values=x)))
+            else:
+                found.append(self.model(pixel_values=x).last_hidden_state[:, 0])  # the class token
+        return _unit(found)
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts, in the space of the pictures': (N, D), float32.
+
+        Raises:
+            ValueError: this model reads no texts.
+        """
+        if not self.reads:
+            raise ValueError(f"{self.name} sees pictures and reads no texts: use clip for that.")
+        limit, found = min(TOKENS, getattr(self.tokenizer, "model_max_length", TOKENS)), []
+        for start in range(0, len(texts), self.batch):
+            tokens = self.tokenizer(
+                list(texts[start : start + self.batch]), padding=True, truncation=True, max_length=limit,
+                return_tensors="pt",
+            )  # fmt: skip
+            own = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+            found.append(_vectors(self.model.get_text_features(**own)))
+        return _unit(found)
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        """The whole picture in the middle of a square as wide as its longer side, in its own mean colour."""
+        picture = picture.convert("RGB")
+        side = max(picture.size)
+        if picture.width != picture.height:
+            colour = tuple(int(value) for value in np.asarray(picture).mean((0, 1)))
+            square = Image.new("RGB", (side, side), colour)
+            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+            picture = square
+        return picture if side == self.size else picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+
+def open(name: str = "clip", device: str = "auto") -> Eyes:
+    """Load a model that sees.
+
+    Args:
+        name: one of MODELS, "demo" for the embedded base's own, a folder, or a hub id, of transformers' classes.
+
+    Raises:
+        FileNotFoundError: no such model, or the hub is out of reach.
+        ValueError: it is none that sees pictures, or its weights are pickles.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = EMBEDDED if name == "demo" else fetch.model(name, MODELS)
+    bases._quiet()
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder.name} holds no .safetensors weights; lorakit reads no pickles. Use another model.")
+    own = {"local_files_only": True, "trust_remote_code": False}
+    target = bases.choose_device(device)
+    dtype = torch.float16 if target.type == "cuda" else torch.float32
+    try:
+        model = AutoModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **own)
+        about = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        reads = hasattr(model, "get_text_features")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own) if reads else None
+        side = about.get("crop_size") or about["size"]
+        side = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
+        mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder.name} is no model that sees pictures with this transformers ({fetch.reason(error)}). Use one of "
+            f"{', '.join(MODELS)}."
+        ) from error
+    return Eyes(name, model.eval().to(target, dtype), tokenizer, int(side), mean, std)
+
+
+def _vectors(answer) -> Tensor:
+    """What get_image_features and get_text_features answer: a tensor, or since transformers 5 one within an output."""
+    return answer if isinstance(answer, Tensor) else answer.pooler_output
+
+
+def _unit(found: list[Tensor]) -> np.ndarray:
+    vectors = torch.cat(found).float().cpu().numpy()
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,142 @@
+"""What can be measured of pictures made with a LoRA: plain functions of pictures and of vectors that stand for them.
+
+Vectors are unit vectors as `eyes` gives them, so that a product of two is their cosine. What is compared was made of
+the same prompts and seeds: row i of one array belongs to row i of the other.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+NEAREST = 1 / 3  # of the training pictures that a picture is compared with
+DARK, LIGHT = 4, 251  # levels of 255 from which a colour counts as clipped
+
+
+# ── Vectors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def likeness(pictures: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """How like the training pictures each picture is, (N,): mean cosine to the third of them that is nearest.
+
+    A third, because a set shows its subject from many sides, and no picture is like all of them.
+    """
+    return _nearest(pictures @ training.T)
+
+
+def likeness_within(training: np.ndarray) -> np.ndarray:
+    """`likeness` of each training picture to the others, (M,): what a perfect LoRA would reach."""
+    cosines = training @ training.T
+    others = cosines[~np.eye(len(training), dtype=bool)].reshape(len(training), -1)
+    return _nearest(others)
+
+
+def _nearest(cosines: np.ndarray) -> np.ndarray:
+    count = max(1, round(cosines.shape[1] * NEAREST))
+    return np.sort(cosines, 1)[:, -count:].mean(1)
+
+
+def gain(with_it: np.ndarray, without: np.ndarray, within: np.ndarray) -> float:
+    """How far likeness went from the bare base's (0) to that of the training pictures among themselves (1)."""
+    return float((with_it.mean() - without.mean()) / max(within.mean() - without.mean(), 1e-6))
+
+
+def hits(with_it: np.ndarray, without: np.ndarray, within: np.ndarray) -> float:
+    """Share of pictures more than half of the way from the bare base's likeness to the training pictures' own."""
+    return float((with_it > (without.mean() + within.mean()) / 2).mean())
+
+
+def consistency(with_it: np.ndarray, without: np.ndarray) -> float:
+    """Whether every subject is changed the same way: mean cosine of two pictures' changes. 1: all alike."""
+    changes = with_it - without
+    changes = changes / np.maximum(np.linalg.norm(changes, axis=1, keepdims=True), 1e-9)
+    count = len(changes)
+    return float((np.square(changes.sum(0)).sum() - count) / max(count * (count - 1), 1))
+
+
+def adherence(pictures: np.ndarray, texts: np.ndarray) -> float:
+    """How much nearer pictures are to their own prompts than to each other's: mean difference of cosines."""
+    cosines = pictures @ texts.T
+    own = np.diag(cosines)
+    others = (cosines.sum(1) - own) / max(len(cosines) - 1, 1)
+    return float((own - others).mean())
+
+
+def change(with_it: np.ndarray, without: np.ndarray) -> float:
+    """How much pictures change: mean of 1 less the cosine."""
+    return float((1 - (with_it * without).sum(1)).mean())
+
+
+def nearest(pictures: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The training picture that each picture is nearest to, (N,), and its cosine, (N,)."""
+    cosines = pictures @ training.T
+    return cosines.argmax(1), cosines.max(1)
+
+
+def rises(values: Sequence[float]) -> float:
+    """Whether values rise with their order: Spearman's rank correlation with it, 1 for always."""
+    ranks = np.argsort(np.argsort(values))
+    order = np.arange(len(ranks))
+    return float(np.corrcoef(ranks, order)[0, 1]) if len(ranks) > 1 else 1.0
+
+
+# ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def arrays(pictures: Sequence[Image.Image]) -> list[np.ndarray]:
+    """RGB in [0, 255], (H, W, 3), float32."""
+    return [np.asarray(picture.convert("RGB"), np.float32) for picture in pictures]
+
+
+def broken(pictures: Sequence[Image.Image]) -> float:
+    """Share of pictures of one colour, as NaN and overflow leave them."""
+    return float(np.mean([array.std() < 2 for array in arrays(pictures)]))
+
+
+def colour(pictures: Sequence[Image.Image]) -> np.ndarray:
+    """Mean and spread of lightness, red–green and blue–yellow over pictures, (6,), in levels of 255."""
+    found = []
+    for array in arrays(pictures):
+        red, green, blue = array.reshape(-1, 3).T
+        opposed = np.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue])
+        found.append(np.concatenate([opposed.mean(1), opposed.std(1)]))
+    return np.mean(found, 0)
+
+
+def colour_shift(with_it: np.ndarray, without: np.ndarray, training: np.ndarray | None) -> float:
+    """How far colours went where neither the base nor the training pictures are, in levels of 255.
+
+    Args:
+        with_it, without, training: `colour` of each. What lies on the way from base to training is what was asked for.
+    """
+    if training is None:
+        return float(np.linalg.norm(with_it - without))
+    way = training - without
+    along = np.clip((with_it - without) @ way / max(way @ way, 1e-6), 0, 1)
+    return float(np.linalg.norm(with_it - without - along * way))
+
+
+def clipped(pictures: Sequence[Image.Image]) -> float:
+    """Share of pixels in which a colour is at its limit while another is not: burned-in colours, not black or white."""
+    shares = []
+    for array in arrays(pictures):
+        low, high = array.min(2), array.max(2)
+        shares.append((((low <= DARK) & (high > 60)) | ((high >= LIGHT) & (low < 195))).mean())
+    return float(np.mean(shares))
+
+
+def residue(pictures: Sequence[Image.Image]) -> float:
+    """Strength of the finest detail, noise and halos: mean absolute Laplacian, in levels of 255."""
+    found = []
+    for array in arrays(pictures):
+        grey = array.mean(2)
+        padded = np.pad(grey, 1, "edge")
+        around = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+        found.append(np.abs(around - 4 * grey).mean())
+    return float(np.mean(found))
+
+
+def difference(with_it: Sequence[Image.Image], without: Sequence[Image.Image]) -> float:
+    """Mean absolute difference of pixels, in levels of 255."""
+    pairs = zip(arrays(with_it), arrays(without), strict=True)
+    return float(np.mean([np.abs(one - other).mean() for one, other in pairs]))

@@ -1,0 +1,89 @@
+"""What is measured of pictures is what it says: each on pictures and vectors where the answer is known."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorakit import measures
+
+
+def unit(*rows):
+    vectors = np.array(rows, float)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def plain(*colours, side=16):
+    return [Image.new("RGB", (side, side), colour) for colour in colours]
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)
+
+
+def spread(random, middle, count, wide=0.05):
+    return unit(*(np.asarray(middle) + random.normal(0, wide, (count, len(middle)))))
+
+
+def test_likeness_goes_from_the_base_to_the_training_pictures(random):
+    here, there = [1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]
+    training, base = spread(random, there, 12), spread(random, here, 8)
+    within = measures.likeness_within(training)
+    plain = measures.likeness(base, training)
+    assert measures.gain(plain, plain, within) == 0
+    twins = measures.likeness(spread(random, there, 8), training)
+    assert measures.gain(twins, plain, within) == pytest.approx(1, abs=0.1) and measures.hits(twins, plain, within) == 1
+    halfway = measures.likeness(spread(random, [1, 1, 0, 0, 0, 0], 8), training)
+    assert 0.4 < measures.gain(halfway, plain, within) < 0.95
+    mixed = measures.likeness(np.concatenate([spread(random, there, 6), base[:2]]), training)
+    assert measures.hits(mixed, plain, within) == 0.75
+
+
+def test_a_change_that_is_the_same_everywhere_is_consistent(random):
+    base = spread(random, [1, 0, 0, 0], 10, 0.2)
+    assert measures.consistency(base + [0, 0.5, 0, 0], base) == pytest.approx(1)
+    assert abs(measures.consistency(base + random.normal(0, 0.5, base.shape), base)) < 0.4
+    assert measures.consistency(base, base) == pytest.approx(0, abs=0.2)
+
+
+def test_adherence_tells_pictures_of_their_prompts_from_any_pictures(random):
+    texts = np.eye(6)
+    assert measures.adherence(texts, texts) == 1
+    assert measures.adherence(unit(*np.ones((6, 6))), texts) == pytest.approx(0)
+    assert measures.adherence(texts[::-1], texts) < 0
+
+
+def test_copies_are_found_with_what_they_copy(random):
+    training = unit(*np.eye(5))
+    place, cosine = measures.nearest(unit([0, 0, 1, 0.01, 0], [1, 1, 0, 0, 0]), training)
+    assert place[0] == 2 and cosine[0] > 0.999 and cosine[1] < 0.8
+
+
+@pytest.mark.parametrize(("values", "rises"), [([1, 2, 3], 1), ([3, 2, 1], -1), ([1, 3, 2, 4], 0.8), ([5], 1)])
+def test_rising(values, rises):
+    assert measures.rises(values) == pytest.approx(rises)
+
+
+def test_colours_on_the_way_to_the_training_pictures_are_no_shift():
+    base, training = measures.colour(plain("gray")), measures.colour(plain("red"))
+    halfway = measures.colour(plain((192, 64, 64)))
+    assert measures.colour_shift(halfway, base, training) < 3
+    assert measures.colour_shift(measures.colour(plain("blue")), base, training) > 100
+    assert measures.colour_shift(halfway, base, None) > 50
+
+
+def test_burned_in_colours_count_and_black_and_white_do_not():
+    assert measures.clipped(plain("white", "black", (120, 90, 60), (40, 40, 0))) == 0
+    assert measures.clipped(plain((255, 0, 0), (0, 200, 90))) == 1
+
+
+def test_noise_shows_in_the_finest_detail(random):
+    smooth = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+    noisy = np.clip(smooth + random.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)
+    assert measures.residue([Image.fromarray(noisy)]) > 3 * measures.residue([Image.fromarray(smooth)])
+
+
+def test_pictures_of_one_colour_are_broken(random):
+    noise = Image.fromarray(random.integers(0, 255, (16, 16, 3), np.uint8))
+    assert measures.broken([*plain("black", "gray"), noise, noise]) == 0.5
+    assert measures.difference([noise], [noise]) == 0 and measures.difference(plain("black"), plain("white")) == 255

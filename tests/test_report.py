@@ -1,0 +1,190 @@
+"""The checklist, filled in: what is asked, what is concluded, and what the page holds."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorakit import eyes, report, run
+from lorakit.report import CURES, LIMITS, Mark, diagnose, lines, recommend
+
+QUIET = {"say": lambda _: None, "progress": False}
+GOOD = {
+    "gain": 0.8, "hits": 1.0, "consistency": 0.4, "adherence": 0.95, "diversity": 0.9, "copied": 0.0, "shift": 5.0,
+    "clipped": 0.0, "residue": 1.1, "broken": 0.0, "rises": 1.0, "leak": 0.2, "unrelated": 0.2, "caption gain": 0.8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_eyes(tmp_path_factory):
+    """A folder of a small model that sees and reads, of transformers' own classes, with random weights."""
+    import torch
+    from conftest import TOKENIZER
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTokenizer,
+        ConvNextConfig,
+        VisionTextDualEncoderConfig,
+        VisionTextDualEncoderModel,
+    )
+
+    folder, tokenizer = tmp_path_factory.mktemp("eyes"), CLIPTokenizer.from_pretrained(TOKENIZER)
+    vision = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32, hidden_size=16)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = VisionTextDualEncoderConfig(vision_config=vision.to_dict(), text_config=text.to_dict())
+        VisionTextDualEncoderModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {"size": {"shortest_edge": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    return folder
+
+
+# ── Eyes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pictures_and_texts_become_unit_vectors_whatever_the_batch(small_eyes):
+    seeing = eyes.open(str(small_eyes))
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (40, 30 + i, 3), np.uint8)) for i in range(18)]
+    seen = seeing.see(pictures)
+    assert seen.shape == (18, 512) and np.allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-5)
+    assert np.allclose(seen[17], seeing.see(pictures[17:])[0], atol=1e-5)
+    read = seeing.read(["a dog", "a cat and a dog", "x " * 200])
+    assert read.shape == (3, 512) and seeing.reads
+    assert np.allclose(read[0], seeing.read(["a dog"])[0], atol=1e-4)
+
+
+def test_what_does_not_see_is_refused_in_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Use clip, clip-large, dinov2"):
+        eyes.open("blind")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="lorakit reads no pickles"):
+        eyes.open(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="no model that sees pictures"):
+        eyes.open(str(tmp_path))
+
+
+# ── What is concluded ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("figures", "fault"),
+    [
+        ({}, None),
+        ({"gain": 0.2, "caption gain": 0.25}, "undertrained"),
+        ({"gain": 0.02, "caption gain": 0.03}, "nothing"),
+        ({"gain": 0.05, "caption gain": 0.7}, "wrong trigger"),
+        ({"copied": 0.5}, "overfitted"),
+        ({"adherence": 0.3}, "overfitted"),
+        ({"shift": 60.0, "adherence": 0.3}, "learning rate"),
+        ({"broken": 0.5}, "learning rate"),
+        ({"leak": 0.95}, "leaking"),
+        ({"unrelated": 0.9}, "leaking"),
+    ],
+)
+def test_each_fault_is_told_by_its_figures(figures, fault):
+    found = diagnose(GOOD | figures)
+    assert (found[0] if found else None) == fault
+    assert fault is None or fault in CURES
+
+
+def test_what_was_not_measured_accuses_nobody():
+    assert diagnose({}) == ()
+    assert {line.verdict for line in lines({}, ())} == {"not measured"}
+
+
+def test_a_bad_line_names_the_cure_of_the_guide():
+    told = {line.what: line for line in lines(GOOD | {"copied": 0.5, "shift": 99.0}, ("learning rate",))}
+    bad = [line for line in told.values() if line.verdict == "bad"]
+    assert len(bad) == 2 and {line.cure for line in bad} == {CURES["overfitted"], CURES["learning rate"]}
+    assert all(line.cure == "" for line in told.values() if line.verdict != "bad")
+    wrong = lines(GOOD | {"gain": 0.05}, ("wrong trigger",))[0]
+    assert wrong.verdict == "bad" and wrong.cure == CURES["wrong trigger"]
+    assert set(LIMITS) == {row[0] for row in report.ROWS}
+
+
+def test_the_checkpoint_to_keep_is_like_and_obedient_and_early():
+    mark = lambda step, gain, adherence, loss=None: Mark(f"step {step}", step, loss, gain, adherence)  # noqa: E731
+    marks = [mark(100, 0.4, 1.0), mark(200, 0.79, 1.0), mark(300, 0.8, 1.0), mark(400, 0.9, 0.5)]
+    label, why = recommend(marks)
+    assert label == "step 200" and "0.79" in why
+    blind = [mark(step, None, None, loss) for step, loss in ((100, 0.3), (200, 0.1), (300, 0.2))]
+    assert recommend(blind)[0] == "step 200"
+    assert recommend([]) == (None, "") and recommend([mark(100, None, None)]) == (None, "")
+
+
+# ── Whole ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def trained(small_bases, tmp_path_factory):
+    from lorakit.config import Config
+
+    folder = tmp_path_factory.mktemp("report")
+    pictures = folder / "pictures" / "2_sks thing"
+    pictures.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(6):
+        Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"a photo of sks thing, number {number}")
+    config = Config(
+        base=str(small_bases["sd15"]), dataset=str(pictures.parent), name="thing", trigger="sks", kind="object",
+        resolution=32, bucket_step=8, rank=4, alpha=2, batch_size=2, steps=6, learning_rate=1e-3, save_every=2,
+        sample_every=100, sample_prompts=("sks thing",), sample_steps=2, validation_share=0.2, validate_every=2,
+        device="cpu", mixed_precision="no",
+    )  # fmt: skip
+    return run.start(config, folder / "run", **QUIET).folder
+
+
+def test_a_run_is_judged_and_the_page_holds_all(trained, small_eyes):
+    made = report.report(trained, see=str(small_eyes), contexts=["on grass", "in snow", "at night"], **{"say": print})
+    assert made.made == 3 * 5 + (3 + 3 + 4 + 4) * 2 + 3 * 3
+    assert {line.verdict for line in made.lines} <= {"good", "doubtful", "bad"} and len(made.lines) == 13
+    assert made.prompts[0] == "a photo of sks thing, on grass" and len(made.rows) == 3 and len(made.rows[0]) == 5
+    assert [mark.step for mark in made.marks] == [2, 4, 6] and made.recommended in ("step 2", "step 4", "step 6")
+    assert all(mark.validation_loss and mark.gain is not None for mark in made.marks)
+    page, facts = report.save(made, trained)
+    text = page.read_text("utf-8")
+    assert text.count("data:image/jpeg") >= 15 and not re.search(r'(src|href)="(?!data:)', text)
+    assert str(trained.parent) not in text and "likeness" in text and "Checkpoints" in text
+    told = json.loads(facts.read_text("utf-8"))
+    assert told["recommended"] == made.recommended and len(told["lines"]) == 13
+    assert str(trained.parent) not in facts.read_text("utf-8")
+    assert "keep step" in made.describe()
+    again = report.report(trained, see=str(small_eyes), contexts=["on grass", "in snow", "at night"], **{"say": print})
+    assert again.facts() == made.facts()
+
+
+def test_without_eyes_the_rest_is_measured_and_what_lacks_is_told(trained):
+    made = report.report(trained, see=None, contexts=["on grass", "in snow"], say=lambda _: None)
+    verdicts = {line.aspect: line.verdict for line in made.lines}
+    assert verdicts["feature accuracy"] == "not measured" and verdicts["no artifacts"] != "not measured"
+    assert verdicts["leakage"] != "not measured" and verdicts["strength control"] != "not measured"
+    assert "do without" in made.missing[0] and "do without" in made.html()
+    assert made.recommended  # by validation loss
+
+
+def test_a_hub_out_of_reach_is_told_and_ends_nothing(trained, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = []
+    made = report.report(trained, contexts=["on grass", "in snow"], say=said.append)
+    assert any("could not be fetched" in text for text in said) and "clip" in made.missing[0]
+
+
+def test_a_file_is_judged_without_its_run(trained, small_bases, small_eyes):
+    made = report.report(
+        trained / "thing.safetensors", base=str(small_bases["sd15"]), see=str(small_eyes), steps=2, device="cpu",
+        contexts=["on grass", "in snow"], say=lambda _: None,
+    )  # fmt: skip
+    assert made.trigger == "sks" and made.marks == () and made.recommended is None
+    told = {line.what: line.verdict for line in made.lines}
+    assert told["way from the bare base's likeness to the training pictures' own"] == "not measured"
+    assert any("give the run" in text for text in made.missing)
