@@ -45,6 +45,7 @@ FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVE
 UPRIGHT = {2 + i: Image.Transpose[name] for i, name in enumerate(FLIPS.split())}  # by EXIF orientation
 SIDEWAYS = tuple(UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 GiB = 2**30
+MOUNTS = Path("/proc/mounts")
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,16 @@ def scan(
     if not pictures:
         raise ValueError(_printable(_nothing(path, root, held, problems)))
     return Dataset(root, tuple(pictures), tuple(problems))
+
+
+def far(path: str | os.PathLike) -> bool:
+    """Whether a folder or file is on Google Drive as Colab mounts it, where each file that is opened is fetched."""
+    try:
+        mounts = [line.split()[:3] for line in MOUNTS.read_text().splitlines()]
+    except OSError:  # not Linux
+        return False
+    path = Path(path).expanduser().resolve()
+    return any(what == "drive" and kind.startswith("fuse") and path.is_relative_to(to) for what, to, kind in mounts)
 
 
 def open_picture(picture: Picture | str | os.PathLike) -> Image.Image:

@@ -61,12 +61,13 @@ class Prepared:
 
 
 def scan(config: Config) -> dataset.Dataset:
-    """The run's pictures, as they were decided about.
+    """The run's pictures, as they were decided about; those on Drive from a local copy, fetched once.
 
     Raises:
         ValueError, FileNotFoundError: as `dataset.scan`, `decisions.load` and `decisions.decide`.
     """
-    found = dataset.scan(DEMO if config.dataset == "demo" else config.dataset, repeats=config.repeats)
+    path = DEMO if config.dataset == "demo" else config.dataset
+    found = dataset.scan(path, repeats=config.repeats, copy=dataset.far(path))
     return decisions.decide(found, decisions.load(config.decisions)) if config.decisions else found
 
 

@@ -83,6 +83,34 @@ def test_a_dataset_is_prepared_from_end_to_end(executed):
     assert len(list(folder.glob("pictures/**/*.png"))) == 30
 
 
+def test_a_session_that_ended_is_gone_on_with_by_run_all_in_a_new_one(executed):
+    """Training is cut, the machine is gone, Drive is there: settings, decisions and steps come from it."""
+    execute, _, folder = executed
+    content = folder.parent / "machine" / "content"  # WORKSPACE, as /content is on Colab
+    shorter = {
+        "use_drive = False": "use_drive = True", 'strengths = "0, 0.7, 1"': 'strengths = "1"',
+        "name=name, trigger": "name=name, steps=60, save_every=20, sample_steps=2, trigger",
+        "validation_share=0.1": 'validation_share=0.1, sample_prompts=("flatto style, pizza",)',
+    }  # fmt: skip
+    cut = (
+        "read = training.curves.read\n"
+        "training.curves.read = lambda file, step: step >= 4 and training.live.stop.set() or read(file, step)\n"
+        "result = training.train()"
+    )
+    execute("train_lora.ipynb", shorter | {"result = training.train()": cut})
+    run = content / "lorakit" / "runs" / "flatto_v1"
+    before = (run / "log.jsonl").read_text()
+    assert 4 <= before.count("\n") < 60 and not (run / "flatto_v1.safetensors").exists()
+    settings = content / "drive" / "MyDrive" / "lorakit" / "flatto_v1.settings.json"
+    assert settings.is_file() and settings.with_name("decisions.json").is_file()
+    shutil.rmtree(content / "lorakit")
+    execute("train_lora.ipynb", shorter)
+    after = (run / "log.jsonl").read_text()
+    assert after.startswith(before) and after.count("\n") == 60 and (run / "flatto_v1.safetensors").is_file()
+    copies = [path.name for path in settings.parent.rglob("*.safetensors")]
+    assert "flatto_v1-step-000060.safetensors" in copies
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """Notebook 6 with a notebook for each panel, beside a dataset that may be changed: an address and its folder."""

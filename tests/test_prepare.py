@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorakit import decisions, demo, export, prepare, run, train
+from lorakit import dataset, decisions, demo, export, prepare, run, train
 
 QUIET = {"say": lambda _: None, "progress": False}
 
@@ -89,3 +89,17 @@ def test_what_was_decided_about_pictures_holds_for_training(settings, tmp_path):
     decisions.save(decisions.Decisions(), store)
     with pytest.raises(ValueError, match="begun with other settings: dataset"):
         run.start(settings, tmp_path / "run", **QUIET)
+
+
+def test_pictures_on_drive_are_read_from_a_local_copy(settings, tmp_path, monkeypatch):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"proc /proc proc rw 0 0\ndrive {tmp_path / 'pictures'} fuse rw,nosuid 0 0\n")
+    assert not prepare.scan(settings).root.is_relative_to(dataset._user_cache())
+    monkeypatch.setattr(dataset, "MOUNTS", mounts)
+    found = prepare.scan(settings)
+    assert found.root.is_relative_to(dataset._user_cache()) and len(found) == 6
+    decided = decisions.Decisions(leave_out=("2_sks thing/0.png",))
+    decisions.save(decided, tmp_path / "decisions.json")
+    assert len(prepare.scan(settings.with_(decisions=str(tmp_path / "decisions.json")))) == 5
+    monkeypatch.setattr(dataset, "MOUNTS", tmp_path / "none")
+    assert not dataset.far(tmp_path)
