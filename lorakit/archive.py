@@ -49,6 +49,8 @@ class Member:
 def unpack(archive: Path, cache: Path) -> tuple[Path, list[str]]:
     """Unpack a zip or tar into a folder below `cache`; a second time there is nothing to do until it changes.
 
+    What is there stays as it is after that, for captions are edited there: only what is missing is unpacked again.
+
     Returns:
         The folder, by the archive's name without its suffixes, and a line for each member that is not in it.
 
@@ -62,19 +64,21 @@ def unpack(archive: Path, cache: Path) -> tuple[Path, list[str]]:
     with _alone(home):
         refused = _unpacked(root, record)
         if refused is None:
+            edited = record.is_file()  # or may be, since it was unpacked
             try:
-                sizes, refused = _unpack(archive, max(GiB, LIMIT * found.st_size), root)
+                names, refused = _unpack(archive, max(GiB, LIMIT * found.st_size), root, edited)
             except ValueError:
-                shutil.rmtree(root, ignore_errors=True)
+                if not edited:
+                    shutil.rmtree(root, ignore_errors=True)
                 raise
             with files.replacing(record) as partial:
-                partial.write_text(json.dumps({"sizes": sizes, "refused": refused}))
+                partial.write_text(json.dumps({"names": sorted(names), "refused": refused}))
     return root, refused
 
 
-def _unpack(archive: Path, limit: int, root: Path) -> tuple[dict[str, int], list[str]]:
-    """The size of each file that is in the folder now, by name, and a line for each that is not."""
-    total, sizes, refused, last = 0, {}, [], "its beginning"
+def _unpack(archive: Path, limit: int, root: Path, edited: bool) -> tuple[set[str], list[str]]:
+    """The names of the files that are in the folder now, and a line for each that is not."""
+    total, names, refused, last = 0, set(), [], "its beginning"
     try:
         with _members(archive, limit) as members, tempfile.TemporaryDirectory(dir=root.parent) as unfinished:
             for member in tqdm(members, f"unpacking {archive.name}", unit="file", delay=2):
@@ -82,35 +86,36 @@ def _unpack(archive: Path, limit: int, root: Path) -> tuple[dict[str, int], list
                 if total > limit:
                     raise _Bomb(f"grows beyond {limit / GiB:.1f} GiB")
                 parts = [part for part in last.replace("\\", "/").split("/") if part not in ("", ".")]
-                if (name := "/".join(parts)) in sizes:
+                if (name := "/".join(parts)) in names:
                     refused.append(f"{last!r} is in it twice, and the first is used: pack it again")
                 elif member.refused:
                     refused.append(f"{last!r} {member.refused}")
-                elif reason := _write(member, root.joinpath(*parts), Path(unfinished, "file")):
+                elif reason := _write(member, root.joinpath(*parts), Path(unfinished, "file"), edited):
                     refused.append(f"{last!r} cannot be unpacked ({reason}): pack it again")
                 else:
-                    sizes[name] = member.size
+                    names.add(name)
     except _Bomb as error:
         advice = "which pictures do not do: a bomb? If you trust it, unpack it and give the folder"
         raise ValueError(f"{archive} {error} at {last!r}, {advice}") from None
     except Exception as error:  # each way of packing has its own
         if isinstance(error, OSError) and error.errno:  # the drive's, not the archive's
             raise
-        if not sizes:
+        if not names:
             reason = f"is neither a folder nor a sound zip or tar ({error}): give the folder that holds the pictures"
             raise ValueError(f"{archive} {reason}") from error
         refused.append(f"breaks off after {last!r} ({error}): copy or pack it again")
-    return sizes, refused
+    return names, refused
 
 
-def copy(wanted: Sequence[Path], source: Path, cache: Path) -> tuple[Path, dict[Path, str]]:
+def copy(wanted: Sequence[Path], source: Path, cache: Path, parts: Sequence[Path] = ()) -> tuple[Path, dict[Path, str]]:
     """Bring the local copy of a folder up to date: what is new or changed there is read, what is gone is removed.
 
     A file gets its name in the copy, and the time of its original, once its bytes have been read back from local disk
     and have the digest of what was read from the source; so one with its original's size and time is right.
 
     Args:
-        wanted: files under `source`; the copy will hold these and no others.
+        wanted: files under `source`, each once; the copy will hold these and no others.
+        parts: the folders under `source` that are meant, where not all of it is; others have a copy of their own.
 
     Returns:
         The copy, by the source's name, and why for each file that is not in it.
@@ -118,8 +123,8 @@ def copy(wanted: Sequence[Path], source: Path, cache: Path) -> tuple[Path, dict[
     Raises:
         OSError: no room.
     """
-    home = _made(_home(cache, [str(source)]))
-    root = home / source.name
+    home = _made(_home(cache, [str(source), *sorted({str(part) for part in parts} - {str(source)})]))
+    root = home / (source.name or "root")
     targets = [root / file.relative_to(source) for file in wanted]
     kept, pool = set(targets), ThreadPoolExecutor(8)  # a drive in a network answers slowly, and many at once
     with _alone(home):
@@ -226,10 +231,10 @@ class _Limited:
         self.stream.seek(position)
 
 
-def _write(member: Member, target: Path, partial: Path) -> str:
-    """Put a member in its place, whole; say what is wrong with it, "" if nothing is."""
+def _write(member: Member, target: Path, partial: Path, edited: bool) -> str:
+    """Put a member in its place, whole, unless it or what was `edited` of it is there; what is wrong with it, or ""."""
     try:
-        if target.is_file() and target.stat().st_size == member.size:
+        if target.is_file() and (edited or target.stat().st_size == member.size):
             return ""
         target.parent.mkdir(parents=True, exist_ok=True)
         with member.open() as source, partial.open("wb") as sink:
@@ -247,7 +252,7 @@ def _unpacked(root: Path, record: Path) -> list[str] | None:
     """What was refused when the archive was unpacked; None if it was not, or something of it is missing now."""
     try:
         found = json.loads(record.read_text())
-        if all((root / name).stat().st_size == size for name, size in found["sizes"].items()):
+        if all((root / name).is_file() for name in found["names"]):
             return found["refused"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass

@@ -76,6 +76,7 @@ def save(path: Path, state: State, settings: dict, *, regular: bool = True, abou
         with state.evaluated():
             tensors |= {f"average.{name}": weight.detach().clone() for name, weight in weights.items()}
     plain = {"scaler": state.scaler.state_dict(), "rate_factor": state.rate_factor, "optimizer": {}}
+    plain["asked_factor"] = state.asked_factor
     # Some optimizers keep figures of their own with the groups: Prodigy's rate, the schedule-free average's weight.
     plain["groups"] = [
         {k: v for k, v in group.items() if isinstance(v, int | float)} for group in state.optimizer.param_groups
@@ -243,6 +244,7 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
         state.scaler.load_state_dict(checkpoint.plain["scaler"])
     state.skipped = checkpoint.tensors["skipped"].to(state.skipped.device)
     state.rate_factor = checkpoint.plain["rate_factor"]
+    state.asked_factor = checkpoint.plain.get("asked_factor", 1.0)
     state.step = checkpoint.step
     if checkpoint.plain["groups"] is None:  # of a fork with another optimizer
         return
@@ -294,7 +296,7 @@ def fork(checkpoint: Checkpoint, folder: Path, settings: dict) -> Checkpoint:
     grouping = ["optimizer", "learning_rate_ratio", "block_rates", "text_encoder_rate", "text_encoder_2_rate"]
     grouping += ["learning_rate"] * any(settings.get(rate) for rate in TEXT_RATES)  # theirs are given against it
     kept = all(checkpoint.settings.get(name) == settings.get(name) for name in grouping)
-    tensors, plain = checkpoint.tensors, checkpoint.plain | {"rate_factor": 1.0}
+    tensors, plain = checkpoint.tensors, checkpoint.plain | {"rate_factor": 1.0, "asked_factor": 1.0}
     if not kept:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
         plain = plain | {"groups": None, "optimizer": {}}

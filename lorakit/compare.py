@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lorakit import adapter as adapters
 from lorakit import backup, checkpoint, export, files, merge, record, sample
+from lorakit import base as bases
 from lorakit import config as configs
 from lorakit.base import Base
 from lorakit.config import HUB_BASES, Config
@@ -104,6 +105,12 @@ def beginning(found: Candidates) -> tuple[str, list[str]]:
         demo = lora.metadata.get("ss_sd_model_name") == DEMO
         return "demo" if demo else HUB_BASES.get(lora.family, ""), [lora.metadata.get("modelspec.trigger_phrase", "")]
     return "", []
+
+
+def opened(reference: str, config: Config | None) -> Base:
+    """A base as `base.open` gives it; what a run's settings say of its base holds for that one alone."""
+    own = config and Path(reference).expanduser().resolve() == Path(config.base).expanduser().resolve()
+    return bases.open(reference, *((config.prediction_type, config.zero_terminal_snr) if own else ()))
 
 
 Column = tuple[str | None, float]  # which candidate, None at strength 0; its strength

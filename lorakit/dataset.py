@@ -168,15 +168,15 @@ def scan(
         raise FileNotFoundError(_printable(_missing(path.absolute())))
     path, cache = path.resolve(), Path(cache or _user_cache())
     parts = _parts(path, repeats, _one_line(caption or ""), regularisation, cache, problems)
-    held, folders, chosen = [], [], {}  # chosen: file → (part, caption source, caption)
-    for part in parts:
-        files = sorted(_walk(part, problems), key=lambda file, root=part.folder: _natural(_name(file, root)))
-        if copy and not part.folder.is_relative_to(cache.resolve()):
-            part, files = _copied(part, files, cache / "copies", problems)
+    walked = [sorted(_walk(p, problems), key=lambda file, p=p: _natural(_name(file, p.folder))) for p in parts]
+    root = Path(os.path.commonpath([part.folder for part in parts] or [path.parent]))
+    if copy and parts and not root.is_relative_to(cache.resolve()):  # else unpacked there
+        root, parts, walked = _copied(root, parts, walked, cache / "copies", problems)
+    held, chosen = [], {}  # chosen: file → (part, caption source, caption)
+    for part, files in zip(parts, walked, strict=True):
         captions = _captions(files, part, first_line, problems)
         chosen |= {file: (part, *captions[file]) for file in files if file in captions}
-        held, folders = held + files, [*folders, part.folder]
-    root = Path(os.path.commonpath(folders or [path.parent]))
+        held += files
     pictures, first, facts = [], {}, _measured(list(chosen), path, cache, fresh)
     for (file, (part, source, text)), measured in zip(chosen.items(), facts, strict=True):
         times = _times(file.parent, part)
@@ -223,31 +223,42 @@ def open_picture(picture: Picture | str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path}: {error}") from error
 
 
-def masks(pictures: Sequence[Picture], where: str | os.PathLike, root: Path) -> list[Mask | None]:
+def masks(
+    pictures: Sequence[Picture], where: str | os.PathLike, root: Path, *, copy: bool = False, cache: Path | None = None
+) -> list[Mask | None]:
     """The mask of each picture; None for one that has none and so counts as a whole.
 
     Args:
         where: "alpha" for the pictures' own transparency, or a folder that holds a picture by the same name (and in
             the same subfolder, or in none) for each that is masked.
         root: of the pictures.
+        copy, cache: as in `scan`, of a folder with masks.
 
     Raises:
         ValueError: not a single picture has a mask.
         FileNotFoundError: no such folder.
+        OSError: no room for the copy, or a mask cannot be copied.
     """
     found: list[Mask | None] = []
     if where == "alpha":
         found = [Mask(p.path, p.digest, True) if _has_alpha(p.path) else None for p in pictures]
     else:
-        folder = Path(where).expanduser()
+        folder, failed = Path(where).expanduser().resolve(), {}
         if not folder.is_dir():
-            raise FileNotFoundError(_printable(_missing(folder.absolute())))
-        files = [f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name)]
-        by_name = {(f.parent.relative_to(folder).as_posix(), _stem(f)[1]): f for f in sorted(files)}
+            raise FileNotFoundError(_printable(_missing(folder)))
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name))
+        by_name, here = {(f.parent.relative_to(folder).as_posix(), _stem(f)[1]): f for f in files}, folder
+        if copy:  # beside those of datasets: a folder may be both
+            here, failed = archive.copy(files, folder, Path(cache or _user_cache()) / "masks")
         for picture in pictures:
             group, stem = picture.known_as.parent.relative_to(root).as_posix(), _stem(picture.known_as)[1]
-            file = by_name.get((group, stem)) or by_name.get((".", stem))
-            found.append(Mask(file, hashlib.sha256(file.read_bytes()).hexdigest(), False) if file else None)
+            if (file := by_name.get((group, stem)) or by_name.get((".", stem))) is None:
+                found.append(None)
+                continue
+            if file in failed:  # else the whole picture would be learned
+                raise OSError(f"The mask {file} {failed[file]}")
+            file = here / file.relative_to(folder)
+            found.append(Mask(file, hashlib.sha256(file.read_bytes()).hexdigest(), False))
     if not any(found):
         what = "no picture is transparent anywhere" if where == "alpha" else "it holds no picture by their names"
         raise ValueError(_printable(f"mask {str(where)!r} masks nothing: {what}. Set mask to null, or mask some."))
@@ -449,13 +460,21 @@ def _checked(part: _Part) -> _Part:
     return part
 
 
-def _copied(part: _Part, files: list[Path], cache: Path, problems: list[Problem]) -> tuple[_Part, list[Path]]:
-    """The part and its files in their copy on local disk; files that are never opened are named, not copied."""
-    read = PICTURES | {*part.suffixes}
-    wanted = [file for file in files if file.suffix.lower() in read or file.name in METADATA]
-    folder, failed = archive.copy(wanted, part.folder, cache)
+def _copied(
+    root: Path, parts: list[_Part], walked: list[list[Path]], cache: Path, problems: list[Problem]
+) -> tuple[Path, list[_Part], list[list[Path]]]:
+    """The root, the parts and their files in one copy on local disk, where they have the same names relative to it.
+
+    Files that are never opened are named, not copied.
+    """
+    wanted = {}  # each once: two parts may be links to one folder
+    for part, files in zip(parts, walked, strict=True):
+        read = PICTURES | {*part.suffixes}
+        wanted |= {file: None for file in files if file.suffix.lower() in read or file.name in METADATA}
+    here, failed = archive.copy(list(wanted), root, cache, [part.folder for part in parts])
     problems += [Problem(file, reason) for file, reason in failed.items()]
-    return replace(part, folder=folder), [folder / f.relative_to(part.folder) for f in files if f not in failed]
+    parts = [replace(part, folder=here / part.folder.relative_to(root)) for part in parts]
+    return here, parts, [[here / f.relative_to(root) for f in files if f not in failed] for files in walked]
 
 
 def _captions(files: list[Path], part: _Part, first_line: bool, problems: list[Problem]) -> dict[Path, tuple[str, str]]:

@@ -22,22 +22,51 @@ class Decisions:
     replace: Mapping[str, str] = field(default_factory=dict)  # name: file that takes the picture's place
 
 
-def save(decisions: Decisions, path: str | Path) -> None:
+def save(decisions: Decisions, path: str | Path, source: str | Path) -> None:
+    """Keep what was decided about a folder or archive, beside what was about others."""
+    read = _read(path) if Path(path).exists() else {}
+    own = {_key(source): vars(decisions)}
     with files.replacing(path) as partial:
-        partial.write_text(json.dumps(vars(decisions), indent=2) + "\n", "utf-8")
+        text = json.dumps({"last": _key(source), "of": read.get("of", {}) | own}, indent=2, ensure_ascii=False)
+        partial.write_text(text + "\n", "utf-8")
 
 
-def load(path: str | Path) -> Decisions:
-    """Read what was saved.
+def load(path: str | Path, source: str | Path) -> Decisions:
+    """What was decided about a folder or archive; nothing, where the file is about others alone.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: the file holds something else.
     """
     try:
-        read = json.loads(Path(path).read_text("utf-8"))
-        return Decisions(tuple(read["leave_out"]), tuple(read["keep"]), dict(read["replace"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no decisions about pictures ({error!r}): delete it and decide again") from error
+        own = _read(path)["of"].get(_key(source))
+        return Decisions(tuple(own["leave_out"]), tuple(own["keep"]), dict(own["replace"])) if own else Decisions()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _foreign(path, error) from error
+
+
+def last(path: str | Path) -> Path | None:
+    """The folder or archive that was decided about last, if it is still there."""
+    try:
+        found = Path(_read(path)["last"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    return found if found.exists() else None
+
+
+def _read(path: str | Path) -> dict:
+    try:
+        return dict(json.loads(Path(path).read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise _foreign(path, error) from error
+
+
+def _foreign(path: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} holds no decisions about pictures ({error!r}): delete it and decide again")
+
+
+def _key(source: str | Path) -> str:
+    return str(Path(source).expanduser().resolve())
 
 
 def decide(dataset: Dataset, decisions: Decisions) -> Dataset:

@@ -100,6 +100,8 @@ def open(name: str = "clip", device: str = "auto") -> Eyes:
     """
     from transformers import AutoModel, AutoTokenizer
 
+    if name == "demo" and not EMBEDDED.is_dir():
+        raise FileNotFoundError("The embedded base has no model that sees yet: `python -m lorakit.demo.eyes` makes it.")
     folder = EMBEDDED if name == "demo" else fetch.model(name, MODELS)
     bases._quiet()
     if not list(folder.glob("*.safetensors")):

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from lorakit import config as configs
@@ -227,9 +228,15 @@ def _dataset(config: Config) -> dict[str, Path | bytes]:
     from lorakit import metadata as metadatas
     from lorakit import prepare
 
-    parcel, telling = {}, []
-    for picture in prepare.scan(config).pictures:
-        path = Path("dataset", picture.group, picture.path.name)
+    parcel, telling, found = {}, [], prepare.scan(config).pictures
+    places = [Path("dataset", picture.group, picture.known_as.name) for picture in found]
+    taken = {place.with_suffix("") for place in places}
+    for place, picture in zip(places, found, strict=True):
+        path = place.with_suffix(picture.path.suffix or place.suffix)  # a replacement's own: it may be of another kind
+        if path != place and (path in places or path.as_posix() in parcel):  # another picture's name
+            numbered = (place.with_name(f"{place.stem} ({number})") for number in count(2))
+            taken.add(free := next(name for name in numbered if name not in taken))
+            path = free.with_name(free.name + path.suffix)
         parcel[path.as_posix()] = picture.path
         if picture.caption:
             parcel[path.with_suffix(".txt").as_posix()] = picture.caption.encode()

@@ -15,6 +15,7 @@ from lorakit import base as bases
 from lorakit import board, cache, record, sample, train
 from lorakit.config import Config
 from lorakit.prepare import Prepared
+from lorakit.processes import ALONE, Team
 from lorakit.train import Step
 
 
@@ -25,7 +26,7 @@ class Live:
     stop: threading.Event = field(default_factory=threading.Event)  # end after this step, saved
     save: threading.Event = field(default_factory=threading.Event)
     sample: threading.Event = field(default_factory=threading.Event)
-    learning_rate: float | None = None  # the schedule's highest, from now on; None: as in the settings
+    learning_rate: float | None = None  # the schedule's highest, from now on; None: as it is
     prompts: Sequence[str] | None = None  # of the samples, from now on; None: as in the settings
     prepared: Prepared | None = None  # once it is
     step: int = 0
@@ -34,34 +35,45 @@ class Live:
 
 def obeying(
     live: Live, state: train.State, prepared: Prepared, config: Config, keeper: record.Keeper, log: record.Log,
-    stop_file: Path, say: Callable[[str], None],
+    stop_file: Path, say: Callable[[str], None], team: Team = ALONE,
 ) -> Callable[[Step], None]:  # fmt: skip
     """A listener that does what is asked for, but for samples, which are the sampler's.
 
     A learning rate that was changed is part of the state, as a factor of the run's own: a run that is cut later goes
-    on with it, and ends as if it had not been cut.
+    on with it, and ends as if it had not been cut. What was asked for before the first step holds for that one, too.
     """
-    rate, prompts = live.learning_rate, live.prompts
+    prompts = None
+
+    def rate() -> dict:
+        """Use the learning rate that is asked for from the next step on; what is told of it in the log."""
+        wanted = live.learning_rate
+        if wanted is None or wanted / config.learning_rate == state.asked_factor:
+            return {}
+        if not 0 < wanted < math.inf or team.size > 1:
+            why = "is none: give a number above 0" if team.size == 1 else "would not reach the other processes"
+            say(f"rate      {wanted} {why}. It stays as it was")
+            live.learning_rate = None
+            return {}
+        state.asked_factor = wanted / config.learning_rate
+        say(f"rate      {wanted:g} as asked, from step {state.step + 1} on")
+        return {"learning_rate": wanted}
+
+    if begun := rate():
+        log.marks[state.step + 1] = {"asked": begun}
 
     def listener(step: Step) -> None:
-        nonlocal rate, prompts
+        nonlocal prompts
         live.step = step.number
         if stop_file.exists():
             live.stop.set()
-        asked = {}
-        if (wanted := live.learning_rate) is not rate and wanted != rate:
-            rate, wanted = wanted, config.learning_rate if wanted is None else wanted
-            if 0 < wanted < math.inf:
-                state.rate_factor, asked["learning_rate"] = wanted / config.learning_rate, wanted
-                say(f"rate      {wanted:g} as asked, from step {step.number + 1} on")
-            else:
-                say(f"rate      {wanted} is none: give a number above 0. It stays as it was")
+        asked = rate()
         if live.prompts != prompts:
             prompts = live.prompts
             asked["prompts"] = list(prompts or prepared.prompts)
             say(f"prompts   {len(asked['prompts'])} as asked, for the samples from now on")
         if asked:
-            log.marks.setdefault(step.number, {})["asked"] = asked
+            mark = log.marks.setdefault(step.number, {})
+            mark["asked"] = mark.get("asked", {}) | asked
         if live.save.is_set():
             live.save.clear()
             keeper(False)

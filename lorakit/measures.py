@@ -4,7 +4,7 @@ Vectors are unit vectors as `eyes` gives them, so that a product of two is their
 the same prompts and seeds: row i of one array belongs to row i of the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -74,18 +74,17 @@ def nearest(pictures: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def rises(values: Sequence[float]) -> float:
-    """Whether values rise with their order: Spearman's rank correlation with it, 1 for always."""
-    ranks = np.argsort(np.argsort(values))
-    order = np.arange(len(ranks))
-    return float(np.corrcoef(ranks, order)[0, 1]) if len(ranks) > 1 else 1.0
+    """Whether values rise with their order: Kendall's share of pairs that do, less those that fall; 1 for always."""
+    pairs = [np.sign(later - earlier) for i, earlier in enumerate(values) for later in values[i + 1 :]]
+    return float(np.mean(pairs)) if pairs else 0.0
 
 
 # ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def arrays(pictures: Sequence[Image.Image]) -> list[np.ndarray]:
-    """RGB in [0, 255], (H, W, 3), float32."""
-    return [np.asarray(picture.convert("RGB"), np.float32) for picture in pictures]
+def arrays(pictures: Sequence[Image.Image]) -> Iterator[np.ndarray]:
+    """RGB in [0, 255], (H, W, 3), float32, one at a time."""
+    return (np.asarray(picture.convert("RGB"), np.float32) for picture in pictures)
 
 
 def broken(pictures: Sequence[Image.Image]) -> float:

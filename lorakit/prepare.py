@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,12 +69,17 @@ def scan(config: Config) -> dataset.Dataset:
     """
     path = DEMO if config.dataset == "demo" else config.dataset
     found = dataset.scan(path, repeats=config.repeats, copy=dataset.far(path))
-    return decisions.decide(found, decisions.load(config.decisions)) if config.decisions else found
+    if not config.decisions:
+        return found
+    decided = decisions.load(config.decisions, path)
+    here = {decisions.name_of(picture.known_as, found) for picture in found.pictures}
+    still = tuple(name for name in decided.leave_out if name in here)  # what is gone is out anyway
+    return decisions.decide(found, replace(decided, leave_out=still))
 
 
 def run(
     config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool | cache.Progress = True,
-    shared_by: int = 1, rungs: Sequence[Config] = (),
+    shared_by: int = 1, rungs: Sequence[Config] = (), stop: threading.Event | None = None,
 ) -> Prepared:  # fmt: skip
     """Check everything that can be checked, then encode pictures and captions into the run's cache.
 
@@ -82,10 +88,12 @@ def run(
     Args:
         shared_by: processes that share each batch.
         rungs: settings to come down to, the config first; () takes `plan.ladder`'s.
+        stop: set from elsewhere, ends it between two pictures or batches of captions.
 
     Raises:
         ValueError: settings that do not suit the base, or no usable picture.
         FileNotFoundError: no such base or dataset.
+        KeyboardInterrupt: `stop` was set.
     """
     device = bases.choose_device(config.device)
     dtype = bases.compute_dtype(config.mixed_precision, device)
@@ -110,7 +118,7 @@ def run(
     held_out = sorted({*chosen, *_named(config.validation_pictures, pictures)})
     kept = [place for place in range(len(pictures)) if place not in held_out]
     if held_out:
-        names = [pictures.pictures[place].path.name for place in held_out]
+        names = [pictures.pictures[place].known_as.name for place in held_out]
         say(f"held out  {len(names)} of {len(pictures)} pictures, to judge by: {', '.join(names)}")
     if chosen:
         say("          " + evaluate.representative(chosen, kinds))
@@ -119,7 +127,7 @@ def run(
     if held_out:
         contents["held_out"] = digest(sorted(pictures.pictures[place].digest for place in held_out))
     if config.regularisation:
-        prior = dataset.scan(config.regularisation)
+        prior = dataset.scan(config.regularisation, copy=dataset.far(config.regularisation))
         say("class     " + prior.describe().replace("\n", "\n          "))
         kept += range(len(everything), len(everything) + len(prior))
         everything += prior.pictures
@@ -132,10 +140,10 @@ def run(
         contents["start_from"] = files.sha256(file)[:16]
     masks = []
     if config.mask:
-        masks = dataset.masks(pictures.pictures, config.mask, pictures.root)
+        masks = dataset.masks(pictures.pictures, config.mask, pictures.root, copy=dataset.far(config.mask))
         masks += [None] * (len(everything) - len(masks))
         contents["mask"] = digest([mask and [mask.digest, mask.alpha] for mask in masks])
-        bare = [p.path.name for p, mask in zip(pictures.pictures, masks, strict=False) if mask is None]
+        bare = [p.known_as.name for p, mask in zip(pictures.pictures, masks, strict=False) if mask is None]
         say(f"masks     {len(pictures) - len(bare)} of {len(pictures)} pictures have one" + "; not: " * bool(bare)
             + ", ".join(bare[:5]) + " …" * (len(bare) > 5))  # fmt: skip
     config, fits, batches, prediction = _fitting(
@@ -144,7 +152,13 @@ def run(
     )  # fmt: skip
     prompts = list(config.sample_prompts) or [p.caption for p in pictures.pictures[:4]]
     began = time.monotonic()
-    with bar(progress) as show:
+    with bar(progress) as draw:
+
+        def show(*seen) -> None:
+            draw(*seen)
+            if stop and stop.is_set():
+                raise KeyboardInterrupt("stopped while pictures and captions were encoded; what is done is kept")
+
         store = folder / "cache"
         encoded = cache.encode_pictures(
             base, everything, fits, store, device=device, dtype=dtype, flip=config.flip, masks=masks, progress=show,
@@ -163,7 +177,7 @@ def run(
     say(f"cache     {len(encoded)} pictures and {len(texts)} texts ready in {time.monotonic() - began:.1f} s")
     return Prepared(
         config, base, pictures, [encoded[i] for i in kept], [encoded[i] for i in held_out],
-        [everything[i].path.name for i in kept], texts, repeats, prompts, batches, contents,
+        [everything[i].known_as.name for i in kept], texts, repeats, prompts, batches, contents,
         prediction,
     )  # fmt: skip
 
@@ -240,7 +254,7 @@ def _named(names: Sequence[str], pictures: dataset.Dataset) -> list[int]:
     """
     places = []
     for name in names:
-        found = [i for i, p in enumerate(pictures.pictures) if name in (p.path.name, p.path.stem)]
+        found = [i for i, p in enumerate(pictures.pictures) if name in (p.known_as.name, p.known_as.stem)]
         if not found:
             raise ValueError(f"validation_pictures: {pictures.root.name} holds no picture {name!r}.")
         places += found

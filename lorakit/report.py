@@ -20,7 +20,7 @@ from PIL import Image
 
 from lorakit import base as bases
 from lorakit import captions as words
-from lorakit import compare, dataset, evaluate, eyes, files, measures, plots, prepare, record, sample
+from lorakit import compare, dataset, eyes, files, measures, plots, prepare, record, sample
 from lorakit.eyes import Eyes
 
 Verdict = Literal["good", "doubtful", "bad", "not measured"]
@@ -48,7 +48,7 @@ SUBJECTS = ("rocket", "red apple", "panda", "guitar", "house", "crab", "wrapped 
 LIMITS = {  # figure → from where it is good, from where no longer bad; set by tests/bench/report_calibration.py
     "gain": (0.55, 0.3), "hits": (0.9, 0.6), "consistency": (0.2, 0.1), "adherence": (0.8, 0.6),
     "diversity": (0.6, 0.4), "copied": (0.05, 0.2), "shift": (12.0, 25.0), "clipped": (0.03, 0.1),
-    "residue": (1.35, 1.8), "broken": (0.0, 0.02), "rises": (0.89, 0.6), "leak": (0.5, 0.75), "unrelated": (0.4, 0.7),
+    "residue": (1.35, 1.8), "broken": (0.0, 0.02), "rises": (0.79, 0.4), "leak": (0.5, 0.75), "unrelated": (0.4, 0.7),
 }  # fmt: skip
 CURES = {  # the guide's
     "nothing": "the trigger in captions and prompt must agree: check its spelling; train longer",
@@ -165,7 +165,7 @@ def report(
     config, labels = found.config, list(found.paths)
     name = Path(source).stem if config is None else config.name
     usual, _ = compare.beginning(found)
-    opened = base if isinstance(base, bases.Base) else bases.open(base or usual)
+    opened = base if isinstance(base, bases.Base) else compare.opened(base or usual, config)
     pictures = pictures or (prepare.scan(config) if config else None)
     lora = record.lora_of(found.paths[labels[-1]])
     trigger = trigger or (config.trigger if config else lora.metadata.get("modelspec.trigger_phrase", ""))
@@ -186,7 +186,12 @@ def report(
 
     def made(prompts: Sequence[str], seeds: Sequence[int], columns: Sequence[compare.Column]) -> list[list]:
         """Pictures, a row a prompt, a column a variant."""
-        chosen = compare.variants(opened, columns, found.paths, tell=say)
+        refused: list[str] = []
+        chosen = compare.variants(opened, columns, found.paths, tell=refused.append)
+        for text in refused:
+            say(f"report    {text}")
+        if any(column not in chosen for column in columns):
+            raise ValueError(f"Not all can be judged on {opened.name}. {' '.join(refused)}")
         grid: list[list] = [[None] * len(columns) for _ in prompts]
         done = sample.stream(opened, prompts, [chosen[column] for column in columns], seeds=list(seeds), **settings)
         for row, column, picture in done:
@@ -207,7 +212,8 @@ def report(
     places = np.cumsum([0, count, len(asked.bare), len(asked.unrelated), len(asked.captions)])
     second, bare, unrelated, told = ([[row[c] for row in more[a:b]] for c in (0, 1)]
                                      for a, b in zip(places, places[1:], strict=False))  # fmt: skip
-    training = [dataset.open_picture(picture) for picture in pictures.pictures] if pictures else []
+    size = settings.get("size") or (opened.resolution, opened.resolution)
+    training = [_as_trained(picture, *size) for picture in pictures.pictures] if pictures else []
     figures, copies = _figures(
         asked, [list(column) for column in zip(*shown, strict=True)], second, bare, unrelated, told, training, seeing
     )
@@ -215,6 +221,8 @@ def report(
     if config and len(labels) > 1:
         marks = _checkpoints(Path(source), found, made, asked, seed, most, training, seeing, say)
     recommended, why = recommend(marks)
+    if marks and recommended is None and found.best:
+        recommended, why = found.best, str(record.best_checkpoint(Path(source))[1])
     faults = diagnose(figures)
     total = sum(map(len, shown)) + sum(map(len, more)) + len(marks) * count
     return Report(
@@ -261,7 +269,8 @@ def _phrase(own: Sequence[str], trigger: str) -> str:
     if not trigger:
         return ""
     parts = Counter(part for caption in own for part in words.tags(caption) if trigger in part)
-    return parts.most_common(1)[0][0] if parts else trigger
+    part, times = parts.most_common(1)[0] if parts else ("", 0)
+    return part if times > len(own) / 3 else trigger  # a part of one caption alone says what is on that picture
 
 
 def _open_eyes(
@@ -274,8 +283,8 @@ def _open_eyes(
     try:
         return eyes.open(("demo" if embedded else "clip") if see == "auto" else see, device), []
     except (FileNotFoundError, ValueError) as error:
-        say(f"report    {error}")
-        return None, [f"likeness, adherence, diversity and copies: {error}"]
+        say(f"report    {error}")  # which may name a folder: not for the page
+        return None, ["likeness, adherence, diversity and copies: the model that sees could not be loaded"]
 
 
 # ── What is measured ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -346,12 +355,22 @@ def _figures(
     return figures, copies
 
 
+def _as_trained(picture: dataset.Picture, height: int, width: int) -> Image.Image:
+    """A training picture at about the size that pictures are made in, so that fine detail can be compared."""
+    image = dataset.open_picture(picture)
+    share = (width * height / (image.width * image.height)) ** 0.5
+    if share >= 1:
+        return image
+    smaller = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+    return image.resize(smaller, Image.Resampling.LANCZOS)
+
+
 def _checkpoints(source: Path, found, made, asked: _Asked, seed: int, most: int, training, seeing, say):
     """Up to `most` checkpoints of a run, spread over it, the last among them, with likeness and adherence."""
-    labels = list(found.paths)
+    labels = [label for label in found.paths if _sound(found.paths[label], say)]
     places = np.unique(np.linspace(0, len(labels) - 1, min(most, len(labels))).round().astype(int))
     chosen = [labels[i] for i in places]
-    if found.best and found.best not in chosen:
+    if found.best in labels and found.best not in chosen:
         chosen = sorted([*chosen, found.best], key=labels.index)
     say(f"report    {len(chosen)} checkpoints")
     grid = made(asked.prompts, range(seed, seed + len(asked.prompts)), [(None, 0.0), *((c, 1.0) for c in chosen)])
@@ -376,16 +395,23 @@ def _checkpoints(source: Path, found, made, asked: _Asked, seed: int, most: int,
     return tuple(result)
 
 
+def _sound(path: Path, say: Callable[[str], None]) -> bool:
+    try:
+        record.lora_of(path)
+    except (ValueError, OSError, FloatingPointError) as error:
+        say(f"report    {error}")
+        return False
+    return True
+
+
 # ── What is concluded ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def recommend(marks: Sequence[Mark]) -> tuple[str | None, str]:
-    """The checkpoint to keep and why: the highest product of likeness and adherence, else the lowest validation loss.
+    """The checkpoint to keep and why: the highest product of likeness and adherence; None where these are not measured.
 
     Of checkpoints whose product is within 3 % of the best, the earliest: less trained is less overfitted.
     """
-    if not marks:
-        return None, ""
     scored = [(max(m.gain, 0.0) * min(m.adherence, 1.0), m) for m in marks if None not in (m.gain, m.adherence)]
     if scored and max(score for score, _ in scored) > 0:
         best = max(score for score, _ in scored)
@@ -394,11 +420,7 @@ def recommend(marks: Sequence[Mark]) -> tuple[str | None, str]:
             f"likeness to the training pictures {mark.gain:.2f} of what they have among themselves, and "
             f"{mark.adherence:.0%} of the bare base's adherence to prompts"
         )
-    losses = [(m.validation_loss, m) for m in marks if m.validation_loss is not None]
-    if not losses:
-        return None, ""
-    advice = evaluate.advise([m.step for _, m in losses], [loss for loss, _ in losses])
-    return min(losses, key=lambda pair: pair[0])[1].label, str(advice)
+    return None, ""
 
 
 def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
@@ -440,8 +462,8 @@ ROWS = (  # figure, the guide's aspect, what it is, how it is measured, the faul
      "learning rate"),
     ("broken", "no artifacts", "share of pictures of a single colour", "spread of all pixels below 2 levels",
      "learning rate"),
-    ("rises", "strength control", "whether likeness rises with strength", "rank correlation over 0, 0.5, 0.7, 0.9, 1",
-     "overfitted"),
+    ("rises", "strength control", "whether likeness rises with strength",
+     "pairs of the five strengths that rise, less those that fall", "overfitted"),
     ("leak", "leakage", "change without the trigger, against the change with it", "the same subjects, no trigger",
      "leaking"),
     ("unrelated", "leakage", "change of unrelated prompts, against the change with the trigger",

@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -177,7 +178,7 @@ def _start(
         if team.first:
             files.sweep(folder)
             (folder / "STOP").unlink(missing_ok=True)
-            prepared, saved = _ready(config, folder, team, say, progress, fork)
+            prepared, saved = _ready(config, folder, team, say, progress, fork, live.stop)
             _room(prepared, folder, say)
         else:  # as the first one has decided, from what it has encoded
             config = configs.load(folder / "config.json")
@@ -225,7 +226,7 @@ def _start(
             back = saved.step if saved else 0
             if copier:
                 copier.back(back)
-            if factor < LEAST_FACTOR * min(1, (live.learning_rate or config.learning_rate) / config.learning_rate):
+            if factor < LEAST_FACTOR:
                 raise FloatingPointError(_hopeless(error, config)) from error
             state = _state(models, prepared.base, config, device, dtype, saved)
             state.rate_factor = factor
@@ -271,7 +272,8 @@ def _start(
     cache.free(device)
     sheet = folder / "comparison.png"
     prompts = list(live.prompts or prepared.prompts)
-    comparison = _draw(say, sheet.name, lambda: compare(prepared.base, lora, prompts, config, sheet, progress=progress))
+    drawn = lambda: compare(prepared.base, lora, prompts, config, sheet, progress=progress, stop=live.stop)  # noqa: E731
+    comparison = _draw(say, sheet.name, drawn)
     if comparison:
         say(f"look      {sheet.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
     if copier:
@@ -283,12 +285,12 @@ def _start(
 
 def _ready(
     config: Config, folder: Path, team: processes.Team, say: Callable[[str], None], progress: bool | Progress,
-    fork: Path | None,
+    fork: Path | None, stop: threading.Event,
 ) -> tuple[Prepared, checkpoint.Checkpoint | None]:  # fmt: skip
     """Prepare a run, or find where it goes on, and write down the settings it has."""
     if fork and (fork / "cache").is_dir() and not (folder / "cache").exists():
         shutil.copytree(fork / "cache", folder / "cache")  # nothing is encoded twice
-    prepared = prepare.run(config, folder, say=say, progress=progress, shared_by=team.size)
+    prepared = prepare.run(config, folder, say=say, progress=progress, shared_by=team.size, stop=stop)
     warn = lambda text: say(f"resume    {text}")  # noqa: E731
     saved, fetched = checkpoint.newest(folder / "checkpoints", warn), None
     if config.backup:
@@ -488,14 +490,14 @@ def _drain(
         keeper = record.Keeper(folder, state, decided, config, about, log, copier, say)
         keep = checkpoint.every(config.save_every, config.save_minutes, keeper)
         own = [  # the log before what saves it, and wishes before the state is saved that has them
-            log, obeying(live, state, prepared, config, keeper, log, folder / "STOP", say), keep,
+            log, obeying(live, state, prepared, config, keeper, log, folder / "STOP", say, team), keep,
             sampler(unet, state, prepared, config, folder, live, say, on_board),
         ]  # fmt: skip
         if prepared.held_out:
             own_pictures = [picture for picture in prepared.pictures if not picture.prior]
             judge = evaluate.every(
                 config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
-                config, lambda mark: log.marks.update({mark.step: mark.facts()}),
+                config, lambda mark: log.marks.setdefault(mark.step, {}).update(mark.facts()),
             )  # fmt: skip
             own.insert(1, judge)
         try:
@@ -542,18 +544,31 @@ def _draw_loss(folder: Path, config: Config) -> None:
 
 def compare(
     base: bases.Base, lora: Path, prompts: Sequence[str], config: Config, path: Path, *,
-    strengths: Sequence[float] = STRENGTHS, progress: bool | Progress = True,
-) -> Path:  # fmt: skip
-    """A sheet of pictures made with the exported file: a row a prompt, a column a strength, the same noise in each."""
+    strengths: Sequence[float] = STRENGTHS, progress: bool | Progress = True, stop: threading.Event | None = None,
+) -> Path | None:  # fmt: skip
+    """A sheet of pictures made with the exported file: a row a prompt, a column a strength, the same noise in each.
+
+    Args:
+        stop: set from elsewhere, ends it after the current denoising step.
+
+    Returns:
+        The sheet's path; None where it was stopped: nothing is written then.
+    """
     loaded = export.load(lora)
-    with prepare.bar(progress) as show:
-        rows = sample.generate(
-            base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
-            attach=lambda models: export.inject(models, base, loaded), adapts=loaded.adapts, steps=config.sample_steps,
-            guidance=config.sample_guidance, clip_skip=config.clip_skip, device=config.device,
-            precision=config.mixed_precision, quantize=config.quantize, batch=at_once(config),
-            on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)),
-        )  # fmt: skip
+    try:
+        with prepare.bar(progress) as show:
+            rows = sample.generate(
+                base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
+                attach=lambda models: export.inject(models, base, loaded), adapts=loaded.adapts,
+                steps=config.sample_steps, guidance=config.sample_guidance, clip_skip=config.clip_skip,
+                device=config.device, precision=config.mixed_precision, quantize=config.quantize,
+                batch=at_once(config), on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)),
+                stop=stop,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if stop and stop.is_set():
+            return None
+        raise
     labels = ["base" if s == 0 else f"strength {s:g}" for s in strengths]
     plots.grid(rows, row_labels=list(prompts), column_labels=labels, path=path)
     return path

@@ -7,8 +7,9 @@ import io
 import json
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -181,7 +182,7 @@ def stream(
 
     The base is loaded once, whatever the number of variants: first its text encoders, then UNet and VAE. Adapters are
     put in and taken out again one after the other. Closing the generator, or setting `stop`, ends it after the current
-    denoising step and hands the memory back.
+    denoising step. However it ends, by an error too, the memory is handed back.
 
     Args:
         seeds: one for each prompt, or the first of a row of them.
@@ -209,7 +210,7 @@ def stream(
     target, stop = bases.choose_device(device), stop or threading.Event()
     dtype = bases.compute_dtype(precision, target)
 
-    def made() -> Generator[Placed, None, None]:
+    def making() -> Generator[Placed, None, None]:
         with tempfile.TemporaryDirectory() as scratch:
             plain = cache.encode_texts(
                 base, [*prompts, negative], folder or Path(scratch), device=target, dtype=dtype, clip_skip=clip_skip
@@ -218,24 +219,34 @@ def stream(
         if stop.is_set():
             return
         unet, vae = bases.load_unet(base, dtype, target, quantize), bases.load_vae(base, dtype, target)
+        for variant, columns in _by_adapter(variants):
+            with _attached(variant, {"unet": unet}) as adapter:
+                for column in columns:
+                    *wanted, unwanted = said[column]
+                    for start in range(0, len(wanted), batch):
+                        some = slice(start, start + batch)
+                        with _at(adapter, variants[column].strength):
+                            found = latents(
+                                unet, base, wanted[some], unwanted, seeds[some], size=size, steps=steps,
+                                guidance=guidance, scheduler_name=scheduler_name, batch=batch, stop=stop,
+                            )  # fmt: skip
+                        for row, x in enumerate(found, start):
+                            yield Placed(row, column, decode(vae, x[None])[0])
+                            if stop.is_set():
+                                return
+                        if stop.is_set():
+                            return
+            if adapter:  # before the next one is loaded
+                del adapter
+                cache.free(target)
+
+    def made() -> Generator[Placed, None, None]:
         try:
-            for variant, columns in _by_adapter(variants):
-                with _attached(variant, {"unet": unet}) as adapter:
-                    for column in columns:
-                        *wanted, unwanted = said[column]
-                        for start in range(0, len(wanted), batch):
-                            some = slice(start, start + batch)
-                            with _at(adapter, variants[column].strength):
-                                found = latents(
-                                    unet, base, wanted[some], unwanted, seeds[some], size=size, steps=steps,
-                                    guidance=guidance, scheduler_name=scheduler_name, batch=batch, stop=stop,
-                                )  # fmt: skip
-                            for row, x in enumerate(found, start):
-                                yield Placed(row, column, decode(vae, x[None])[0])
-                                if stop.is_set():
-                                    return
+            yield from making()  # models and adapters are held by its frame alone, which is gone when memory is freed
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # a notebook keeps the last error, and with it the UNet
+            raise
         finally:
-            del unet, vae
             cache.free(target)
 
     return made()
@@ -284,7 +295,8 @@ def _said(
 
 def generate(
     base: bases.Base, prompts: Sequence[str], *, strengths: Sequence[float] = (1.0,), attach: Attach | None = None,
-    adapts: Sequence[str] = ("unet",), on_picture: Callable[[int], None] | None = None, **settings,
+    adapts: Sequence[str] = ("unet",), on_picture: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None, **settings,
 ) -> list[list[Image.Image]]:  # fmt: skip
     """All pictures of `stream`, with one adapter at one strength or several.
 
@@ -292,17 +304,25 @@ def generate(
         attach: called with models by name, returns the adapter it put there; None samples the bare base.
         adapts: the models that `attach` is for.
         on_picture: told how many pictures are done.
+        stop: set from elsewhere, ends it after the current denoising step with a KeyboardInterrupt.
         settings: as for `stream`.
 
     Returns:
-        For each prompt, a picture for each strength.
+        For each prompt, a picture for each strength; all of them.
+
+    Raises:
+        KeyboardInterrupt: stopped before the last picture. Who wants those that were made takes `stream`.
     """
     variants = [Variant(attach, tuple(adapts), value) for value in strengths]
     rows: list[list] = [[None] * len(variants) for _ in prompts]
-    for done, (row, column, picture) in enumerate(stream(base, prompts, variants, **settings), 1):
-        rows[row][column] = picture
-        if on_picture:
-            on_picture(done)
+    done = 0
+    with closing(stream(base, prompts, variants, stop=stop, **settings)) as pictures:
+        for done, (row, column, picture) in enumerate(pictures, 1):
+            rows[row][column] = picture
+            if on_picture:
+                on_picture(done)
+    if done < len(prompts) * len(variants):
+        raise KeyboardInterrupt
     return rows
 
 

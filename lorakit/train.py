@@ -49,6 +49,7 @@ class State:
     ema: optim.Ema | None = None
     step: int = 0  # optimizer updates done, skipped ones too
     rate_factor: float = 1.0  # halved whenever the run had to go back
+    asked_factor: float = 1.0  # what a person asked of the learning rate since, over the settings' own
     updating: bool = False  # in the midst of an update: what an error leaves then is neither the old state nor the new
 
     @contextmanager
@@ -299,7 +300,7 @@ def steps(
             if int(state.skipped[1]) >= TOO_MANY:
                 raise Diverged(f"{TOO_MANY} steps in a row before step {state.step + 1} were not finite.")
             state.skipped[1] = state.skipped[0]
-        rate = state.rate_factor * learning_rate(config, state.step, total)
+        rate = state.asked_factor * state.rate_factor * learning_rate(config, state.step, total)
         for settings in state.optimizer.param_groups:
             settings["lr"] = rate * settings["ratio"]
         summed = torch.zeros((), device=unet.device)

@@ -4,6 +4,7 @@ import bz2
 import errno
 import gzip
 import io
+import json
 import lzma
 import os
 import stat
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 from lorakit import archive as archives
-from lorakit import dataset
+from lorakit import captions, dataset
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 PACKERS = {".tar": "w:", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.bz2": "w:bz2", ".tar.xz": "w:xz"}
@@ -107,6 +108,55 @@ def test_an_archive_is_unpacked_in_the_users_cache_folder(tmp_path, monkeypatch)
         found = dataset.scan(pack(tmp_path / f"7_sks{suffix}", {"a.png": picture()}))
         assert found.root.is_relative_to(tmp_path / "cache" / "lorakit")
         assert (found.pictures[0].repeats, found.pictures[0].caption) == (7, "sks")
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar.gz"])
+def test_captions_that_were_edited_stay(tmp_path, suffix):
+    """The next scan once took their sizes for damage and unpacked the archive's own over them."""
+    members = {"1.png": picture(), "1.txt": b"a cat", "2.png": picture(BLUE), "2.caption": b"a dog"}
+    archive, cache, history = pack(tmp_path / f"set{suffix}", members), tmp_path / "cache", tmp_path / "history"
+
+    def scan() -> tuple[dataset.Dataset, dict[str, str]]:
+        found = dataset.scan(archive, cache=cache)
+        return found, captions.of(found)
+
+    found, old = scan()
+    new = {"1.png": "sks cat on a mat", "2.png": "sks dog in the rain"}
+    captions.write(captions.changes(old, new), found.root, history=history)
+    (found.root / "note.txt").write_text("own")
+    assert scan()[1] == new
+    found.pictures[0].path.unlink()
+    assert scan()[1] == new and found.pictures[0].path.read_bytes() == members["1.png"]
+    assert (found.root / "note.txt").read_text() == "own"
+    captions.undo(found.root, history=history)
+    assert scan()[1] == old and (found.root / "1.txt").read_bytes() == members["1.txt"]
+    captions.write(captions.changes(old, new), found.root, history=history)
+    pack(archive, members | {"2.caption": b"a wolf"})
+    changed, said = scan()
+    assert said == {"1.png": "a cat", "2.png": "a wolf"} and changed.root != found.root
+
+
+@pytest.mark.parametrize("broken", [{}, {"sizes": {"1.png": 3}, "refused": []}], ids=["no names", "an older lorakit's"])
+def test_captions_that_were_edited_stay_when_the_record_does_not_say_what_was_unpacked(tmp_path, broken):
+    archive = zipped(tmp_path / "set.zip", {"1.png": picture(), "1.txt": b"a cat"})
+    (first,) = dataset.scan(archive, cache=tmp_path / "cache").pictures
+    first.path.with_suffix(".txt").write_text("sks cat on a mat")
+    (record,) = tmp_path.rglob(".unpacked")
+    record.write_text(json.dumps(broken))
+    (second,) = dataset.scan(archive, cache=tmp_path / "cache").pictures
+    assert second.caption == "sks cat on a mat"
+
+
+def test_an_archive_that_cannot_be_read_any_more_takes_no_captions_along(tmp_path):
+    archive = zipped(tmp_path / "set.zip", {"1.png": picture(), "1.txt": b"a cat"})
+    before, (first,) = archive.stat(), dataset.scan(archive, cache=tmp_path / "cache").pictures
+    first.path.with_suffix(".txt").write_text("sks cat on a mat")
+    first.path.unlink()
+    archive.write_bytes(bytes(before.st_size))  # as a drive that lost it answers
+    os.utime(archive, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match="nor a sound zip"):
+        dataset.scan(archive, cache=tmp_path / "cache")
+    assert first.path.with_suffix(".txt").read_text() == "sks cat on a mat"
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -358,6 +408,32 @@ def test_a_copy_reads_like_its_original(tmp_path):
     assert [(p.path.name, p.reason) for p in here.problems] == [(p.path.name, p.reason) for p in there.problems]
     assert sorted(path.name for path in files_in(here.root)) == ["1.png", "1.txt", "2.png"]
     assert sorted(path.name for path in files_in(source)) == ["1.png", "1.txt", "2.png", "drawing.psd", "film.mp4"]
+
+
+def test_folders_of_a_toml_have_the_same_names_in_the_copy(tmp_path):
+    """Each once had a copy of its own, and pictures names such as 9f86d081884c7d65/a/1.png."""
+    for number, name in enumerate(["a/1.png", "b/1.png", "b/c/1.png", "other/1.png"]):
+        (tmp_path / "drive" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "drive" / name).write_bytes(picture((number, 0, 0)))
+    (tmp_path / "drive" / "b" / "1.tags").write_text("tagged")
+    os.symlink(tmp_path / "drive" / "a", tmp_path / "drive" / "link")
+
+    def scan(name: str, *folders: str, **options) -> dataset.Dataset:
+        subsets = [f"[[datasets.subsets]]\nimage_dir = '{folder}'\ncaption_extension = '.tags'" for folder in folders]
+        (tmp_path / "drive" / name).write_text("\n".join(["[[datasets]]", *subsets]))
+        return dataset.scan(tmp_path / "drive" / name, **options)
+
+    for folders in (["a", "b"], ["b", "b/c"], ["a", "link", "b/c"], ["b"]):
+        there = scan("set.toml", *folders)
+        here = scan("set.toml", *folders, copy=True, cache=tmp_path / "cache")
+        assert facts(here) == facts(there) and names(here) == names(there) and here.root.name == there.root.name
+        assert all(p.path.is_relative_to(tmp_path / "cache") for p in here.pictures)
+        assert len(files_in(here.root)) == len({p.path for p in here.pictures}) + ("b" in folders)
+    one, two = (scan(name, *pair, copy=True, cache=tmp_path / "cache")
+                for name, pair in (("set.toml", "ab"), ("more.toml", ["a", "other"])))  # fmt: skip
+    assert all(p.path.is_file() for p in one.pictures + two.pictures)  # neither takes the other's for gone
+    with pytest.raises(ValueError, match="\n  missing: .*does not exist"):
+        scan("none.toml", "missing", copy=True, cache=tmp_path / "cache")
 
 
 def test_only_what_is_new_or_changed_is_copied(tmp_path, monkeypatch):

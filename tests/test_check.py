@@ -299,8 +299,9 @@ def test_decisions_change_the_dataset_and_no_file(tmp_path, photo):
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}
     scanned = dataset.scan(folder)
     made = Decisions(("4_sks/0.png",), ("4_sks/3.png",), {"4_sks/1.png": str(better)})
-    decisions.save(made, tmp_path / "run" / "decisions.json")
-    assert decisions.load(tmp_path / "run" / "decisions.json") == made
+    decisions.save(made, tmp_path / "run" / "decisions.json", folder)
+    assert decisions.load(tmp_path / "run" / "decisions.json", folder) == made
+    assert decisions.load(tmp_path / "run" / "decisions.json", tmp_path) == Decisions()  # of another folder
     decided = decisions.decide(scanned, made)
     assert [picture.path.name for picture in decided.pictures] == ["better.png", "2.png", "3.png"]
     new, old = decided.pictures[0], scanned.pictures[1]
@@ -325,11 +326,22 @@ def test_leaving_out(tmp_path, photo):
         decisions.decide(scanned, Decisions(replace={"a.png": str(tmp_path / "none.png")}))
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"leave_out": 3}', '{"leave_out": [], "keep": [], "replace": 1}'])
+def test_what_was_decided_about_other_folders_stays(tmp_path):
+    file, one, other = tmp_path / "decisions.json", tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    assert decisions.last(file) is None
+    decisions.save(Decisions(leave_out=("1.png",)), file, other)
+    assert decisions.last(file) is None  # it is gone
+    decisions.save(Decisions(keep=("2.png",)), file, one)
+    assert decisions.last(file) == one
+    assert decisions.load(file, other).leave_out == ("1.png",) and decisions.load(file, str(one)).keep == ("2.png",)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"of": {"/": {"leave_out": 3}}}', '{"of": [1]}'])
 def test_damaged_decisions_are_named(tmp_path, text):
     (tmp_path / "decisions.json").write_text(text)
     with pytest.raises(ValueError, match=r"decisions\.json holds no decisions"):
-        decisions.load(tmp_path / "decisions.json")
+        decisions.load(tmp_path / "decisions.json", "/")
 
 
 # What is cut off

@@ -102,7 +102,7 @@ def test_a_session_that_ended_is_gone_on_with_by_run_all_in_a_new_one(executed):
     before = (run / "log.jsonl").read_text()
     assert 4 <= before.count("\n") < 60 and not (run / "flatto_v1.safetensors").exists()
     settings = content / "drive" / "MyDrive" / "lorakit" / "flatto_v1.settings.json"
-    assert settings.is_file() and settings.with_name("decisions.json").is_file()
+    assert settings.is_file() and settings.with_name("flatto_v1.decisions.json").is_file()
     shutil.rmtree(content / "lorakit")
     execute("train_lora.ipynb", shorter)
     after = (run / "log.jsonl").read_text()

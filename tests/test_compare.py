@@ -331,6 +331,114 @@ def test_other_loras_are_used_together(panel, folder):
     assert panel.beside.children == ()
 
 
+def test_the_grid_of_what_was_open_goes_with_it(panel, folder, tmp_path):
+    """It stayed clickable: what was picked there was looked for among what is open now."""
+    export.write(record.lora_of(folder, 2), tmp_path / "loras" / "v2.safetensors")
+    panel.run()
+    panel.look(0, "step 4", 1)
+    cell = panel.cells[0, ("step 6", 1)][0]
+    panel.read([tmp_path / "loras"])
+    assert (panel.grid.children, panel.cells, panel.pictures, panel.large.value) == ((), {}, {}, "")
+    assert panel.pick_button.layout.display == "none" and panel.progress.value == "" and styles(panel) == ""
+    cell.click()  # one that was on its way
+    assert panel.large.value == "" and panel.picked == tmp_path / "loras" / "v2.safetensors"
+    panel.read([tmp_path / "nowhere"])
+    panel.read([folder])
+    panel.run()
+    panel.read([tmp_path / "nowhere"])
+    assert panel.grid.children == () and panel.pick_button.layout.display == "none"
+
+
+def test_nothing_else_is_opened_while_pictures_are_made(panel, folder, tmp_path, monkeypatch):
+    original, told = sample.stream, []
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    renamed = json.loads((other / "config.json").read_text()) | {"name": "other"}
+    (other / "config.json").write_text(json.dumps(renamed))
+
+    def watched(*rest, **settings):
+        for number, placed in enumerate(original(*rest, **settings)):
+            if number == 3:
+                panel.read([other])
+                told.append(panel.told.value)
+            yield placed
+
+    monkeypatch.setattr(sample, "stream", watched)
+    panel.run()
+    assert "10 of 10 pictures" in panel.progress.value and len(panel.pictures) == 10
+    assert "Not opened: pictures were being made" in told[0] and panel.found.config.name == "thing"
+    panel.look(0, "step 4", 1)
+    shown = base64.b64decode(re.findall(r"data:image/png;base64,([^\"]+)", panel.large.value)[0])
+    assert "<lora:thing-step-000004:1>" in Image.open(io.BytesIO(shown)).text["parameters"]
+    panel.pick_button.click()
+    assert panel.picked == at(folder, 4)
+    panel.read([other])
+    assert panel.found.config.name == "other" and "3 checkpoints" in panel.told.value
+
+
+def test_work_that_was_left_alone_stays_stopped_and_puts_nothing_into_the_next_grid(panel, monkeypatch):
+    """A third Interrupt leaves it; stopped by an event that the next grid cleared, it went on beside that."""
+    original, left = sample.stream, []
+
+    def slow(*rest, **settings):
+        left.append(settings["stop"])
+        if len(left) > 1:
+            yield from original(*rest, **settings)
+            return
+        panel.stop()
+        panel._ended(None)
+        panel.run()
+        yield sample.Placed(0, 0, Image.new("RGB", (32, 32)))
+
+    monkeypatch.setattr(sample, "stream", slow)
+    panel.run()
+    first, second = left
+    assert first.is_set() and not second.is_set()
+    made = panel.pictures[0, BARE].tobytes()
+    assert len(panel.pictures) == 10 and made != bytes(len(made))
+
+
+def test_a_runs_answers_are_about_its_own_base_alone(panel, folder, small_bases, tmp_path, monkeypatch):
+    told = json.loads((folder / "config.json").read_text())
+    told |= {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    (folder / "config.json").write_text(json.dumps(told))
+    other, asked, original = shutil.copytree(small_bases["sd15"], tmp_path / "base"), [], sample.stream
+    monkeypatch.setattr(
+        sample, "stream", lambda base, *rest, **more: asked.append(base) or original(base, *rest, **more)
+    )
+    panel.read([folder])
+    panel.prompts.value, panel.strengths.value = "a", "1"
+    for base in (panel.base.value, f"{panel.base.value}/", other):
+        panel.base.value = str(base)
+        panel.run()
+    assert [base.prediction_type for base in asked] == ["v_prediction", "v_prediction", "epsilon"]
+    assert [bool(base.configs["scheduler"].get("rescale_betas_zero_snr")) for base in asked] == [True, True, False]
+
+
+def test_a_stopped_comparison_leaves_no_sheet(folder, small_bases, tmp_path):
+    base, sheet, stop, counts = bases.open(small_bases["sd15"]), tmp_path / "out" / "sheet.png", threading.Event(), []
+    config = compare.candidates(folder).config
+
+    def compared(stop, last):
+        def progress(what, done, of):
+            counts.append(done)
+            if done == last:
+                stop.set()
+
+        return run.compare(
+            base,
+            folder / "thing.safetensors",
+            ["a", "b"],
+            config,
+            sheet,
+            strengths=(0, 1),
+            progress=progress,
+            stop=stop,
+        )
+
+    assert compared(stop, 2) is None and counts == [1, 2] and not sheet.parent.exists()
+    assert compared(threading.Event(), 4) == sheet and sheet.exists()  # the last one was made: the sheet is whole
+
+
 @pytest.mark.parametrize("layout", list(export.LAYOUTS))
 def test_the_picked_checkpoint_is_exported_proven_copied_and_downloaded(panel, folder, tmp_path, layout):
     panel.download()

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lorakit import config as configs
+from lorakit import decisions, sample
 from lorakit import hub as hubs
-from lorakit import sample
 from lorakit.config import Config
 
 TOKEN = "hf_" + "k" * 34
@@ -127,6 +127,35 @@ def test_pictures_go_along_when_asked_for(hub, run_folder, pictures):
     stored = hub.files["owner/thing"]
     for path in pictures.rglob("*.*"):
         assert stored[f"dataset/2_sks thing/{path.name}"] == path.read_bytes()
+
+
+def test_replaced_pictures_go_along_under_their_names_and_over_no_other(hub, run_folder, pictures, tmp_path):
+    own, captions = pictures / "2_sks thing", {}
+    for name, kind in (("0.jpg", "JPEG"), ("1 (2).png", "PNG"), ("1.jpg", "JPEG")):
+        Image.new("RGB", (8, 8), (len(captions), 9, 9)).save(own / name, kind)
+        captions[name] = f"a picture, {name}"
+    (own / "1 (2).txt").write_text(captions["1 (2).png"])
+    replacements = {}
+    for number, kind in (("1", "jpg"), ("2", "webp"), ("3", "png"), ("0", "jpg")):
+        replacements[number] = file = tmp_path / f"secret {number}.{kind}"
+        Image.new("RGB", (8, 8), (int(number), 99, 0)).save(file)
+    named = {f"2_sks thing/{number}.png": str(file) for number, file in replacements.items()}
+    decisions.save(
+        decisions.Decisions(replace=named),
+        tmp_path / "decisions.json",
+        configs.load(run_folder / "config.json").dataset,
+    )
+    config = configs.load(run_folder / "config.json").with_(decisions=str(tmp_path / "decisions.json"))
+    (run_folder / "config.json").write_text(config.to_json())
+    hubs.upload(run_folder, "owner/thing", pictures=True)
+    stored = {path.rpartition("/")[2]: content for path, content in hub.files["owner/thing"].items() if "sks" in path}
+    for name, file in {"1 (3).jpg": "1", "2.webp": "2", "3.png": "3", "0 (2).jpg": "0"}.items():
+        assert stored[name] == replacements[file].read_bytes()
+        assert stored[name.rpartition(".")[0] + ".txt"] == f"sks thing, number {file}".encode()
+    for name in ("0.jpg", "1.jpg", "1 (2).png", "4.png", "5.png"):
+        assert stored[name] == (own / name).read_bytes()
+    assert stored["1 (2).txt"] == captions["1 (2).png"].encode() and not any("secret" in name for name in stored)
+    assert not stored.keys() & {"0.png", "1.png", "2.png"}
 
 
 def test_pictures_are_not_made_public_by_accident(hub, run_folder):

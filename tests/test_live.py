@@ -94,3 +94,17 @@ def test_what_is_done_before_and_after_training_is_told(settings, tmp_path):
     run.start(settings.with_(steps=2), tmp_path / "run", say=lambda _: None, progress=lambda *seen: told.append(seen))
     assert {what for what, _, _ in told} == {"captions", "pictures", "comparing"}
     assert all(done <= of for _, done, of in told)
+
+
+def test_a_stop_before_the_first_step_ends_the_preparation_and_loses_nothing(settings, tmp_path):
+    live = Live()
+    live.stop.set()
+    with pytest.raises(KeyboardInterrupt, match="what is done is kept"):
+        run.start(settings, tmp_path / "run", live=live, **QUIET)
+    assert run.start(settings, tmp_path / "run", **QUIET).steps == 6
+
+
+def test_a_learning_rate_asked_for_before_the_first_step_holds_for_it(settings, tmp_path):
+    run.start(settings, tmp_path / "run", live=Live(learning_rate=2e-4), **QUIET)
+    log = plots.read_log(tmp_path / "run" / "log.jsonl")
+    assert {line["learning_rate"] for line in log} == {2e-4} and log[0]["asked"] == {"learning_rate": 2e-4}

@@ -59,7 +59,9 @@ def test_copies_are_found_with_what_they_copy(random):
     assert place[0] == 2 and cosine[0] > 0.999 and cosine[1] < 0.8
 
 
-@pytest.mark.parametrize(("values", "rises"), [([1, 2, 3], 1), ([3, 2, 1], -1), ([1, 3, 2, 4], 0.8), ([5], 1)])
+@pytest.mark.parametrize(
+    ("values", "rises"), [([1, 2, 3], 1), ([3, 2, 1], -1), ([1, 3, 2, 4], 2 / 3), ([4, 4, 4, 4], 0), ([5], 0)]
+)
 def test_rising(values, rises):
     assert measures.rises(values) == pytest.approx(rises)
 

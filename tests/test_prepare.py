@@ -76,7 +76,7 @@ def test_what_was_decided_about_pictures_holds_for_training(settings, tmp_path):
     better, store = tmp_path / "better.png", tmp_path / "decisions.json"
     Image.new("RGB", (64, 64), "red").save(better)
     made = decisions.Decisions(leave_out=("2_sks thing/0.png",), replace={"2_sks thing/1.png": str(better)})
-    decisions.save(made, store)
+    decisions.save(made, store, settings.dataset)
     settings = settings.with_(decisions=str(store))
     result = run.start(settings, tmp_path / "run", **QUIET)
     assert [picture.path.name for picture in prepare.scan(settings).pictures] == [
@@ -86,7 +86,7 @@ def test_what_was_decided_about_pictures_holds_for_training(settings, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["decisions"] == str(store)
     store.rename(tmp_path / "moved.json")  # what was decided counts, not where that stands
     run.start(settings.with_(decisions=str(tmp_path / "moved.json")), tmp_path / "run", **QUIET)
-    decisions.save(decisions.Decisions(), store)
+    decisions.save(decisions.Decisions(), store, settings.dataset)
     with pytest.raises(ValueError, match="begun with other settings: dataset"):
         run.start(settings, tmp_path / "run", **QUIET)
 
@@ -99,7 +99,78 @@ def test_pictures_on_drive_are_read_from_a_local_copy(settings, tmp_path, monkey
     found = prepare.scan(settings)
     assert found.root.is_relative_to(dataset._user_cache()) and len(found) == 6
     decided = decisions.Decisions(leave_out=("2_sks thing/0.png",))
-    decisions.save(decided, tmp_path / "decisions.json")
+    decisions.save(decided, tmp_path / "decisions.json", settings.dataset)
     assert len(prepare.scan(settings.with_(decisions=str(tmp_path / "decisions.json")))) == 5
     monkeypatch.setattr(dataset, "MOUNTS", tmp_path / "none")
     assert not dataset.far(tmp_path)
+
+
+def test_folders_of_a_toml_on_drive_are_decided_about_by_name(settings, pictures, tmp_path, monkeypatch):
+    """As the panel, which reads Drive itself, names them."""
+    own = pictures / "2_sks thing"
+    for number, folder in enumerate("aabb"):
+        (pictures / folder).mkdir(exist_ok=True)
+        (own / f"{number}.png").rename(pictures / folder / f"{number % 2}.png")
+    form = "[[datasets]]\n" + "".join(f"[[datasets.subsets]]\nimage_dir = '{folder}'\n" for folder in "ab")
+    (pictures / "set.toml").write_text(form)
+    (tmp_path / "mounts").write_text(f"drive {pictures} fuse rw 0 0\n")
+    monkeypatch.setattr(dataset, "MOUNTS", tmp_path / "mounts")
+    named = decisions.Decisions(leave_out=("a/1.png",), replace={"b/0.png": str(own / "4.png")})
+    assert len(decisions.decide(dataset.scan(pictures / "set.toml"), named).pictures) == 3
+    decisions.save(named, tmp_path / "decisions.json", pictures / "set.toml")
+    settings = settings.with_(dataset=str(pictures / "set.toml"), decisions=str(tmp_path / "decisions.json"))
+    found = prepare.scan(settings)
+    assert [decisions.name_of(p.known_as, found) for p in found.pictures] == ["a/0.png", "b/0.png", "b/1.png"]
+    assert [p.path.is_relative_to(dataset._user_cache()) for p in found.pictures] == [True, False, True]
+    (tmp_path / "masks" / "b").mkdir(parents=True)
+    Image.new("L", (32, 32)).save(tmp_path / "masks" / "b" / "0.png")
+    masked = dataset.masks(found.pictures, tmp_path / "masks", found.root)
+    assert [mask is not None for mask in masked] == [False, True, False]
+
+
+def test_masks_and_regularisation_on_drive_are_read_from_local_copies(settings, pictures, tmp_path, monkeypatch):
+    drive = tmp_path / "drive"
+    (drive / "masks").mkdir(parents=True)
+    (drive / "class").mkdir()
+    Image.new("L", (32, 32)).save(drive / "masks" / "0.png")
+    Image.new("RGB", (32, 32), "red").save(drive / "class" / "0.png")
+    (tmp_path / "mounts").write_text(f"drive {drive} fuse rw 0 0\n")
+    monkeypatch.setattr(dataset, "MOUNTS", tmp_path / "mounts")
+    read, masks, encode = [], dataset.open_mask, prepare.cache.encode_pictures
+    monkeypatch.setattr(dataset, "open_mask", lambda mask: read.append(mask.path) or masks(mask))
+
+    def reading(base, pictures, *rest, **options):
+        read.append(pictures[-1].path)
+        return encode(base, pictures, *rest, **options)
+
+    monkeypatch.setattr(prepare.cache, "encode_pictures", reading)
+    settings = settings.with_(mask=str(drive / "masks"), regularisation=str(drive / "class"))
+    there = prepare.run(settings, tmp_path / "run", **QUIET)
+    assert there.pictures[0].mask.max() == 0 and there.prior_repeats == 12
+    assert len(read) >= 2 and all(path.is_relative_to(dataset._user_cache()) for path in read)
+
+
+def test_a_mask_that_cannot_be_copied_is_not_left_away(settings, pictures, tmp_path, monkeypatch):
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (32, 32)).save(tmp_path / "masks" / "0.png")
+    monkeypatch.setattr(dataset.archive, "_copy", lambda file, target: "cannot be copied (it is gone): look")
+    found = dataset.scan(pictures)
+    with pytest.raises(OSError, match=r"The mask .*0\.png cannot be copied \(it is gone\): look"):
+        dataset.masks(found.pictures, tmp_path / "masks", found.root, copy=True, cache=tmp_path / "cache")
+
+
+def test_a_replaced_picture_keeps_its_name(settings, tmp_path):
+    better, said = tmp_path / "better.png", []
+    Image.new("RGB", (32, 32), "red").save(better)
+    named = {"2_sks thing/1.png": str(better), "2_sks thing/2.png": str(better)}
+    decisions.save(decisions.Decisions(replace=named), tmp_path / "decisions.json", settings.dataset)
+    settings = settings.with_(decisions=str(tmp_path / "decisions.json"), mask=str(tmp_path / "masks"))
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (32, 32)).save(tmp_path / "masks" / "0.png")
+    for name in ("1", "1.png"):
+        prepared = prepare.run(
+            settings.with_(validation_pictures=(name,)), tmp_path / "run", say=said.append, progress=False
+        )
+        assert prepared.names == ["0.png", "2.png", "3.png", "4.png", "5.png"]
+    text = "\n".join(said)
+    assert "to judge by: 1.png" in text and "; not: 1.png, 2.png" in text and "better" not in text

@@ -1,8 +1,10 @@
 """Clicks while a cell works, in a real kernel, as a page sends them."""
 
+import gc
 import sys
 import threading
 import time
+import weakref
 from queue import Empty
 
 import pytest
@@ -105,15 +107,31 @@ def test_what_the_work_returns_and_raises_comes_back():
         pump.supervise(lambda: 1 / 0, lambda: None, stop)
 
 
-def test_a_drawing_that_fails_ends_no_work():
+def test_a_drawing_that_fails_ends_no_work(capsys):
     done = []
 
     def refresh():
         raise RuntimeError("no room to draw")
 
-    with pytest.raises(RuntimeError, match="no room to draw"):
-        pump.supervise(lambda: time.sleep(0.2) or done.append(1), refresh, threading.Event())
-    assert done == [1]
+    assert pump.supervise(lambda: time.sleep(0.3) or done.append(1) or 7, refresh, threading.Event()) == 7
+    assert done == [1] and capsys.readouterr().err.count("no room to draw") == 1
+
+
+def test_what_failed_holds_on_to_nothing():
+    class Model:
+        pass
+
+    seen = []
+
+    def work():
+        model = Model()
+        seen.append(weakref.ref(model))
+        raise RuntimeError("the card is full")
+
+    with pytest.raises(RuntimeError, match="the card is full") as caught:
+        pump.supervise(work, lambda: None, threading.Event())
+    gc.collect()
+    assert caught.value and seen[0]() is None
 
 
 def test_an_interrupt_sets_stop_and_the_third_one_leaves():

@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lorakit import eyes, report, run
+from lorakit import eyes, record, report, run
 from lorakit.report import CURES, LIMITS, Mark, diagnose, lines, recommend
 
 QUIET = {"say": lambda _: None, "progress": False}
@@ -116,8 +117,6 @@ def test_the_checkpoint_to_keep_is_like_and_obedient_and_early():
     marks = [mark(100, 0.4, 1.0), mark(200, 0.79, 1.0), mark(300, 0.8, 1.0), mark(400, 0.9, 0.5)]
     label, why = recommend(marks)
     assert label == "step 200" and "0.79" in why
-    blind = [mark(step, None, None, loss) for step, loss in ((100, 0.3), (200, 0.1), (300, 0.2))]
-    assert recommend(blind)[0] == "step 200"
     assert recommend([]) == (None, "") and recommend([mark(100, None, None)]) == (None, "")
 
 
@@ -169,14 +168,34 @@ def test_without_eyes_the_rest_is_measured_and_what_lacks_is_told(trained):
     assert verdicts["feature accuracy"] == "not measured" and verdicts["no artifacts"] != "not measured"
     assert verdicts["leakage"] != "not measured" and verdicts["strength control"] != "not measured"
     assert "do without" in made.missing[0] and "do without" in made.html()
-    assert made.recommended  # by validation loss
+    best = record.best_checkpoint(trained)  # by validation loss
+    assert made.recommended == f"step {int(best[0].stem[5:])}" and made.why == str(best[1])
+
+
+def test_a_phrase_is_what_captions_share_and_not_a_whole_caption():
+    sentences = [f"a photo of sks man sitting on bench {number}" for number in range(6)]
+    assert report._phrase(sentences, "sks") == "sks"
+    assert report._phrase([f"a photo of sks man, on bench {n}" for n in range(6)], "sks") == "a photo of sks man"
+    assert report._phrase([], "sks") == "sks" and report._phrase(["a cat"], "") == ""
+
+
+def test_a_checkpoint_that_is_damaged_is_left_out_and_one_of_another_family_is_refused(trained, small_bases, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    first = folder / "checkpoints" / "step-000002.safetensors"
+    first.write_bytes(first.read_bytes()[:-7] + b"damaged")
+    said = []
+    made = report.report(folder, see=None, contexts=["on grass"], say=said.append)
+    assert [mark.step for mark in made.marks] == [4, 6] and any("step-000002" in text for text in said)
+    with pytest.raises(ValueError, match="Not all can be judged"):
+        report.report(folder, base=str(small_bases["sdxl"]), see=None, contexts=["on grass"], say=said.append)
 
 
 def test_a_hub_out_of_reach_is_told_and_ends_nothing(trained, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = []
     made = report.report(trained, contexts=["on grass", "in snow"], say=said.append)
-    assert any("could not be fetched" in text for text in said) and "clip" in made.missing[0]
+    assert any("could not be fetched" in text for text in said) and "could not be loaded" in made.missing[0]
 
 
 def test_a_file_is_judged_without_its_run(trained, small_bases, small_eyes):

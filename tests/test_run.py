@@ -91,9 +91,8 @@ def test_other_settings_are_refused_with_both_values(settings, tmp_path, picture
 
 
 def test_what_does_not_decide_the_weights_may_change(settings, tmp_path):
-    stop = threading.Event()
-    stop.set()
-    run.start(settings, tmp_path / "out", live=Live(stop), **QUIET)
+    live = Live()
+    run.start(settings, tmp_path / "out", live=live, listeners=[lambda _: live.stop.set()], **QUIET)
     result = run.start(settings.with_(sample_prompts=("other",), save_every=2), tmp_path / "out", **QUIET)
     assert result.steps == 6
 

@@ -3,6 +3,7 @@ import json
 import re
 import threading
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -276,6 +277,96 @@ def test_what_is_stopped_leaves_no_adapter_and_no_model_behind(small_bases, monk
     del pictures
     gc.collect()
     assert left() is None
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("how", ["end", "close", "stop", "error"])
+def test_memory_is_handed_back_with_nothing_left_in_it(small_bases, monkeypatch, family, how):
+    """Models and adapters hang in cycles: what is referenced when they are collected stays on the card."""
+    base, stop, loaded, left = bases.open(small_bases[family]), threading.Event(), [], []
+    models = ["unet", *base.text_encoders]
+    variants = [with_(base, lora_for(base, seed, models=models)) for seed in (1, 2)]
+
+    def watched(load, *rest, **settings):
+        made = load(*rest, **settings)
+        loaded.append(weakref.ref(made[0] if isinstance(made, tuple) else made))
+        return made
+
+    def free(device, original=cache.free):
+        original(device)
+        left.append(sum(model() is not None for model in loaded))
+
+    for name in ("load_unet", "load_vae", "load_text_encoder"):
+        monkeypatch.setattr(bases, name, partial(watched, getattr(bases, name)))
+    monkeypatch.setattr(cache, "free", free)
+    pictures = sample.stream(base, ["a", "b"], variants, stop=stop, **PLAIN)
+    gc.disable()  # by chance it would be collected all the same
+    try:
+        assert next(pictures).column == 0
+        assert len(loaded) == 2 * len(base.text_encoders) + 2 and not any(left)
+        if how == "close":
+            pictures.close()
+        elif how == "error":
+            monkeypatch.setattr(sample, "decode", lambda vae, latents: 1 / 0)
+            with pytest.raises(ZeroDivisionError) as kept:  # as a notebook keeps it
+                list(pictures)
+        else:
+            if how == "stop":
+                stop.set()
+            list(pictures)
+        assert left[-1] == 0
+    finally:
+        gc.enable()
+    assert how != "error" or kept.traceback
+
+
+def test_one_adapter_at_a_time_is_in_memory(small_bases):
+    base, made, alive = bases.open(small_bases["sd15"]), [], []
+    variants = [with_(base, lora_for(base, seed)) for seed in (1, 2)]
+
+    def attach(models, variant):
+        alive.append(sum(layer() is not None for layer in made))
+        adapter = variant.attach(models)
+        made.extend(map(weakref.ref, adapter.layers.values()))
+        return adapter
+
+    gc.disable()
+    try:
+        list(sample.stream(base, ["a"], [sample.Variant(partial(attach, variant=v)) for v in variants], **PLAIN))
+    finally:
+        gc.enable()
+    assert made and alive == [0, 0]
+
+
+def test_what_is_stopped_attaches_no_more(small_bases, monkeypatch):
+    base, stop, attached = bases.open(small_bases["sd15"]), threading.Event(), []
+    variant = with_(base, lora_for(base, 1))
+    attaches = [lambda models: (attached.append(1), variant.attach(models))[1] for _ in range(3)]
+
+    def latents(*rest, original=sample.latents, **options):
+        stop.set()
+        return original(*rest, **options)
+
+    monkeypatch.setattr(sample, "latents", latents)
+    assert list(sample.stream(base, ["a"], [sample.Variant(attach) for attach in attaches], stop=stop, **PLAIN)) == []
+    assert attached == [1]
+
+
+def test_generate_gives_all_or_is_interrupted(small_bases):
+    base, stop, done = bases.open(small_bases["sd15"]), threading.Event(), []
+
+    def on_picture(number, last):
+        done.append(number)
+        if number == last:
+            stop.set()
+
+    settings = PLAIN | {"batch": 1, "stop": stop}
+    with pytest.raises(KeyboardInterrupt):
+        sample.generate(base, ["a", "b", "c"], on_picture=partial(on_picture, last=2), **settings)
+    assert done == [1, 2]
+    stop.clear()
+    rows = sample.generate(base, ["a", "b"], on_picture=partial(on_picture, last=2), **settings)  # nothing is missing
+    assert all(picture for row in rows for picture in row)
 
 
 def test_settings_that_do_not_suit_are_told_before_anything_is_loaded(small_bases, monkeypatch):

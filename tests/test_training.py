@@ -143,6 +143,7 @@ def test_settings_are_taken_up_again_by_the_same_call_alone(tmp_path):
     assert panel.config.rank == 8
     assert Settings("style", "demo", store=store, trigger="flatto").config.rank == 8
     assert Settings("style", "demo", store=store, trigger="other").config.rank == 32
+    assert Settings("style", "demo", store=store, trigger="flatto").config.rank == 8  # the other's took nothing away
     store.write_text("{")
     assert Settings("style", "demo", store=store, trigger="flatto").config.rank == 32
 

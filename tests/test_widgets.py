@@ -175,9 +175,9 @@ def test_a_picture_is_replaced_and_keeps_its_name_and_caption(chosen, pictures, 
     assert cell.children[-2].value == str(better) and cell.children[-2].layout.display == ""
     toggled(cell, "replace", False)
     assert again.dataset.pictures[place].path == pictures / name and cell.children[0].value == old
-    assert not decisions.load(tmp_path / "decisions.json").replace
+    assert not decisions.load(tmp_path / "decisions.json", pictures).replace
 
-    decisions.save(decisions.Decisions(replace={name: str(better)}), tmp_path / "decisions.json")
+    decisions.save(decisions.Decisions(replace={name: str(better)}), tmp_path / "decisions.json", pictures)
     better.unlink()
     gone = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
     assert f"{name} is not replaced any more: better.png: no such file" in said(gone.told) and len(gone.dataset) == 6

@@ -19,7 +19,6 @@ import ipywidgets as widgets
 from IPython.utils.capture import capture_output
 from PIL import Image
 
-from lorakit import base as bases
 from lorakit import compare, export, hosts, record, sample
 from lorakit.compare import Candidates, Column
 from lorakit.widgets import pump
@@ -41,6 +40,7 @@ WIDE = widgets.Layout(width="auto", margin="0", max_width="900px")
 class Asked(NamedTuple):
     """A grid that is to be made."""
 
+    found: Candidates  # that its labels are of, whatever is opened later
     rows: list[tuple[str, int]]  # prompt and seed of each
     labels: list[str]
     strengths: list[float]
@@ -179,7 +179,11 @@ class Compare(widgets.VBox):
     # ── What there is ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, sources: Sequence[str | Path]) -> None:
-        """Open a run's folder or LoRA files."""
+        """Open a run's folder or LoRA files; the grid of those that were open goes. Not while pictures are made."""
+        if self.make_button.disabled:
+            self.told.value = note("Not opened: pictures were being made. Open it again once they are done.", "warning")
+            return
+        self._clear()
         sources = [text for source in sources if (text := str(source).strip())]
         base, prompts, steps, guidance = self.given
         self.found, self.boxes, self.what.options = None, {}, []
@@ -239,11 +243,11 @@ class Compare(widgets.VBox):
         size = (self.height.value or self.width.value, self.width.value or self.height.value)
         settings = {"negative": self.negative.value, "steps": self.steps.value, "guidance": self.guidance.value}
         settings["scheduler_name"] = self.scheduler.value
-        settings["clip_skip"] = self.found.config.clip_skip if self.found and self.found.config else 1
+        settings["clip_skip"] = self.found.config.clip_skip if self.found.config else 1
         if self.steps.value < 1 or min(size) < 0:
             raise ValueError(f"{self.steps.value} steps at {size[1]}×{size[0]} make no picture.")
         return Asked(
-            list(product(prompts, seeds)), labels, strengths,
+            self.found, list(product(prompts, seeds)), labels, strengths,
             [(Path(path).expanduser(), strength) for path, strength in others if path], self.base.value.strip(),
             size if all(size) else None, settings,
         )  # fmt: skip
@@ -294,21 +298,20 @@ class Compare(widgets.VBox):
         except ValueError as error:
             self.progress.value = note(str(error), "bad")
             return False
-        self.halt.clear()
-        self.done, self.problems, self.pictures, self.looked = SimpleQueue(), [], {}, None
+        self._clear()
+        self.halt = threading.Event()  # its own: work that was left alone after a third Interrupt stays stopped
         self.make_button.disabled, self.stop_button.disabled = True, False
-        self.large.value, self.pick_button.layout.display = "", "none"
         self._lay_out(self.asked)
         self.began, self.progress.value = time.monotonic(), note("loading the base …")
         return True
 
     def _work(self) -> None:
         """In a thread of its own: it touches no widget."""
-        asked, config = self.asked, self.found.config
-        answers = (config.prediction_type, config.zero_terminal_snr) if config else ()
-        opened = bases.open(asked.base, *answers)
+        asked, done, stop = self.asked, self.done, self.halt
+        config = asked.found.config
+        opened = compare.opened(asked.base, config)
         self.model = opened.name
-        variants = compare.variants(opened, asked.columns, self.found.paths, asked.others, self.problems.append)
+        variants = compare.variants(opened, asked.columns, asked.found.paths, asked.others, self.problems.append)
         if len(self.problems) == len(asked.labels):
             raise ValueError("None of them can be used with this base.")
         side = config.resolution if config else opened.resolution
@@ -318,13 +321,13 @@ class Compare(widgets.VBox):
             machine = {"device": config.device, "precision": config.mixed_precision, "quantize": config.quantize}
         prompts, seeds = zip(*asked.rows, strict=True)
         pictures = sample.stream(
-            opened, prompts, list(variants.values()), seeds=seeds, size=size, stop=self.halt,
+            opened, prompts, list(variants.values()), seeds=seeds, size=size, stop=stop,
             batch=8 if max(size) < 256 else 1, **asked.settings, **machine,
         )  # fmt: skip
         columns = list(variants)
         with closing(pictures):
             for row, column, picture in pictures:
-                self.done.put((row, columns[column], picture, small(picture)))
+                done.put((row, columns[column], picture, small(picture)))
 
     def _refresh(self) -> None:
         """Show what has been made since the last time."""
@@ -368,11 +371,17 @@ class Compare(widgets.VBox):
     def _class(self, row: int, column: Column) -> str:
         return f"{self.mark}p{row}-{self.asked.columns.index(column)}"
 
+    def _clear(self) -> None:
+        """Take away the grid, its pictures and what was looked at."""
+        gone = (*self.styles.children[1:], *self.grid.children, *sum(self.cells.values(), []))
+        self.styles.children, self.grid.children, self.cells = self.styles.children[:1], (), {}
+        for widget in gone:
+            widget.close()
+        self.done, self.problems, self.pictures, self.looked = SimpleQueue(), [], {}, None
+        self.progress.value, self.large.value, self.pick_button.layout.display = "", "", "none"
+
     def _lay_out(self, asked: Asked) -> None:
         """A block for each prompt and seed: a row a candidate, a column a strength."""
-        for gone in (*self.styles.children[1:], *self.grid.children, *sum(self.cells.values(), [])):
-            gone.close()
-        self.styles.children, self.cells = self.styles.children[:1], {}
         height, width = asked.size or (1, 1)
         shape = f".{self.mark} .lk-cell{{aspect-ratio:{width}/{height}}}"
         self.styles.children = [*self.styles.children, widgets.HTML(f"<style>{shape}</style>")]
@@ -389,7 +398,7 @@ class Compare(widgets.VBox):
             cells = [widgets.HTML(layout=plain)]
             cells += [widgets.HTML(centred(f"strength {value:g}"), layout=plain) for value in asked.strengths]
             for label in asked.labels:
-                best = label == self.found.best
+                best = label == asked.found.best
                 cells.append(widgets.HTML(note(label) + (note(BEST, "good") if best else ""), layout=plain))
                 for value in asked.strengths:
                     cells.append(self._cell(row, label, value, seed, layout, style))
@@ -425,7 +434,7 @@ class Compare(widgets.VBox):
     def _png(self, row: int, column: Column) -> str:
         """A picture as it was made, with its settings in it: it can be saved from the page."""
         prompt, seed = self.asked.rows[row]
-        own = [(file_name(self.found, column[0]), column[1])] if column[0] else []
+        own = [(file_name(self.asked.found, column[0]), column[1])] if column[0] else []
         loras = own + [(path.name.removesuffix(".safetensors"), value) for path, value in self.asked.others]
         picture = self.pictures[row, column]
         told = sample.infotext(

@@ -28,19 +28,21 @@ class Pictures(widgets.VBox):
     Args:
         path: what `dataset.scan` takes; opened at once where it is given.
         kind, resolution, trigger, step, rule, sides: as for `check.check`.
-        store: file that keeps what was decided; read where it is there. The pictures' folder is never written.
+        store: file that keeps what was decided, by folder or archive. The pictures' folder is never written.
         uploads: folder that uploaded files are put in.
+        otherwise: opened where no path is given and `store` knows none that was opened last.
     """
 
     def __init__(
         self, path: str = "", *, kind: str = "character", resolution: int = 512, trigger: str = "", step: int = 64,
         rule: Rule = "kohya", sides: Sides = (None, None), store: Path | None = None, uploads: Path = Path("uploads"),
+        otherwise: str | Path = "",
     ):  # fmt: skip
         self.kind, self.trigger, self.store, self.uploads = kind, trigger, store, uploads
         self.fitting = {"resolution": resolution, "step": step, "rule": rule, "sides": sides}
         self.found: Dataset | None = None
         self.report: Report | None = None
-        self.decisions = decisions.load(store) if store and store.exists() else Decisions()
+        self.decisions, self.opened = Decisions(), ""
         self.by_name: dict[str, datasets.Picture] = {}  # as they are seen: a replacement in its picture's place
         self.places: dict[str, int] = {}
         self.tall = 30
@@ -65,8 +67,9 @@ class Pictures(widgets.VBox):
             widgets.Box(choose, layout=ROW), self.asking, self.told, widgets.Box([self.filter, *again], layout=ROW),
             self.pages, self.sheet,
         ])  # fmt: skip
+        path = path or (store and decisions.last(store)) or otherwise
         if path:
-            self.read(path)
+            self.read(str(path))
 
     @property
     def source(self) -> str:
@@ -95,18 +98,16 @@ class Pictures(widgets.VBox):
         self.told.value = note(f"reading {path} …")
         try:
             self.found = datasets.scan(path)
+            known = decisions.load(self.store, path) if self.store and self.store.exists() else Decisions()
         except (OSError, ValueError) as error:
             self.told.value = note(str(error), "bad")
             return
         self.opened = self.path.value = str(path)
         self.by_name = {decisions.name_of(picture.known_as, self.found): picture for picture in self.found.pictures}
         self.places = {name: place for place, name in enumerate(self.by_name)}
-        here, replaced = self.by_name.keys(), self.decisions.replace  # what was decided of others is of no use here
-        self.decisions = Decisions(
-            tuple(name for name in self.decisions.leave_out if name in here),
-            tuple(name for name in self.decisions.keep if name in here),
-        )
-        wrong = {name: self._swap(name, file) for name, file in replaced.items() if name in here}
+        here = self.by_name.keys()  # what was decided of pictures that are gone is of no use any more
+        self.decisions = Decisions(*(tuple(n for n in names if n in here) for names in (known.leave_out, known.keep)))
+        wrong = {name: self._swap(name, file) for name, file in known.replace.items() if name in here}
         self._keep(self.decisions)
         self.check()
         lost = [note(f"{name} is not replaced any more: {why}", "bad") for name, why in wrong.items() if why]
@@ -210,7 +211,7 @@ class Pictures(widgets.VBox):
     def _keep(self, decided: Decisions) -> None:
         self.decisions = decided
         if self.store:
-            decisions.save(decided, self.store)
+            decisions.save(decided, self.store, self.opened)
 
     def _crops(self) -> None:
         """Show what the buckets cut off."""

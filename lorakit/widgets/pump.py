@@ -5,7 +5,9 @@ the work; the cell's own thread looks for clicks ten times a second, and is the 
 worker thread changes does not show in Colab.
 """
 
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -28,7 +30,7 @@ def supervise(work: Callable[[], Made], refresh: Callable[[], None], stop: threa
     Args:
         work: called once. It looks at `stop`, and ends soon after that is set.
         refresh: called ten times a second, and once more when the work is done; brings widgets up to date. A failure
-            of it does not end the work.
+            of it ends nothing, and is told once on standard error.
         stop: set by an Interrupt. A third one leaves the worker alone.
 
     Returns:
@@ -36,14 +38,11 @@ def supervise(work: Callable[[], Made], refresh: Callable[[], None], stop: threa
 
     Raises:
         KeyboardInterrupt: interrupted for the third time; the worker may still be busy.
-        BaseException: what `work` raised, or else `refresh`.
+        BaseException: what `work` raised.
     """
     outcome = _begin(work)
-    trouble = _watch(outcome, refresh, stop)
-    made = outcome.result()
-    if trouble:
-        raise trouble
-    return made
+    _watch(outcome, refresh, stop)
+    return outcome.result()
 
 
 def react(work: Callable[[], Made], refresh: Callable[["Future[Made] | None"], None], stop: threading.Event) -> None:
@@ -70,6 +69,8 @@ def _begin(work: Callable[[], Made]) -> "Future[Made]":
         try:
             outcome.set_result(work())
         except BaseException as error:
+            # What is raised again is kept by the notebook, and with its frames the models in them.
+            traceback.clear_frames(error.__traceback__)
             outcome.set_exception(error)
 
     bases.rest_threads()
@@ -77,9 +78,9 @@ def _begin(work: Callable[[], Made]) -> "Future[Made]":
     return outcome
 
 
-def _watch(outcome: Future, refresh: Callable[[], None], stop: threading.Event) -> Exception | None:
-    """Refresh and answer clicks until the outcome is there; returns what went wrong first in doing so."""
-    pump, interrupts, trouble, done = Pump(), 0, None, False
+def _watch(outcome: Future, refresh: Callable[[], None], stop: threading.Event) -> None:
+    """Refresh and answer clicks until the outcome is there."""
+    pump, interrupts, failed, done = Pump(), 0, False, False
     try:
         while not done:
             try:
@@ -92,10 +93,11 @@ def _watch(outcome: Future, refresh: Callable[[], None], stop: threading.Event) 
                 if interrupts == 3:
                     raise
             except Exception as error:
-                trouble = trouble or error
+                if not failed:
+                    print(f"What is shown may be out of date: {error!r}. The work goes on.", file=sys.stderr)
+                failed = True
     finally:
         pump.close()
-    return trouble
 
 
 class Pump:
@@ -105,8 +107,12 @@ class Pump:
     are missing or fail, it does nothing any more: Interrupt and the file STOP still work.
     """
 
+    held: list = []  # of all pumps of the kernel: one may begin within a click that another one answers
+    within = 0
+
     def __init__(self):
-        self.kernel, self.held = getattr(get_ipython(), "kernel", None), []
+        self.kernel = getattr(get_ipython(), "kernel", None)
+        Pump.within += threading.current_thread() is threading.main_thread()
         self.failed: Exception | None = None
         manager = getattr(getattr(self.kernel, "shell_channel_thread", None), "manager", None)
         self.pair = getattr(getattr(manager, "_shell_channel_to_main", None), "to_socket", None)
@@ -129,21 +135,32 @@ class Pump:
             if self.pair:
                 with suppress(zmq.Again):
                     while True:
-                        frames = self.pair.recv_multipart(zmq.NOBLOCK, copy=False)
-                        if not self._handled(frames):
-                            self.held.append(frames)
+                        Pump.held.append(self.pair.recv_multipart(zmq.NOBLOCK, copy=False))  # lost by no Interrupt
+                        mine = Pump.held[-1]
+                        if self._handled(mine):
+                            Pump.held.remove(mine)
             else:
                 self.kernel.shell_stream.flush(zmq.POLLIN)
-                waiting = [self.queue.get_nowait() for _ in range(self.queue.qsize())]
-                for item in waiting:  # (when, what handles it, its arguments)
-                    if not self._handled(item[2][0]):
+                waiting, kept = [], []
+                try:
+                    while not self.queue.empty():
+                        waiting.append(self.queue.get_nowait())  # (when, what handles it, its arguments)
+                    while waiting:
+                        handled = self._handled(waiting[0][2][0])
+                        kept += [] if handled else waiting[:1]
+                        del waiting[0]
+                finally:
+                    for item in kept + waiting:
                         self.queue.put_nowait(item)
         except Exception as error:
             self.failed = error
 
     def close(self) -> None:
         """Hand back what was kept, in its order."""
-        held, self.held = self.held, []
+        if threading.current_thread() is not threading.main_thread():
+            return
+        Pump.within -= 1
+        held, Pump.held = (Pump.held, []) if Pump.within == 0 else ([], Pump.held)
         for frames in held:
             self.kernel.io_loop.add_callback(self.kernel.shell_main, None, frames)
 

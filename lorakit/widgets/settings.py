@@ -53,6 +53,22 @@ def advice(name: str, kind: str, family: str) -> str:
     }.get(name, "")
 
 
+def preset(kind: str, base: str) -> Config:
+    """The usual settings for what is taught on a base, which is named as for `Settings`.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    base = _present(base)
+    if base == "demo":
+        return demo.config(kind=kind)
+    return configs.preset(kind, FAMILY.get(base, "sd15")).with_(base=bases.KNOWN.get(base, base))
+
+
+def _present(base: str) -> str:
+    return ("sd15" if torch.cuda.is_available() else "demo") if base == "auto" else base
+
+
 class Settings(widgets.VBox):
     """A panel of settings: what is taught × base fills all fields with a preset, each can be changed.
 
@@ -60,14 +76,13 @@ class Settings(widgets.VBox):
         kind: character, style, object or clothing.
         base: sd15, sd21, sdxl, demo, a hub id, a file or folder; "auto" is SD 1.5 where there is an NVIDIA card, else
             the embedded base.
-        store: file that keeps the settings as they are filled in. Where it is there and was begun with the same
-            arguments, it is taken up, so that a notebook run again goes on with the same run.
+        store: file that keeps the settings as they are filled in, by what the panel was begun with. What is there of
+            the same arguments is taken up, so that a notebook run again goes on with the same run.
         given: other settings, in place of the preset's.
     """
 
     def __init__(self, kind: str = "character", base: str = "auto", *, store: Path | None = None, **given: Any):
-        if base == "auto":
-            base = "sd15" if torch.cuda.is_available() else "demo"
+        base = _present(base)
         self.given, self.store = {name: value for name, value in given.items() if value not in ("", None)}, store
         self.begun = json.loads(json.dumps({"kind": kind, "base": base, **self.given}))
         known = [value for _, value in BASES]
@@ -99,12 +114,7 @@ class Settings(widgets.VBox):
 
     def preset(self) -> None:
         """Fill every field with what is usual for what is taught on the base."""
-        kind, base = self.kind.value, self.base.value
-        if base == "demo":
-            begun = demo.config(kind=kind)
-        else:
-            begun = configs.preset(kind, FAMILY.get(base, "sd15")).with_(base=bases.KNOWN.get(base, base))
-        self._fill(begun.with_(**self.given))
+        self._fill(preset(self.kind.value, self.base.value).with_(**self.given))
 
     def _fill(self, config: Config) -> None:
         family = FAMILY.get(self.base.value, "")
@@ -116,13 +126,19 @@ class Settings(widgets.VBox):
 
     def _take_up(self) -> None:
         try:
-            kept = json.loads(self.store.read_text("utf-8"))
-            if kept["begun"] == self.begun:
-                config = configs.parse(kept["settings"])
-                self.kind.value, self.base.value = config.kind, kept["base"]
-                self._fill(config)
-        except (OSError, ValueError, KeyError, TypeError):  # of another version, or damaged: the preset stands
+            for kept in self._kept():
+                if kept["begun"] == self.begun:
+                    config = configs.parse(kept["settings"])
+                    self.kind.value, self.base.value = config.kind, kept["base"]
+                    self._fill(config)
+        except (ValueError, KeyError, TypeError):  # of another version: the preset stands
             return
+
+    def _kept(self) -> list[dict]:
+        try:
+            return list(json.loads(self.store.read_text("utf-8")))
+        except (OSError, ValueError, TypeError):  # not there, or damaged
+            return []
 
     @property
     def config(self) -> Config:
@@ -133,9 +149,10 @@ class Settings(widgets.VBox):
         """
         made = configs.parse(self._settings())
         if self.store:
-            kept = {"begun": self.begun, "base": self.base.value, "settings": made.model_dump(mode="json")}
+            own = {"begun": self.begun, "base": self.base.value, "settings": made.model_dump(mode="json")}
+            others = [kept for kept in self._kept() if isinstance(kept, dict) and kept.get("begun") != self.begun]
             with files.replacing(self.store) as partial:
-                partial.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+                partial.write_text(json.dumps([*others, own], indent=2) + "\n", "utf-8")
         return made
 
     def _settings(self) -> dict[str, Any]:

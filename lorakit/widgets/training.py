@@ -20,7 +20,7 @@ from IPython.display import HTML, display
 from PIL import Image
 
 from lorakit import base as bases
-from lorakit import evaluate, memory, plots, run
+from lorakit import cache, evaluate, memory, plots, run
 from lorakit.config import Config
 from lorakit.live import Live
 from lorakit.widgets import pump
@@ -115,6 +115,7 @@ class Training(widgets.VBox):
             return result
         except BaseException as error:
             failed = error
+            cache.free(bases.choose_device(self.config.device))
             raise
         finally:
             self._able(False)
@@ -130,7 +131,12 @@ class Training(widgets.VBox):
     def _ended(self, result: run.Result | None, failed: BaseException | None, seconds: float) -> None:
         """The last state, and a figure that stays in the notebook when the panel is gone."""
         self.draw()
-        if failed:
+        if isinstance(failed, KeyboardInterrupt):
+            self.head.value = note(
+                "stopped before the first step, or at the third Interrupt. Run the cell again", "warning"
+            )
+            self.bar.bar_style = "warning"
+        elif failed:
             told = str(failed) or type(failed).__name__
             self.head.value, self.bar.bar_style = note(told, "bad"), "danger"
         elif result.lora:
@@ -251,7 +257,7 @@ class Curves:
                 continue
         if whole:
             self.smoothed = plots.smooth(self.losses)
-            (first, then), (last, now) = self.times[0], self.times[-1]
+            (first, then), (last, now) = (self.times[0], self.times[-1]) if self.times else ((0, 0.0), (0, 0.0))
             self.pace = max(0.0, (now - then) / (last - first)) if last > first else 0.0
         return bool(whole)
 
