@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -452,13 +453,14 @@ def test_only_what_is_new_or_changed_is_copied(tmp_path, monkeypatch):
 
 
 def test_a_copy_that_was_cut_goes_on(tmp_path, monkeypatch):
-    source, replace, done = make(tmp_path / "drive"), os.replace, []
+    source, replace, done, alone = make(tmp_path / "drive"), os.replace, [], threading.Lock()
 
     def cut(old, new):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        replace(old, new)
-        done.append(new)
+        with alone:  # several threads copy
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            replace(old, new)
+            done.append(new)
 
     monkeypatch.setattr(os, "replace", cut)
     with pytest.raises(KeyboardInterrupt):

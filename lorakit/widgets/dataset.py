@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from lorakit import check, decisions, files, hosts
+from lorakit import archive, check, decisions, files, hosts
 from lorakit import dataset as datasets
 from lorakit.buckets import Rule
 from lorakit.check import Finding, Report, Sides
@@ -231,7 +231,7 @@ class Pictures(widgets.VBox):
         self.asking.children = []
         discard(dialog)
         if chosen:
-            self.read(str(chosen))
+            self._arrived(chosen)
 
     def _uploaded(self, value) -> None:
         """Open an archive that was uploaded; ipywidgets 7 gives a dictionary by name, 8 a tuple."""
@@ -240,4 +240,14 @@ class Pictures(widgets.VBox):
             target = self.uploads / Path(name).name
             with files.replacing(target) as partial:
                 partial.write_bytes(bytes(file["content"]))
-            self.read(str(target))
+            self._arrived(target)
+
+    def _arrived(self, path: Path) -> None:
+        """Open what was uploaded: of an archive the folder it is unpacked into, where edited captions stay as long."""
+        try:
+            folder, refused = archive.unpack(path, self.uploads / "unpacked") if path.is_file() else (path, [])
+        except (OSError, ValueError) as error:
+            self.told.value = note(str(error), "bad")
+            return
+        self.read(str(folder))
+        self.told.value += "".join(note(line, "warning") for line in refused)
