@@ -45,7 +45,7 @@ CONTEXTS = {  # what the trigger is put into, by what is taught
 }  # fmt: skip
 UNRELATED = ("a bowl of fruit", "a city street at night", "a mountain lake", "a portrait of an old man")
 SUBJECTS = ("rocket", "red apple", "panda", "guitar", "house", "crab", "wrapped gift", "pizza")  # the embedded base's
-LIMITS = {  # figure → from where it is good, from where no longer bad; set by tests/bench/report_calibration.py
+LIMITS = {  # figure → from where it is good, from where no longer bad; guesses: report_calibration.py has not set them
     "gain": (0.55, 0.3), "hits": (0.9, 0.6), "consistency": (0.2, 0.1), "adherence": (0.8, 0.6),
     "diversity": (0.6, 0.4), "copied": (0.05, 0.2), "shift": (12.0, 25.0), "clipped": (0.03, 0.1),
     "residue": (1.35, 1.8), "broken": (0.0, 0.02), "rises": (0.79, 0.4), "leak": (0.5, 0.75), "unrelated": (0.4, 0.7),
