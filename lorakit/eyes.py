@@ -52,7 +52,7 @@ class Eyes:
             ]
             x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.model.device, self.model.dtype)
             if hasattr(self.model, "get_image_features"):
-                found.append(_vectors(self.model.get_image_features(pixel_values=x)))
+                found.append(vectors(self.model.get_image_features(pixel_values=x)))
             else:
                 found.append(self.model(pixel_values=x).last_hidden_state[:, 0])  # the class token
         return _unit(found)
@@ -73,7 +73,7 @@ class Eyes:
                 return_tensors="pt",
             )  # fmt: skip
             own = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-            found.append(_vectors(self.model.get_text_features(**own)))
+            found.append(vectors(self.model.get_text_features(**own)))
         return _unit(found)
 
     def _square(self, picture: Image.Image) -> Image.Image:
@@ -125,7 +125,7 @@ def open(name: str = "clip", device: str = "auto") -> Eyes:
     return Eyes(name, model.eval().to(target, dtype), tokenizer, int(side), mean, std)
 
 
-def _vectors(answer) -> Tensor:
+def vectors(answer) -> Tensor:
     """What get_image_features and get_text_features answer: a tensor, or since transformers 5 one within an output."""
     return answer if isinstance(answer, Tensor) else answer.pooler_output
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from lorakit import dataset
+from lorakit.plots import TONES
 
 LITTLE_GPU, SDXL_GPU = 4, 11.5  # GiB: what SD 1.5 takes at the least; what cards sold as 12 GB show, asked for SDXL
 LITTLE_RAM = 4  # GiB: SD 1.5's UNet in float32 on its way to the card
@@ -225,7 +226,6 @@ def download(path: str | Path) -> None:
 
 # ── What the machine can do ─────────────────────────────────────────────────────────────────────────────────────────
 
-TONES = {"good": "#2e9e5b", "warning": "#c77d00", "bad": "#d64545", "": "inherit"}  # legible on white and on black
 MARKS = {"good": "✓", "warning": "!", "bad": "✗", "": " "}
 
 

@@ -209,7 +209,12 @@ def at_step(steps: int, epochs: int, finished: float) -> dict[str, str]:
 
 def thumbnail(picture: Image.Image) -> dict[str, str]:
     """A picture that the LoRA made, for the file: JPEG of at most 256 pixels a side."""
+    return {"modelspec.thumbnail": jpeg(picture, 256)}
+
+
+def jpeg(picture: Image.Image, most: int) -> str:
+    """A picture as a data URI: JPEG of at most so many pixels a side."""
     small, stream = picture.convert("RGB"), io.BytesIO()
-    small.thumbnail((256, 256))
+    small.thumbnail((most, most))
     small.save(stream, "JPEG", quality=85)
-    return {"modelspec.thumbnail": "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()}
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

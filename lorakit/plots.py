@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ACCENT = "#2f7fe0"  # the smoothed loss: stands out from white pages and from dark ones
 JUDGED = "#d9822b"  # the validation loss
+TONES = {"good": "#2e9e5b", "warning": "#c77d00", "bad": "#d64545", "": "inherit"}  # legible on white and on black
 COLUMNS = 400  # across the SVG: of a longer run, each shows what lies within it
 WIDEST = 2400  # pixels of a sheet
 SMALLEST = 128  # pixels of a cell's shorter side

@@ -4,8 +4,6 @@ Each line is a figure, how it was measured, a verdict, and where that is bad the
 sees (`eyes`) is left open where there is none, and the report says so; the rest is measured all the same.
 """
 
-import base64
-import io
 import json
 import threading
 from collections import Counter
@@ -20,7 +18,7 @@ from PIL import Image
 
 from lorakit import base as bases
 from lorakit import captions as words
-from lorakit import compare, dataset, eyes, files, measures, plots, prepare, record, sample
+from lorakit import compare, dataset, eyes, files, measures, metadata, plots, prepare, record, sample
 from lorakit.eyes import Eyes
 
 Verdict = Literal["good", "doubtful", "bad", "not measured"]
@@ -318,7 +316,7 @@ def _figures(
     second_first, second_last = (seeing.see(column) for column in second)
     changed = max(measures.change(last, first), 1e-6)
     figures |= {
-        "effect": changed, "consistency": measures.consistency(last, first),
+        "consistency": measures.consistency(last, first),
         "diversity": measures.change(last, second_last) / max(measures.change(first, second_first), 1e-6),
         "leak": measures.change(seeing.see(bare[1]), seeing.see(bare[0])) / changed,
     }  # fmt: skip
@@ -328,8 +326,6 @@ def _figures(
         texts = seeing.read(asked.contexts)
         base_adherence = max(measures.adherence(first, texts), 1e-6)
         figures["adherence"] = measures.adherence(last, texts) / base_adherence
-        at = [measures.adherence(column, texts) / base_adherence for column in columns]
-        figures["breaks"] = next((s for s, a in zip(STRENGTHS, at, strict=True) if a < LIMITS["adherence"][1]), np.nan)
     copies: tuple = ()
     if len(training) > 2:
         trained = seeing.see(training)
@@ -493,7 +489,7 @@ def _verdict(name: str, figure: float) -> Verdict:
 
 # ── The page ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-TONES = {"good": "#2e9e5b", "doubtful": "#c77d00", "bad": "#d64545", "not measured": "#888888"}
+TONES = plots.TONES | {"doubtful": plots.TONES["warning"], "not measured": "#888888"}
 STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em}"
     "@media(prefers-color-scheme:dark){body{background:#161616;color:#eee}}"
@@ -545,17 +541,13 @@ def _table(rows: Sequence[Sequence[str]], *heads: str) -> str:
 
 
 def _image(picture: Image.Image, side: int = 128) -> str:
-    small, stream = picture.convert("RGB"), io.BytesIO()
-    small.thumbnail((2 * side, 2 * side))
-    small.save(stream, "JPEG", quality=85)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img style="width:{side}px;display:block" alt="" src="data:image/jpeg;base64,{data}">'
+    return f'<img style="width:{side}px;display:block" alt="" src="{metadata.jpeg(picture, 2 * side)}">'
 
 
 def _curves(marks: Sequence[Mark], width: int = 640, height: int = 200) -> str:
     """Validation loss, likeness and adherence over the steps, each from its lowest to its highest."""
     curves = (("validation loss", "validation_loss", plots.JUDGED), ("likeness", "gain", plots.ACCENT),
-              ("adherence", "adherence", "#2e9e5b"))  # fmt: skip
+              ("adherence", "adherence", TONES["good"]))  # fmt: skip
     first, last = marks[0].step, max(marks[-1].step, marks[0].step + 1)
     parts, named = [], 0
     for name, key, colour in curves:

@@ -31,6 +31,7 @@ from lorakit.demo.pretrain import (
     variation,
     words,
 )
+from lorakit.eyes import vectors
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 WIDTH = 128  # of the embeddings
@@ -137,11 +138,6 @@ def loss_of(image: Tensor, text: Tensor, captions: list[str], scale: Tensor) -> 
     return (F.cross_entropy(logits, fits) + F.cross_entropy(logits.T, fits)) / 2
 
 
-def features(answer) -> Tensor:
-    """What get_image_features and get_text_features answer: a tensor, or since transformers 5 one within an output."""
-    return answer if isinstance(answer, Tensor) else answer.pooler_output
-
-
 def train(model, tokenizer, seen: np.ndarray, again: np.ndarray, rows: list, steps: int, batch: int, state: Path):
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) is big], "weight_decay": decay}
               for big, decay in ((True, 0.1), (False, 0.0))]  # fmt: skip
@@ -159,8 +155,8 @@ def train(model, tokenizer, seen: np.ndarray, again: np.ndarray, rows: list, ste
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, steps, PEAK)
         model.train()
-        image = features(model.get_image_features(x))
-        text = features(model.get_text_features(**{k: tokens[k] for k in ("input_ids", "attention_mask")}))
+        image = vectors(model.get_image_features(x))
+        text = vectors(model.get_text_features(**{k: tokens[k] for k in ("input_ids", "attention_mask")}))
         loss = loss_of(image, text, captions, model.logit_scale)
         optimizer.zero_grad()
         loss.backward()
@@ -179,15 +175,15 @@ def examine(model, tokenizer, sets: dict, subjects: list) -> dict[str, float]:
     """How often the right name is nearest, of all subjects and of all styles; with the style that it never saw."""
     by_name = torch.nn.functional.normalize
     named = tokenizer([subject.name for subject in subjects], padding=True, return_tensors="pt")
-    names = by_name(features(model.get_text_features(named["input_ids"], named["attention_mask"])), dim=1)
+    names = by_name(vectors(model.get_text_features(named["input_ids"], named["attention_mask"])), dim=1)
     told = tokenizer([f"{style} style" for style in emoji.STYLES], padding=True, return_tensors="pt")
-    styles = by_name(features(model.get_text_features(told["input_ids"], told["attention_mask"])), dim=1)
+    styles = by_name(vectors(model.get_text_features(told["input_ids"], told["attention_mask"])), dim=1)
     marks = {}
     for style, package in {**emoji.STYLES, "the new style": emoji.NEW_STYLE}.items():
         own = [(i, s) for i, s in enumerate(subjects) if package in s.icons]
         drawn = np.stack([emoji.plain(sets[package], s.icons[package]) for _, s in own])
         x = (torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=CHANNELS_LAST)
-        images = by_name(torch.cat([features(model.get_image_features(part)) for part in x.split(128)]), dim=1)
+        images = by_name(torch.cat([vectors(model.get_image_features(part)) for part in x.split(128)]), dim=1)
         right = (images @ names.T).argmax(1) == torch.tensor([i for i, _ in own])
         marks[f"subject, {style}"] = round(float(right.float().mean()), 4)
         if style in emoji.STYLES:

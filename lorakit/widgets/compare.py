@@ -19,7 +19,7 @@ import ipywidgets as widgets
 from IPython.utils.capture import capture_output
 from PIL import Image
 
-from lorakit import compare, export, hosts, record, sample
+from lorakit import compare, export, hosts, metadata, record, sample
 from lorakit.compare import Candidates, Column
 from lorakit.widgets import pump
 from lorakit.widgets.pictures import button, note
@@ -572,10 +572,7 @@ def wipe(size: tuple[int, int], picture: str, bare: str | None = None) -> str:
 
 def small(picture: Image.Image) -> str:
     """The address of a thumbnail."""
-    shrunk, stream = picture.copy(), io.BytesIO()
-    shrunk.thumbnail((SIDE, SIDE))
-    shrunk.save(stream, "JPEG", quality=85)
-    return uri(stream.getvalue(), "jpeg")
+    return metadata.jpeg(picture, SIDE)
 
 
 def uri(content: bytes, kind: str) -> str:

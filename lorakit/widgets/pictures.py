@@ -10,6 +10,7 @@ from PIL import Image
 
 from lorakit import dataset
 from lorakit.dataset import Picture
+from lorakit.plots import TONES
 
 SIDE = 128  # pixels of a thumbnail
 LABEL = {"description_width": "initial"}  # as wide as its text, and at the left
@@ -44,7 +45,7 @@ def button(text: str, act: Callable[[], None], style: str = "", tooltip: str = "
 
 def note(text: str, colour: str = "") -> str:
     """A line of HTML; colours are those that can be read on white and on black."""
-    tone = {"good": "#2e9e5b", "warning": "#c77d00", "bad": "#d64545"}.get(colour, "inherit")
+    tone = TONES[colour]
     return f'<div style="color:{tone};line-height:1.3;white-space:pre-wrap">{escape(text)}</div>'
 
 

@@ -4,8 +4,6 @@ The panel is a view of the run's folder and of `Live`: it reads the log and the 
 nothing.
 """
 
-import base64
-import io
 import json
 import math
 import time
@@ -20,7 +18,7 @@ from IPython.display import HTML, display
 from PIL import Image
 
 from lorakit import base as bases
-from lorakit import cache, evaluate, memory, plots, run
+from lorakit import cache, evaluate, memory, metadata, plots, run
 from lorakit.config import Config
 from lorakit.live import Live
 from lorakit.widgets import pump
@@ -297,14 +295,10 @@ def _picture(path: Path) -> str:
     """A sample with its prompt below, as HTML that holds the picture itself."""
     with Image.open(path) as image:
         prompt = image.info.get("parameters", "").partition("\n")[0].partition(" <lora:")[0]
-        image = image.convert("RGB")
-    image.thumbnail((SIDE * 2, SIDE * 2))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=85)
-    encoded = base64.b64encode(stream.getvalue()).decode()
+        encoded = metadata.jpeg(image, 2 * SIDE)
     return (
         f'<figure style="margin:0"><img style="width:100%;height:auto;display:block" '
-        f'src="data:image/jpeg;base64,{encoded}" alt="{escape(prompt)}">'
+        f'src="{encoded}" alt="{escape(prompt)}">'
         f'<figcaption style="font-size:11px;line-height:1.3;max-height:3.9em;overflow:hidden" '
         f'title="{escape(prompt)}">{escape(prompt)}</figcaption></figure>'
     )
