@@ -1,7 +1,6 @@
 """Compare checkpoints and LoRA files in pictures, pick one, export it and take it along."""
 
 import base64
-import io
 import os
 import shutil
 import threading
