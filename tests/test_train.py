@@ -409,7 +409,7 @@ def test_captions_change_their_order_from_step_to_step(settings, pictures, tmp_p
     shuffled = settings.with_(shuffle_captions=True, keep_tokens=1, caption_variants=8)
     ready = prepared(shuffled, tmp_path)
     seen = [train.batch(ready.pictures, ready.texts, [0], step, 0, shuffled).embeddings for step in range(40)]
-    assert 4 <= len({x.sum().item() for x in seen}) <= 8
+    assert 4 <= len({x.numpy().tobytes() for x in seen}) <= 8
     again = train.batch(ready.pictures, ready.texts, [0], 7, 0, shuffled).embeddings
     assert torch.equal(again, seen[7])
 
@@ -504,8 +504,9 @@ def test_a_batch_in_parts_learns_the_same(settings, tmp_path):
         again = train.run(loop)
         assert [step.examples for step in again] == [step.examples for step in done]
         assert [float(step.loss) for step in again] == pytest.approx([float(step.loss) for step in done], rel=1e-5)
-        for name, weight in state.adapter.state().items():
-            assert torch.allclose(weight, whole.adapter.state()[name], rtol=1e-3, atol=1e-6), name
+        # As a whole: AdamW makes full steps of gradients that are nothing but rounding, and so of their sign.
+        one, other = (torch.cat([w.detach().flatten() for w in s.adapter.state().values()]) for s in (state, whole))
+        assert (one - other).norm() < 1e-3 * other.norm(), (one - other).norm() / other.norm()
 
 
 def test_a_process_without_pictures_in_a_step_keeps_its_scaler_in_step(settings, tmp_path):
