@@ -141,14 +141,22 @@ def check(
 
 @app.command()
 def preset(
-    kind: Annotated[str, typer.Argument(help="character, style, object or clothing")],
-    family: Annotated[str, typer.Argument(help="sd15, sd2 or sdxl")] = "sd15",
+    kind: Annotated[str, typer.Argument(help="character, style, object, clothing, or the name of one of your own")],
+    family: Annotated[str | None, typer.Argument(help="sd15, sd2 or sdxl; sd15, or your own preset's base")] = None,
     dataset: Annotated[str, typer.Option(help="folder or zip with the pictures")] = "dataset",
     trigger: Annotated[str, typer.Option(help="the word that calls the LoRA up")] = "",
+    save_from: Annotated[
+        Path | None, typer.Option(help="a run's folder or config file whose settings are kept under the name")
+    ] = None,
 ) -> None:
-    """Print the settings to start from, as JSON: `preset style > style.json`."""
+    """Print the settings to start from, as JSON: `preset style > style.json`; or keep a run's as one of your own."""
     from lorakit import config as configs
 
+    if save_from:
+        settings = configs.load(save_from / "config.json" if save_from.is_dir() else save_from)
+        file = configs.save_preset(kind, settings)
+        print(f"kept      {kind} in {file.parent}: {', '.join(configs.kept(kind))}")
+        return
     print(configs.preset(kind, family).with_(dataset=dataset, trigger=trigger).to_json(), end="")
 
 
@@ -213,6 +221,63 @@ def plan(
     for row in planned:
         print(f"{row.card.name:<8}{row.describe()}")
     print("Predicted: what is allocated at the peak. Times are estimates from the work of a step and the card's rate.")
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="JSON file with the settings of all runs")],
+    setting: Annotated[str, typer.Argument(help="the one in which they differ, as rank")],
+    values: Annotated[list[str], typer.Argument(help="its values; after -- where one begins with -")],
+    out: Annotated[Path | None, typer.Option(help="folder for the runs; runs/NAME-SETTING when left out")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="to compare with; the settings' own when left out")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="of each prompt; 42 when left out")] = None,
+    strength: Annotated[float, typer.Option(help="of the LoRAs")] = 1.0,
+    pictures: Annotated[bool, typer.Option(help="in the comparison")] = True,
+) -> None:
+    """Train runs that differ in one setting and compare them; called again, it goes on."""
+    import threading
+
+    from lorakit import config as configs
+    from lorakit import trials
+
+    settings, stop = configs.load(config), threading.Event()
+    made = trials.sweep(
+        settings, setting, [_value(value) for value in values], out or Path("runs") / f"{settings.name}-{setting}",
+        prompts=prompt or (), seeds=seed or (42,), strength=strength, pictures=pictures, stop=stop,
+    )  # fmt: skip
+    print(made.describe())
+    if stop.is_set():
+        sys.exit(130)
+
+
+def _value(text: str):
+    """A setting's value as JSON has it; what is no JSON is a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs, or of a sweep")],
+    prompt: Annotated[list[str] | None, typer.Option(help="the first run's own when left out")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="of each prompt; 42 when left out")] = None,
+    strength: Annotated[float, typer.Option(help="of the LoRAs")] = 1.0,
+    pictures: Annotated[bool, typer.Option(help="the same of every run, and of the base alone")] = True,
+    base: Annotated[str | None, typer.Option(help="for the pictures; the first run's when left out")] = None,
+    out: Annotated[Path, typer.Option(help="folder for comparison.html")] = Path("comparison"),
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Put runs beside each other: settings that differ, curves, figures, the same prompts and seeds."""
+    from lorakit import trials
+
+    made = trials.compare_runs(
+        runs, prompts=prompt or (), seeds=seed or (42,), strength=strength, pictures=pictures, base=base,
+        say=lambda text: print(text, file=sys.stderr),
+    )  # fmt: skip
+    page, _ = trials.save(made, out)
+    print(json.dumps(made.facts(), indent=2, ensure_ascii=False) if as_json else f"{made.describe()}\nlook at {page}")
 
 
 @app.command()

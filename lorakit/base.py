@@ -35,6 +35,7 @@ KNOWN = {  # whose configs ship with lorakit -> hub id
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h: bytes above which freed memory is handed back
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 SHARDS = ("diffusion_pytorch_model-*.safetensors", "model-*.safetensors", "*.safetensors.index.json")
 
 
@@ -448,19 +449,25 @@ def load_text_encoder(base: Base, dtype: torch.dtype, device: torch.device, whic
     Args:
         which: "text_encoder", or SDXL's "text_encoder_2".
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     cls = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
-    encoder = _load(cls, base, which, dtype, device)
+    return _load(cls, base, which, dtype, device), load_tokenizer(base, which)
+
+
+def load_tokenizer(base: Base, which: str = "text_encoder"):
+    """The tokenizer of one of the base's text encoders."""
+    from transformers import CLIPTokenizer
+
     if base.file:
         # OpenCLIP, which is in all but SD 1.x and the first of SDXL's two, fills up with token 0.
         open_clip = base.family == "sd2" or which == "text_encoder_2"
         padding = {"pad_token": "!"} if open_clip else {}
-        return encoder, CLIPTokenizer.from_pretrained(FAMILIES / "tokenizer", local_files_only=True, **padding)
-    tokenizer_folder = base.folder / which.replace("text_encoder", "tokenizer")
-    if not (tokenizer_folder / "vocab.json").is_file() and not (tokenizer_folder / "tokenizer.json").is_file():
-        _fetch(base.name, [f"{tokenizer_folder.name}/*"])
-    return encoder, CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(FAMILIES / "tokenizer", local_files_only=True, **padding)
+    folder = base.folder / which.replace("text_encoder", "tokenizer")
+    if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
+        _fetch(base.name, [f"{folder.name}/*"])
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def tokenize(tokenizer, prompts: Sequence[str]) -> Tensor:
@@ -470,17 +477,20 @@ def tokenize(tokenizer, prompts: Sequence[str]) -> Tensor:
     return found.input_ids
 
 
-def encode(encoder, tokens: Tensor, family: str, clip_skip: int = 1) -> tuple[Tensor, Tensor]:
+def encode(
+    encoder, tokens: Tensor, family: str, clip_skip: int = 1, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Text embeddings as the family's UNet expects them from one text encoder, with a way back for its adapter.
 
     Args:
         tokens: (B, length), on the encoder's device.
         clip_skip: 1 takes the last layer, 2 the one before, … SDXL always counts from its next-to-last.
+        mask: (B, length), 0 where a token is not looked at; None looks at all, padding too, as these bases do.
 
     Returns:
         Embeddings, shape (B, length, width); pooled embedding, shape (B, width or projection).
     """
-    output = encoder(tokens, output_hidden_states=True)
+    output = encoder(tokens, attention_mask=mask, output_hidden_states=True)
     if family == "sdxl":
         return output.hidden_states[-(clip_skip + 1)], output[0]
     pooled = output.pooler_output
@@ -524,3 +534,10 @@ def size_conditions(original: tuple[int, int], crop: tuple[int, int], size: tupl
     Source: Podell et al. 2023, arXiv:2307.01952, section 2.2.
     """
     return torch.tensor([*original, *crop, *size], dtype=torch.float32)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the computer has no memory left, as each of them says it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit import base as bases
-from lorakit import buckets, dataset, files
+from lorakit import buckets, dataset, files, prompting
 from lorakit.buckets import Fit
 
 Progress = Callable[[str, int, int], None]  # what is being encoded, done, of how many
@@ -32,6 +32,7 @@ class Text:
     embeddings: Tensor  # (tokens, width)
     pooled: Tensor  # (width,): SDXL's second encoder; unused elsewhere
     tokens: Tensor  # (encoders, length), int64: to encode it anew once an encoder has learned
+    fragments: tuple[prompting.Fragment, ...] = ()  # of a prompt with weights or over the length, in place of tokens
 
 
 @dataclass(frozen=True)
@@ -90,53 +91,99 @@ def free(device: torch.device) -> None:
 
 
 def encode_texts(
-    base: bases.Base, prompts: Iterable[str], folder: Path, *, device: torch.device, dtype: torch.dtype,
+    base: bases.Base, texts: Iterable[str], folder: Path, *, device: torch.device, dtype: torch.dtype,
     clip_skip: int = 1, progress: Progress | None = None, batch: int = 16, say: Callable[[str], None] = print,
 ) -> dict[str, Text]:  # fmt: skip
-    """Encode prompts with the base's text encoders, reusing what `folder` holds.
+    """Encode texts to the letter with the base's text encoders, reusing what `folder` holds. What is too long is cut.
 
     Args:
         say: told of what is there and damaged.
 
     Returns:
-        prompt -> its embeddings. SDXL's are those of both encoders side by side, and the second's pooled one.
+        text -> its embeddings. SDXL's are those of both encoders side by side, and the second's pooled one.
 
     Raises:
-        FloatingPointError: an encoder answers NaN or infinity; names the prompt.
+        FloatingPointError: an encoder answers NaN or infinity; names the text.
     """
+
+    def answers(encoder, tokenizer, some: Sequence[str]) -> Iterable[Sequence[Tensor]]:
+        tokens = bases.tokenize(tokenizer, some)
+        return zip(*bases.encode(encoder, tokens.to(device), base.family, clip_skip), tokens, strict=True)
+
+    keys = {text: ("text 2", text) for text in texts}
+    parts = _encode(base, keys, answers, folder, device, dtype, clip_skip, progress, batch, say)
+    return {text: _text(own) for text, own in parts.items()}
+
+
+def encode_prompts(
+    base: bases.Base, prompts: Iterable[str], folder: Path, *, device: torch.device, dtype: torch.dtype,
+    clip_skip: int = 1, progress: Progress | None = None, say: Callable[[str], None] = print,
+) -> dict[str, Text]:  # fmt: skip
+    """Encode prompts as `prompting` reads them, with weights and of any length; else as `encode_texts`."""
     prompts = list(dict.fromkeys(prompts))
-    parts: dict[str, list[dict[str, Tensor]]] = {prompt: [] for prompt in prompts}
-    for which in base.text_encoders:
-        weights = bases.fingerprint(base, which)
-        names = {
-            p: folder / f"{_key('text 2', p, weights, clip_skip, base.family, str(dtype))}.safetensors" for p in prompts
-        }
-        found = {p: _read(names[p], say) for p in prompts}
-        missing = [p for p in prompts if found[p] is None]
+    special = {prompt: fragments for prompt in prompts if (fragments := prompting.special(prompt, base))}
+    plain = {prompt: prompting.words(prompt) for prompt in prompts if prompt not in special}
+
+    def answers(encoder, tokenizer, some: Sequence[str]) -> Iterable[Sequence[Tensor]]:
+        return [prompting.encode(base, encoder, tokenizer, special[prompt], clip_skip, say) for prompt in some]
+
+    keys = {prompt: ("prompt", prompting.can_weigh(), fragments) for prompt, fragments in special.items()}
+    parts = _encode(base, keys, answers, folder, device, dtype, clip_skip, progress, 1, say)
+    texts = encode_texts(
+        base, plain.values(), folder, device=device, dtype=dtype, clip_skip=clip_skip, progress=progress, say=say
+    )
+    long = {prompt: _text(own, special[prompt]) for prompt, own in parts.items()}
+    return {prompt: texts[text] for prompt, text in plain.items()} | long
+
+
+@torch.no_grad()
+def _encode(
+    base: bases.Base, keys: Mapping[str, tuple], answers: Callable[..., Iterable[Sequence[Tensor]]], folder: Path,
+    device: torch.device, dtype: torch.dtype, clip_skip: int, progress: Progress | None, batch: int,
+    say: Callable[[str], None],
+) -> dict[str, list[dict[str, Tensor]]]:  # fmt: skip
+    """What each encoder says of texts, from `folder`, or by `answers` where it is missing there.
+
+    Args:
+        keys: text → what its entry is known by, besides the encoder.
+        answers: called with an encoder, its tokenizer and up to `batch` texts; embeddings, pooled and tokens of each.
+    """
+    parts: dict[str, list[dict[str, Tensor]]] = {text: [] for text in keys}
+    for which in base.text_encoders if keys else ():
+        own = (bases.fingerprint(base, which), clip_skip, base.family, str(dtype))
+        names = {text: folder / f"{_key(*key, *own)}.safetensors" for text, key in keys.items()}
+        found = {text: _read(name, say) for text, name in names.items()}
+        missing = [text for text in keys if found[text] is None]
         if missing:
             encoder, tokenizer = bases.load_text_encoder(base, dtype, device, which)
             for start in range(0, len(missing), batch):
                 some = missing[start : start + batch]
-                tokens = bases.tokenize(tokenizer, some)
-                with torch.no_grad():
-                    embeddings, pooled = bases.encode(encoder, tokens.to(device), base.family, clip_skip)
-                for prompt, e, p, t in zip(some, embeddings.cpu(), pooled.cpu(), tokens, strict=True):
-                    _finite(e, f"the text {prompt!r}", which)
-                    entry = {"embeddings": e.contiguous(), "pooled": p.contiguous(), "tokens": t.contiguous()}
-                    found[prompt] = _write(names[prompt], entry)
+                for text, answer in zip(some, answers(encoder, tokenizer, some), strict=True):
+                    embeddings, pooled, tokens = (part.cpu().contiguous() for part in answer)
+                    _finite(embeddings, f"the text {text!r}", which)
+                    entry = {"embeddings": embeddings, "pooled": pooled, "tokens": tokens}
+                    found[text] = _write(names[text], entry)
                 if progress:
                     progress("captions", start + len(some), len(missing))
             del encoder
             free(device)
-        for prompt in prompts:
-            parts[prompt].append(found[prompt])
-    return {
-        prompt: Text(
-            torch.cat([part["embeddings"] for part in own], dim=-1), own[-1]["pooled"],
-            torch.stack([part["tokens"] for part in own]),
-        )
-        for prompt, own in parts.items()
-    }  # fmt: skip
+        for text in keys:
+            parts[text].append(found[text])
+    return parts
+
+
+def _text(parts: Sequence[dict[str, Tensor]], fragments: tuple[prompting.Fragment, ...] = ()) -> Text:
+    """What all encoders say of a text, side by side."""
+    embeddings = torch.cat([part["embeddings"] for part in parts], dim=-1)
+    return Text(embeddings, parts[-1]["pooled"], torch.stack([part["tokens"] for part in parts]), fragments)
+
+
+def filled(text: Text, empty: Text, length: int) -> Text:
+    """A text of so many tokens at least: filled up with the empty prompt, as A1111 does."""
+    stretches = max(0, -(-(length - len(text.embeddings)) // len(empty.embeddings)))
+    return (
+        replace(text, embeddings=torch.cat([text.embeddings, *[empty.embeddings] * stretches])) if stretches else text
+    )
 
 
 @torch.no_grad()
@@ -151,13 +198,33 @@ def encode_anew(
     if not encoders:
         return list(texts)
     some = next(iter(encoders.values()))
-    embeddings, pooled, tokens = (
-        torch.stack([getattr(text, part) for text in texts]).to(some.device)
-        for part in ("embeddings", "pooled", "tokens")
-    )
-    with bases.autocast(some.device, some.dtype):
-        embeddings, pooled = bases.encode_anew(base, encoders, embeddings, pooled, tokens, clip_skip)
-    return [Text(e, p, text.tokens) for e, p, text in zip(embeddings.cpu(), pooled.cpu(), texts, strict=True)]
+    found = {
+        place: _special_anew(base, encoders, text, clip_skip) for place, text in enumerate(texts) if text.fragments
+    }
+    plain = [place for place in range(len(texts)) if place not in found]
+    if plain:
+        embeddings, pooled, tokens = (
+            torch.stack([getattr(texts[place], part) for place in plain]).to(some.device)
+            for part in ("embeddings", "pooled", "tokens")
+        )
+        with bases.autocast(some.device, some.dtype):
+            embeddings, pooled = bases.encode_anew(base, encoders, embeddings, pooled, tokens, clip_skip)
+        for place, *said in zip(plain, embeddings.cpu(), pooled.cpu(), strict=True):
+            found[place] = Text(*said, texts[place].tokens)
+    return [found[place] for place in range(len(texts))]
+
+
+def _special_anew(base: bases.Base, encoders: Mapping[str, torch.nn.Module], text: Text, clip_skip: int) -> Text:
+    widths = [base.configs[which]["hidden_size"] for which in base.text_encoders]
+    parts = list(text.embeddings.split(widths, dim=-1))
+    pooled = text.pooled
+    for place, which in enumerate(base.text_encoders):
+        if which in encoders:
+            tokenizer = bases.load_tokenizer(base, which)
+            own = prompting.encode(base, encoders[which], tokenizer, text.fragments, clip_skip, lambda _: None)
+            parts[place] = own[0].cpu().to(text.embeddings.dtype)
+            pooled = own[1].cpu() if which == base.text_encoders[-1] else pooled
+    return Text(torch.cat(parts, dim=-1), pooled, text.tokens, text.fragments)
 
 
 @torch.no_grad()

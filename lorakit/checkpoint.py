@@ -149,6 +149,15 @@ def is_one(path: Path) -> bool:
         return False
 
 
+def told(path: Path) -> dict:
+    """What a checkpoint says of itself: its step, the settings that decide it, what it is a LoRA of. Not verified.
+
+    Raises:
+        ValueError, OSError: as `read`.
+    """
+    return _facts(path)[0]
+
+
 def _facts(path: Path) -> tuple[dict, str | None]:
     """What a checkpoint says of itself, and its digest: not verified.
 

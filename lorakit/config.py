@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -16,6 +19,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from lorakit import files
 
 Kind = Literal["character", "style", "object", "clothing"]
 Family = Literal["sd15", "sd2", "sdxl"]
@@ -370,16 +375,111 @@ PRESETS: dict[tuple[str, str], Config] = {
 """Starting points by (kind, family), with the training guide's figures for steps, rank and alpha."""
 
 
-def preset(kind: str, family: str = "sd15") -> Config:
-    """The preset for what is taught on a family of bases.
+def preset(kind: str, family: str | None = None) -> Config:
+    """The preset for what is taught on a family of bases, or one of the user's own.
+
+    Args:
+        kind: what is taught, or the name of an own preset.
+        family: None is sd15, and of an own preset the base that it names.
 
     Raises:
-        ValueError: no such kind or family.
+        ValueError: no such preset or family; an own one is damaged, or not valid any more.
     """
-    try:
-        return PRESETS[kind, family]
-    except KeyError:
-        kinds, families = (sorted({key[i] for key in PRESETS}) for i in (0, 1))
+    if built_in := PRESETS.get((kind, family or "sd15")):
+        return built_in
+    own = own_presets()
+    if kind in own and (family or "sd15") in HUB_BASES:
+        settings = kept(kind)
+        base = HUB_BASES[family] if family else settings.get("base", HUB_BASES["sd15"])
+        return Config(**settings | {"base": base, "name": f"my_{kind}_v1"})
+    kinds, families = (sorted({key[i] for key in PRESETS}) for i in (0, 1))
+    raise ValueError(
+        f"There is no preset for {kind!r} on {family or 'sd15'!r}. Kinds: {', '.join(kinds)}; bases: "
+        f"{', '.join(families)}; your own: {', '.join(own) or 'none yet'}."
+    )
+
+
+# ── Presets of the user's own ───────────────────────────────────────────────────────────────────────────────────────
+
+NOT_KEPT = {  # it belongs to one dataset, run or machine
+    "dataset", "decisions", "name", "trigger", "class_word", "sample_prompts", "validation_pictures", "mask",
+    "regularisation", "start_from", "backup", "device",
+    "prior_prediction",  # needs trigger and class word, or pictures of the class
+}  # fmt: skip
+OF_BASE = {"base", "prediction_type", "zero_terminal_snr"}
+
+
+def home() -> Path:
+    """The folder for what a user keeps: $LORAKIT_HOME, else lorakit's among the system's folders for settings."""
+    if own := os.environ.get("LORAKIT_HOME"):
+        return Path(own).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming") / "lorakit"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "lorakit"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "lorakit"
+
+
+def own_presets() -> list[str]:
+    """The names of the presets that were saved."""
+    return sorted(path.stem for path in (home() / "presets").glob("*.json") if _may_be_called(path.stem))
+
+
+def save_preset(name: str, config: Config) -> Path:
+    """Keep what is worth keeping of a run's settings under a name; one of that name is replaced.
+
+    What belongs to one dataset, run or machine is left out, and so is a base that is a folder or file: a preset may be
+    given to others.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: a name that is none, or a built-in preset's.
+        OSError: it cannot be written.
+    """
+    if name.lower() in get_args(Kind):
+        raise ValueError(f"{name!r} is a built-in preset. Give yours another name.")
+    if not _may_be_called(name):
         raise ValueError(
-            f"There is no preset for {kind!r} on {family!r}. Kinds: {', '.join(kinds)}; bases: {', '.join(families)}."
-        ) from None
+            f"A preset cannot be called {name!r}. Give up to 64 letters, digits, blanks and . + - _, and begin and end "
+            "with a letter or digit."
+        )
+    left_out = NOT_KEPT | (OF_BASE if is_place(config.base) else set())
+    file = home() / "presets" / f"{name}.json"
+    with files.replacing(file) as partial:
+        partial.write_text(config.model_dump_json(indent=2, exclude=left_out) + "\n", "utf-8")
+    return file
+
+
+def kept(name: str) -> dict[str, Any]:
+    """The settings that one of the user's own presets keeps; all others are the run's own.
+
+    Raises:
+        ValueError: no such preset; it is damaged, or not valid any more: says what is wrong.
+    """
+    if name not in own_presets():
+        raise ValueError(f"There is no preset {name!r} of your own. There is {', '.join(own_presets()) or 'none yet'}.")
+    file, advice = home() / "presets" / f"{name}.json", "Save it anew, or mend or remove the file."
+    try:
+        settings = json.loads(file.read_text("utf-8-sig"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}, not settings in {{…}}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Your preset {name!r} cannot be read: {error}. {advice}") from error
+    try:
+        parse(settings, where=f"Your preset {name!r} is not valid")
+    except ValueError as error:
+        raise ValueError(f"{error} {advice}") from None
+    return settings
+
+
+def _may_be_called(name: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w .+-]{0,63}", name)) and name[-1] not in " ." and name not in get_args(Kind)
+
+
+def is_place(base: str) -> bool:
+    """Whether a base is a folder or file, or looks like one, and no hub id or short name."""
+    odd = base.startswith((".", "~", "/")) or "\\" in base or base.count("/") > 1
+    file = base.lower().endswith((".safetensors", ".ckpt"))
+    return base != "demo" and (odd or file or Path(base).expanduser().exists())

@@ -122,12 +122,12 @@ def sampler(
 
     def _said(prompts: Sequence[str]) -> list[cache.Text]:
         """The prompts' embeddings; of new ones made on the CPU, because the card is full of training."""
-        new = [prompt for prompt in prompts if prompt not in prepared.texts]
-        made = cache.encode_texts(
+        new = [prompt for prompt in prompts if prompt not in prepared.said]
+        made = cache.encode_prompts(
             prepared.base, new, folder / "cache", device=torch.device("cpu"), dtype=torch.float32,
             clip_skip=config.clip_skip, say=say,
         ) if new else {}  # fmt: skip
-        return [(prepared.texts | made)[prompt] for prompt in prompts]
+        return [(prepared.said | made)[prompt] for prompt in prompts]
 
     return listener
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 ACCENT = "#2f7fe0"  # the smoothed loss: stands out from white pages and from dark ones
 JUDGED = "#d9822b"  # the validation loss
 TONES = {"good": "#2e9e5b", "warning": "#c77d00", "bad": "#d64545", "": "inherit"}  # legible on white and on black
+COLOURS = (  # of runs side by side: each can be told from the others, on white and on black
+    ACCENT, JUDGED, TONES["good"], TONES["bad"], "#8d6fd1", "#1b9aaa", "#b8860b", "#c2569b",
+)  # fmt: skip
 COLUMNS = 400  # across the SVG: of a longer run, each shows what lies within it
 WIDEST = 2400  # pixels of a sheet
 SMALLEST = 128  # pixels of a cell's shorter side
@@ -241,13 +244,8 @@ def loss_svg(
         f'<text x="{right}" y="16" text-anchor="end">{said}{coloured}</text>',
         f'<text x="{(left + right) / 2:.0f}" y="{height - 6}" text-anchor="middle" opacity=".75">step</text>',
     ]
-    for step, label in across:
-        parts.append(f'<text x="{at_x(step):.1f}" y="{bottom + 16}" text-anchor="middle" opacity=".75">{label}</text>')
-    for value, label in up:
-        y = at_y(value)
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" opacity=".75">{label}</text>')
-        parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="currentColor" opacity=".15"/>')
-    parts.append(f'<path d="M{left} {bottom}H{right}" stroke="currentColor" opacity=".6"/>')
+    marks = [(at_x(step), label) for step, label in across], [(at_y(value), label) for value, label in up]
+    parts += _frame(*marks, left, right, bottom)
     parts.append('<g fill="none" stroke-linecap="round" stroke-linejoin="round">')
     parts += ['<g stroke="currentColor" opacity=".35">', *_polylines(at_x(noise_x), at_y(noise)), "</g>"]
     parts += [f'<g stroke="{ACCENT}" stroke-width="2">', *_polylines(at_x(x), at_y(average)), "</g>"]
@@ -259,6 +257,18 @@ def loss_svg(
     return "".join([*parts, "</g></svg>"])
 
 
+def _frame(
+    across: Sequence[tuple[float, str]], up: Sequence[tuple[float, str]], left: int, right: int, bottom: int
+) -> Iterator[str]:  # fmt: skip
+    """The axes of an SVG: where which label stands, in pixels."""
+    for x, label in across:
+        yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" opacity=".75">{label}</text>'
+    for y, label in up:
+        yield f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" opacity=".75">{label}</text>'
+        yield f'<path d="M{left} {y:.1f}H{right}" stroke="currentColor" opacity=".15"/>'
+    yield f'<path d="M{left} {bottom}H{right}" stroke="currentColor" opacity=".6"/>'
+
+
 def _polylines(x: np.ndarray, y: np.ndarray) -> Iterator[str]:
     """A line for each stretch without NaN; a lone point becomes a dot."""
     breaks = np.flatnonzero(np.diff(np.isnan(y))) + 1
@@ -266,6 +276,131 @@ def _polylines(x: np.ndarray, y: np.ndarray) -> Iterator[str]:
         if len(y) and not math.isnan(y[0]):
             points = [f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
             yield f'<polyline points="{" ".join(points * 2 if len(points) == 1 else points)}"/>'
+
+
+class Curve(NamedTuple):
+    """The losses of a run that is drawn beside others."""
+
+    name: str
+    steps: Sequence[int]
+    losses: Sequence[float]
+    validation: Sequence[tuple[int, float]] = ()  # (step, loss on held-out pictures)
+
+
+class _Panel(NamedTuple):
+    title: str
+    lines: list[tuple[np.ndarray, np.ndarray]]  # steps and values of each curve
+    low: float
+    high: float
+
+
+def _panels(curves: Sequence[Curve]) -> list[_Panel]:
+    """What is drawn of several runs: their losses, smoothed alike, and where one was validated, those below."""
+    half_life = max(1.0, max((len(curve.losses) for curve in curves), default=0) / 25)
+    trained = [(np.array(curve.steps, float), np.array(smooth(curve.losses, half_life), float)) for curve in curves]
+    judged = [np.array(_finite(curve.validation), float).reshape(-1, 2) for curve in curves]
+    panels = [("training loss, smoothed", trained), ("validation loss", [(own[:, 0], own[:, 1]) for own in judged])]
+    return [
+        _Panel(title, lines, *_limits(lines)) for title, lines in panels if lines is trained or any(map(len, judged))
+    ]
+
+
+def _limits(lines: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """The lowest and highest value worth showing."""
+    values = np.concatenate([y[np.isfinite(y)] for _, y in lines] or [np.empty(0)])
+    if not len(values):
+        return 0.0, 1.0
+    low, high = np.quantile(values, (0, 0.995))  # a curve's first loss stands alone and may lie far off
+    margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+    return float(low - margin), float(high + margin)
+
+
+def losses(curves: Sequence[Curve], *, path: Path | None = None) -> "Figure":
+    """A figure of several runs' losses, smoothed alike, and below of their validation losses where there are some.
+
+    Args:
+        path: where to save it, too, as PNG.
+    """
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = _panels(curves)
+    with style.context("default"):
+        figure = Figure(figsize=(8, 1 + 3 * len(panels)), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, panel in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
+            for number, (curve, (x, y)) in enumerate(zip(curves, panel.lines, strict=True)):
+                dots = "o" if panel.title.startswith("validation") else "." if len(x) < 50 else ""
+                name = textwrap.shorten(_plain(curve.name), 60, placeholder=" …")
+                axes.plot(
+                    x, y, color=COLOURS[number % len(COLOURS)], linestyle="--" if number >= len(COLOURS) else "-",
+                    linewidth=2, marker=dots, markersize=4, label=f" {name}" if name.startswith("_") else name,
+                )  # fmt: skip
+            axes.set_ylim(panel.low, panel.high)
+            axes.set_ylabel(panel.title)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("step")
+        if curves:
+            for text in figure.axes[0].legend(loc="upper right", framealpha=0.85, edgecolor="none").get_texts():
+                text.set_parse_math(False)  # a name may hold a $
+    figure._repr_png_ = lambda: _png(figure)
+    if path is not None:
+        with files.replacing(Path(path)) as partial:
+            partial.write_bytes(_png(figure))
+    return figure
+
+
+def losses_svg(curves: Sequence[Curve], *, width: int = 640, height: int = 200) -> str:
+    """What `losses` draws as one self-contained `<svg>`, for a page of any colour.
+
+    Args:
+        width, height: pixels; of each of the two panels.
+    """
+    panels = _panels(curves)
+    steps = [curve.steps[place] for curve in curves for place in (0, -1) if len(curve.steps)] or [0]
+    first, last = min(steps), max(*steps, min(steps) + 1)
+    across = _ticks(first, last, max(2, width // 90), smallest=1)
+    right, tall = width - 6 - 4 * max(len(label) for _, label in across), len(panels) * height + 18 * len(curves) + 6
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" width="{width}" height="{tall}"'
+        f' role="img" aria-label="losses of {len(curves)} runs" style="max-width:100%;height:auto"'
+        f' fill="currentColor" font-family="system-ui,sans-serif" font-size="12">'
+    ]
+    ups = [_ticks(panel.low, panel.high, max(2, height // 30)) for panel in panels]
+    left = 10 + 7 * max(len(label) for up in ups for _, label in up)
+
+    def at_x(step):
+        return left + (step - first) * ((right - left) / (last - first))
+
+    for number, (panel, up) in enumerate(zip(panels, ups, strict=True)):
+        top, bottom = number * height + 28, (number + 1) * height - 30
+
+        def at_y(value, panel=panel, top=top, bottom=bottom):
+            return bottom - (np.clip(value, panel.low, panel.high) - panel.low) * (
+                (bottom - top) / (panel.high - panel.low)
+            )
+
+        parts.append(f'<text x="{left}" y="{top - 12}" font-weight="600">{panel.title}</text>')
+        marks = [(at_x(step), label) for step, label in across], [(at_y(value), label) for value, label in up]
+        parts += [*_frame(*marks, left, right, bottom), '<g fill="none" stroke-width="2" stroke-linejoin="round">']
+        for place, (x, y) in enumerate(panel.lines):
+            thin = slice(None, None, max(1, len(x) // COLUMNS))
+            cx, cy = at_x(x[thin]), at_y(y[thin])
+            dots = [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2"/>' for a, b in zip(cx, cy, strict=True)] * (number > 0)
+            parts += [f"<g {_stroke(place)}>", *_polylines(cx, cy), *dots, "</g>"]
+        parts.append("</g>")
+    for place, curve in enumerate(curves):
+        y, name = len(panels) * height + 18 * place + 12, html.escape(_plain(curve.name))
+        parts.append(f'<path d="M10 {y - 4}h24" stroke-width="3" {_stroke(place)}/><text x="42" y="{y}">{name}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def _stroke(place: int) -> str:
+    """The colour of a run's curve; from the ninth on they are dashed."""
+    return f'stroke="{COLOURS[place % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * (place >= len(COLOURS))
 
 
 def _ticks(low: float, high: float, about: int, smallest: float = 0.0) -> list[tuple[float, str]]:

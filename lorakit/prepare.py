@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lorakit import base as bases
-from lorakit import buckets, cache, captions, dataset, decisions, evaluate, files, memory, plan, train
+from lorakit import buckets, cache, captions, dataset, decisions, evaluate, files, memory, plan, prompting, train
 from lorakit.cache import Encoded, Text
 from lorakit.config import Config
 
@@ -48,7 +48,8 @@ class Prepared:
     pictures: list[Encoded]  # trained on, regularisation pictures last
     held_out: list[Encoded]  # not trained on
     names: list[str]  # of the pictures trained on
-    texts: dict[str, Text]
+    texts: dict[str, Text]  # captions, to the letter
+    said: dict[str, Text]  # the samples' prompts, as `prompting` reads them
     repeats: list[int]
     prompts: list[str]  # sampled while training and at the end
     batches: int  # an epoch
@@ -79,7 +80,8 @@ def scan(config: Config) -> dataset.Dataset:
 
 def run(
     config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool | cache.Progress = True,
-    shared_by: int = 1, rungs: Sequence[Config] = (), stop: threading.Event | None = None,
+    shared_by: int = 1, rungs: Sequence[Config] = (), stop: threading.Event | None = None, store: Path | None = None,
+    held: int = 0,
 ) -> Prepared:  # fmt: skip
     """Check everything that can be checked, then encode pictures and captions into the run's cache.
 
@@ -89,6 +91,8 @@ def run(
         shared_by: processes that share each batch.
         rungs: settings to come down to, the config first; () takes `plan.ladder`'s.
         stop: set from elsewhere, ends it between two pictures or batches of captions.
+        store: the cache's folder; None is `cache` in the run's.
+        held: bytes of the device that models take which the run finds loaded.
 
     Raises:
         ValueError: settings that do not suit the base, or no usable picture.
@@ -148,9 +152,9 @@ def run(
             + ", ".join(bare[:5]) + " …" * (len(bare) > 5))  # fmt: skip
     config, fits, batches, prediction = _fitting(
         rungs or plan.ladder(config), base, everything, kept, repeats, len(pictures) - len(held_out), step, device,
-        dtype, say, shared_by,
+        dtype, say, shared_by, held,
     )  # fmt: skip
-    prompts = list(config.sample_prompts) or [p.caption for p in pictures.pictures[:4]]
+    prompts = list(config.sample_prompts) or [prompting.escape(p.caption) for p in pictures.pictures[:4]]
     began = time.monotonic()
     with bar(progress) as draw:
 
@@ -159,7 +163,7 @@ def run(
             if stop and stop.is_set():
                 raise KeyboardInterrupt("stopped while pictures and captions were encoded; what is done is kept")
 
-        store = folder / "cache"
+        store = store or folder / "cache"
         encoded = cache.encode_pictures(
             base, everything, fits, store, device=device, dtype=dtype, flip=config.flip, masks=masks, progress=show,
             say=say,
@@ -170,14 +174,13 @@ def run(
                 keep_tokens=config.keep_tokens, tag_dropout=config.tag_dropout, seed=config.seed,
             )  # fmt: skip
             encoded[place] = replace(picture, variants=varied, prior=place >= len(pictures))
-        wanted = [*train.prompts(encoded, config), *prompts]
-        texts = cache.encode_texts(
-            base, wanted, store, device=device, dtype=dtype, clip_skip=config.clip_skip, progress=show, say=say
-        )
+        how = {"device": device, "dtype": dtype, "clip_skip": config.clip_skip, "progress": show, "say": say}
+        texts = cache.encode_texts(base, train.prompts(encoded, config), store, **how)
+        said = cache.encode_prompts(base, [*prompts, ""], store, **how)
     say(f"cache     {len(encoded)} pictures and {len(texts)} texts ready in {time.monotonic() - began:.1f} s")
     return Prepared(
         config, base, pictures, [encoded[i] for i in kept], [encoded[i] for i in held_out],
-        [everything[i].known_as.name for i in kept], texts, repeats, prompts, batches, contents,
+        [everything[i].known_as.name for i in kept], texts, said, repeats, prompts, batches, contents,
         prediction,
     )  # fmt: skip
 
@@ -185,6 +188,7 @@ def run(
 def _fitting(
     rungs: Sequence[Config], base: bases.Base, everything: Sequence, kept: Sequence[int], repeats: Sequence[int],
     own: int, step: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None], shared_by: int,
+    held: int,
 ) -> tuple[Config, list[buckets.Fit], int, memory.Prediction]:  # fmt: skip
     """The first settings down the ladder that are predicted to fit; none does: those asked for.
 
@@ -192,6 +196,7 @@ def _fitting(
         The settings, each picture's bucket, the batches of an epoch, and what is predicted.
     """
     free, tried = memory.available(device), []
+    free = None if free is None else free + held
     for lower in rungs:
         fits = buckets.fits(
             [(p.width, p.height) for p in everything], lower.resolution, step=step, rule=lower.bucket_rule,

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lorakit import base as bases
 from lorakit import captions as words
-from lorakit import compare, dataset, eyes, files, measures, metadata, plots, prepare, record, sample
+from lorakit import compare, dataset, eyes, files, measures, metadata, plots, prepare, prompting, record, sample
 from lorakit.eyes import Eyes
 
 Verdict = Literal["good", "doubtful", "bad", "not measured"]
@@ -43,10 +43,12 @@ CONTEXTS = {  # what the trigger is put into, by what is taught
 }  # fmt: skip
 UNRELATED = ("a bowl of fruit", "a city street at night", "a mountain lake", "a portrait of an old man")
 SUBJECTS = ("rocket", "red apple", "panda", "guitar", "house", "crab", "wrapped gift", "pizza")  # the embedded base's
-LIMITS = {  # figure → from where it is good, from where no longer bad; guesses: report_calibration.py has not set them
-    "gain": (0.55, 0.3), "hits": (0.9, 0.6), "consistency": (0.2, 0.1), "adherence": (0.8, 0.6),
-    "diversity": (0.6, 0.4), "copied": (0.05, 0.2), "shift": (12.0, 25.0), "clipped": (0.03, 0.1),
-    "residue": (1.35, 1.8), "broken": (0.0, 0.02), "rises": (0.79, 0.4), "leak": (0.5, 0.75), "unrelated": (0.4, 0.7),
+NAMED = ("noto style, rocket", "fluent style, panda", "ink style, guitar", "noto style, house")  # its unrelated ones
+LIMITS = {  # figure → from where it is good, from where no longer bad: tests/bench/report_calibration.py
+    "gain": (0.55, 0.3), "chance": (0.01, 0.05), "hits": (0.9, 0.6), "unevenness": (0.3, 0.5), "adherence": (0.8, 0.6),
+    "variety": (0.7, 0.5), "copied": (0.05, 0.2), "gap": (0.1, 0.2), "shift": (0.5, 1.0), "clipped": (0.03, 0.1),
+    "residue": (1.35, 1.8), "broken": (0.0, 0.02), "rises": (0.79, 0.4), "holds": (1.0, 0.7), "leak": (0.5, 0.75),
+    "unrelated": (0.4, 0.7),
 }  # fmt: skip
 CURES = {  # the guide's
     "nothing": "the trigger in captions and prompt must agree: check its spelling; train longer",
@@ -131,6 +133,8 @@ class Report:
         return f'<div style="max-width:900px">{_body(self)}</div>'
 
 
+Known = dict[tuple[str, int], Image.Image]  # the bare base's pictures by prompt and seed
+Column = list[Image.Image]
 MARKS = {"good": "✓", "doubtful": "?", "bad": "✗", "not measured": " "}
 
 
@@ -138,7 +142,7 @@ def report(
     source: str | Path, *, base: str | bases.Base | None = None, pictures: dataset.Dataset | None = None,
     trigger: str = "", kind: str = "", contexts: Sequence[str] = (), see: str | Eyes | None = "auto", seed: int = 1000,
     steps: int | None = None, guidance: float | None = None, most: int = 6, device: str = "auto",
-    say: Callable[[str], None] = print, stop: threading.Event | None = None,
+    say: Callable[[str], None] = print, stop: threading.Event | None = None, known: Known | None = None,
 ) -> Report:  # fmt: skip
     """Fill in the guide's checklist for a run or a LoRA file.
 
@@ -155,78 +159,17 @@ def report(
         steps, guidance: of the sampler; None takes the run's.
         device: as `base.choose_device` takes it.
         stop: set from elsewhere, ends it with a KeyboardInterrupt.
+        known: the bare base's pictures from reports with the same base and sampler: not made again, new ones are added.
 
     Raises:
         FileNotFoundError, ValueError: no such run, nothing to judge, or a base that does not go with it.
     """
-    found = compare.candidates(source)
-    config, labels = found.config, list(found.paths)
-    name = Path(source).stem if config is None else config.name
-    usual, _ = compare.beginning(found)
-    opened = base if isinstance(base, bases.Base) else compare.opened(base or usual, config)
-    pictures = pictures or (prepare.scan(config) if config else None)
-    lora = record.lora_of(found.paths[labels[-1]])
-    trigger = trigger or (config.trigger if config else lora.metadata.get("modelspec.trigger_phrase", ""))
-    kind = kind or (config.kind if config else "character")
-    settings = {
-        "steps": steps or (config.sample_steps if config else 25),
-        "guidance": guidance or (config.sample_guidance if config else 7.0), "device": device,
-        "clip_skip": config.clip_skip if config else 1, "quantize": config.quantize if config else "none",
-        "precision": config.mixed_precision if config else "auto", "stop": stop,
-    }  # fmt: skip
-    if config:
-        settings["size"] = (config.resolution, config.resolution)
-    embedded = opened.name == compare.DEMO
-    asked = _Asked.of(opened, pictures, trigger, kind, contexts or (SUBJECTS if embedded else CONTEXTS[kind]), embedded)
-    seeing, missing = _open_eyes(see, embedded, device, say)
-    if pictures is None:
-        missing.append("likeness, copies and colours against the training pictures: give the run, or its pictures")
-
-    def made(prompts: Sequence[str], seeds: Sequence[int], columns: Sequence[compare.Column]) -> list[list]:
-        """Pictures, a row a prompt, a column a variant."""
-        refused: list[str] = []
-        chosen = compare.variants(opened, columns, found.paths, tell=refused.append)
-        for text in refused:
-            say(f"report    {text}")
-        if any(column not in chosen for column in columns):
-            raise ValueError(f"Not all can be judged on {opened.name}. {' '.join(refused)}")
-        grid: list[list] = [[None] * len(columns) for _ in prompts]
-        done = sample.stream(opened, prompts, [chosen[column] for column in columns], seeds=list(seeds), **settings)
-        for row, column, picture in done:
-            grid[row][column] = picture
-        if stop and stop.is_set():
-            raise KeyboardInterrupt
-        return grid
-
-    newest = labels[-1]
-    every = [(None, 0.0)] + [(newest, value) for value in STRENGTHS[1:]]
-    ends = [every[0], every[-1]]
-    count = len(asked.prompts)
-    say(f"report    {count} prompts with the trigger at {len(every)} strengths")
-    shown = made(asked.prompts, range(seed, seed + count), every)
-    others = [*asked.prompts, *asked.bare, *asked.unrelated, *asked.captions]
-    say(f"report    {len(others)} prompts more, without the LoRA and with it")
-    more = made(others, range(seed + count, seed + count + len(others)), ends)
-    places = np.cumsum([0, count, len(asked.bare), len(asked.unrelated), len(asked.captions)])
-    second, bare, unrelated, told = ([[row[c] for row in more[a:b]] for c in (0, 1)]
-                                     for a, b in zip(places, places[1:], strict=False))  # fmt: skip
-    size = settings.get("size") or (opened.resolution, opened.resolution)
-    training = [_as_trained(picture, *size) for picture in pictures.pictures] if pictures else []
-    figures, copies = _figures(
-        asked, [list(column) for column in zip(*shown, strict=True)], second, bare, unrelated, told, training, seeing
-    )
-    marks: tuple[Mark, ...] = ()
-    if config and len(labels) > 1:
-        marks = _checkpoints(Path(source), found, made, asked, seed, most, training, seeing, say)
-    recommended, why = recommend(marks)
-    if marks and recommended is None and found.best:
-        recommended, why = found.best, str(record.best_checkpoint(Path(source))[1])
-    faults = diagnose(figures)
-    total = sum(map(len, shown)) + sum(map(len, more)) + len(marks) * count
-    return Report(
-        name, trigger, kind, opened.name, lines(figures, faults), faults, marks, recommended, why, tuple(missing),
-        total, tuple(asked.prompts), tuple(map(tuple, shown)), copies,
+    made = make(
+        source, base=base, pictures=pictures, trigger=trigger, kind=kind, contexts=contexts, seed=seed, steps=steps,
+        guidance=guidance, most=most, device=device, say=say, stop=stop, known=known,
     )  # fmt: skip
+    seeing, missing = _open_eyes(see, made.base == compare.DEMO, device, say)
+    return judge(made, seeing, missing)
 
 
 def save(made: Report, folder: str | Path) -> tuple[Path, Path]:
@@ -239,27 +182,167 @@ def save(made: Report, folder: str | Path) -> tuple[Path, Path]:
     return page, facts
 
 
-# ── What is asked for ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is asked for, and made ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
+    """Prompts, to be made with the LoRA and without."""
+
     contexts: list[str]  # alone, to be read
     prompts: list[str]  # with the trigger
     bare: list[str]  # the same without it
     unrelated: list[str]
     captions: list[str]  # some of the training pictures'
+    shows: list[int]  # which these are
 
     @classmethod
-    def of(cls, base, pictures, trigger: str, kind: str, contexts: Sequence[str], embedded: bool) -> "_Asked":
+    def of(
+        cls, pictures: dataset.Dataset | None, trigger: str, kind: str, contexts: Sequence[str], embedded: bool
+    ) -> "Asked":
         own = [picture.caption for picture in pictures.pictures] if pictures else []
         phrase = _phrase(own, trigger)
-        called = [f"{phrase}, {context}" if phrase else context for context in contexts]
+        called = [prompting.escape(f"{phrase}, {context}" if phrase else context) for context in contexts]
         without = " ".join(word for word in phrase.replace(trigger, "").split() if word) if trigger else ""
-        bare = [f"{without}, {c}" if without and kind != "style" else c for c in contexts]
-        unrelated = [c for c in (SUBJECTS[::2] if embedded else UNRELATED) if kind != "style" or not embedded]
+        bare = [prompting.escape(f"{without}, {c}") if without and kind != "style" else c for c in contexts]
         spread = np.linspace(0, len(own) - 1, min(4, len(own))).round().astype(int) if own else []
-        return cls(list(contexts), called, bare, unrelated, [own[i] for i in spread])
+        told = [prompting.escape(own[i]) for i in spread]
+        unrelated = list(NAMED if embedded else UNRELATED)
+        return cls(list(contexts), called, bare, unrelated, told, [int(place) for place in spread])
+
+    def rows(self, seed: int) -> list[tuple[str, int]]:
+        """Every prompt with its seed: with the trigger twice, and without it by the noise of the first time."""
+        count = len(self.prompts)
+        first = range(seed, seed + count)
+        rest = [*self.prompts, *self.unrelated, *self.captions]
+        return [
+            *zip(self.prompts, first, strict=True), *zip(self.bare, first, strict=True),
+            *zip(rest, range(seed + count, seed + count + len(rest)), strict=True),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """Pictures that are to be judged; a column is made with one strength of one LoRA, a picture a prompt."""
+
+    name: str
+    trigger: str
+    kind: str
+    base: str
+    asked: Asked
+    shown: list[Column]  # with the trigger, at each of STRENGTHS
+    second: tuple[Column, Column]  # the same by other noise, without the LoRA and with it
+    bare: tuple[Column, Column]
+    unrelated: tuple[Column, Column]
+    told: tuple[Column, Column]  # of captions
+    training: Column  # the pictures it was trained on, () where these are not known
+    checkpoints: dict[int, Column] = field(default_factory=dict)  # step → with the trigger at strength 1
+    losses: dict[int, float] = field(default_factory=dict)  # step → validation loss
+    gap: float | None = None  # the overfit dial at the end
+    best: tuple[str, str] | None = None  # the checkpoint by validation loss, and why
+
+    @property
+    def count(self) -> int:
+        pairs = (self.second, self.bare, self.unrelated, self.told)
+        whole = sum(map(len, self.shown)) + sum(len(column) for pair in pairs for column in pair)
+        return whole + sum(len(c) for c in self.checkpoints.values() if c is not self.shown[-1])
+
+
+def make(
+    source: str | Path, *, base: str | bases.Base | None = None, pictures: dataset.Dataset | None = None,
+    trigger: str = "", kind: str = "", contexts: Sequence[str] = (), seed: int = 1000, steps: int | None = None,
+    guidance: float | None = None, most: int = 6, device: str = "auto", say: Callable[[str], None] = print,
+    stop: threading.Event | None = None, known: Known | None = None,
+) -> Made:  # fmt: skip
+    """Make the pictures that `judge` looks at; all with one loading of the base. Arguments as for `report`."""
+    source = Path(source)
+    found, known = compare.candidates(source), {} if known is None else known
+    config, labels = found.config, list(found.paths)
+    usual, _ = compare.beginning(found)
+    opened = base if isinstance(base, bases.Base) else compare.opened(base or usual, config)
+    pictures = pictures or (prepare.scan(config) if config else None)
+    lora = record.lora_of(found.paths[labels[-1]])
+    trigger = trigger or (config.trigger if config else lora.metadata.get("modelspec.trigger_phrase", ""))
+    kind = kind or (config.kind if config else "character")
+    settings = {
+        "steps": steps or (config.sample_steps if config else 25),
+        "guidance": guidance or (config.sample_guidance if config else 7.0), "device": device,
+        "clip_skip": config.clip_skip if config else 1, "quantize": config.quantize if config else "none",
+        "precision": config.mixed_precision if config else "auto", "stop": stop,
+    }  # fmt: skip
+    size = (config.resolution, config.resolution) if config else (opened.resolution, opened.resolution)
+    embedded = opened.name == compare.DEMO
+    asked = Asked.of(pictures, trigger, kind, contexts or (SUBJECTS if embedded else CONTEXTS[kind]), embedded)
+    rows, count, newest = asked.rows(seed), len(asked.prompts), labels[-1]
+    chosen = _checkpoints(found, most, say) if config and len(labels) > 1 else []
+    columns = [(None, 0.0), *((newest, value) for value in STRENGTHS[1:])]
+    ends = (0, len(columns) - 1)
+    columns += [(label, 1.0) for label in chosen if label != newest]
+    refused: list[str] = []
+    variants = compare.variants(opened, columns, found.paths, tell=refused.append)
+    if any(column not in variants for column in columns):
+        raise ValueError(f"Not all can be judged on {opened.name}. {' '.join(refused)}")
+    cells = {
+        (row, column) for row in range(len(rows)) for column in range(len(columns)) if row < count or column in ends
+    }
+    grid = {(row, 0): known[key] for row, key in enumerate(rows) if key in known}
+    say(f"report    {len(cells) - len(grid)} pictures: {count} prompts with the trigger at {len(STRENGTHS)} strengths, "
+        f"{len(rows) - count} more without the LoRA and with it, {len(chosen)} checkpoints")  # fmt: skip
+    prompts, seeds = zip(*rows, strict=True)
+    done = sample.stream(
+        opened, prompts, [variants[column] for column in columns], seeds=seeds, size=size,
+        batch=8 if max(size) < 256 else 1, cells=cells - grid.keys(), **settings,
+    )  # fmt: skip
+    for row, column, picture in done:
+        grid[row, column] = picture
+        if column == 0:
+            known[rows[row]] = picture
+    if stop and stop.is_set():
+        raise KeyboardInterrupt
+    marks = np.cumsum([0, count, len(asked.bare), count, len(asked.unrelated), len(asked.captions)])
+    part = lambda place, column: [grid[row, column] for row in range(marks[place], marks[place + 1])]  # noqa: E731
+    pair = lambda place: (part(place, ends[0]), part(place, ends[1]))  # noqa: E731
+    shown = [part(0, column) for column in range(len(STRENGTHS))]
+    labelled = {label: part(0, place) for place, (label, _) in enumerate(columns) if place > ends[1]} | {
+        newest: shown[-1]
+    }
+    log = _log(source) if config else []
+    best = (found.best, str(record.best_checkpoint(source)[1])) if found.best else None
+    return Made(
+        source.stem if config is None else config.name, trigger, kind, opened.name, asked, shown, pair(2), pair(1),
+        pair(3), pair(4), [_as_trained(picture, *size) for picture in pictures.pictures] if pictures else [],
+        {_step(label): labelled[label] for label in chosen},
+        {line["step"]: line["validation_loss"] for line in log if "validation_loss" in line},
+        next((line["overfit_gap"] for line in reversed(log) if "overfit_gap" in line), None), best,
+    )  # fmt: skip
+
+
+def _log(folder: Path) -> list[dict]:
+    file = folder / "log.jsonl"
+    return plots.read_log(file, lambda _: None) if file.is_file() else []
+
+
+def _step(label: str) -> int:
+    return int(label.rpartition(" ")[2])
+
+
+def _checkpoints(found: compare.Candidates, most: int, say: Callable[[str], None]) -> list[str]:
+    """Up to `most` checkpoints of a run, spread over it; the last and the best among them."""
+    labels = [label for label in found.paths if _sound(found.paths[label], say)]
+    places = np.unique(np.linspace(0, len(labels) - 1, min(most, len(labels))).round().astype(int))
+    chosen = [labels[i] for i in places]
+    if found.best in labels and found.best not in chosen:
+        chosen = sorted([*chosen, found.best], key=labels.index)
+    return chosen
+
+
+def _sound(path: Path, say: Callable[[str], None]) -> bool:
+    try:
+        record.lora_of(path)
+    except (ValueError, OSError, FloatingPointError) as error:
+        say(f"report    {error}")
+        return False
+    return True
 
 
 def _phrase(own: Sequence[str], trigger: str) -> str:
@@ -288,67 +371,151 @@ def _open_eyes(
 # ── What is measured ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def judge(made: Made, seeing: Eyes | None, missing: Sequence[str] = ()) -> Report:
+    """Measure the pictures and conclude.
+
+    Args:
+        seeing: None leaves open what needs a model that sees.
+        missing: what is left open, and why, to be told.
+    """
+    figures, copies = _figures(made, seeing)
+    marks = _marks(made, seeing)
+    recommended, why = recommend(marks)
+    if recommended is None and made.best:
+        recommended, why = made.best
+    if not made.training:
+        missing = [
+            *missing,
+            "likeness, copies and colours against the training pictures: give the run, or its pictures",
+        ]
+    faults = diagnose(figures)
+    return Report(
+        made.name, made.trigger, made.kind, made.base, lines(figures, faults), faults, marks, recommended, why,
+        tuple(missing), made.count, tuple(made.asked.prompts), tuple(zip(*made.shown, strict=True)), copies,
+    )  # fmt: skip
+
+
 def _figures(
-    asked: _Asked, shown: list[list[Image.Image]], second: list[list[Image.Image]], bare: list[list[Image.Image]],
-    unrelated: list[list[Image.Image]], told: list[list[Image.Image]], training: list[Image.Image], seeing: Eyes | None,
-) -> tuple[dict[str, float], tuple[tuple[Image.Image, Image.Image, float], ...]]:  # fmt: skip
+    made: Made, seeing: Eyes | None
+) -> tuple[dict[str, float], tuple[tuple[Image.Image, Image.Image, float], ...]]:
     """Figure by name; and the pictures that are copies of training pictures."""
-    without, with_it = shown[0], shown[-1]
-    coloured = measures.colour(training) if training else None
-    fine = max(measures.residue(without), measures.residue(training) if training else 0)
-    figures = {
-        "broken": measures.broken(with_it + second[1]),
-        "shift": measures.colour_shift(measures.colour(with_it), measures.colour(without), coloured),
-        "clipped": measures.clipped(with_it)
-        - max(measures.clipped(without), measures.clipped(training) if training else 0),
-        "residue": measures.residue(with_it) / max(fine, 1e-6),
-    }
-    by_pixels = [measures.difference(column, without) for column in shown]
-    if seeing is None:
-        figures["rises"] = measures.rises(by_pixels)
-        changed = max(by_pixels[-1], 1e-6)
-        figures["leak"] = measures.difference(bare[1], bare[0]) / changed
-        if unrelated[0]:
-            figures["unrelated"] = measures.difference(unrelated[1], unrelated[0]) / changed
-        return figures, ()
-    columns = [seeing.see(column) for column in shown]
-    first, last = columns[0], columns[-1]
-    second_first, second_last = (seeing.see(column) for column in second)
-    changed = max(measures.change(last, first), 1e-6)
-    figures |= {
-        "consistency": measures.consistency(last, first),
-        "diversity": measures.change(last, second_last) / max(measures.change(first, second_first), 1e-6),
-        "leak": measures.change(seeing.see(bare[1]), seeing.see(bare[0])) / changed,
-    }  # fmt: skip
-    if unrelated[0]:
-        figures["unrelated"] = measures.change(seeing.see(unrelated[1]), seeing.see(unrelated[0])) / changed
-    if seeing.reads:
-        texts = seeing.read(asked.contexts)
-        base_adherence = max(measures.adherence(first, texts), 1e-6)
-        figures["adherence"] = measures.adherence(last, texts) / base_adherence
+    figures = _by_pixels(made)
+    if made.gap is not None:
+        figures["gap"] = made.gap
     copies: tuple = ()
-    if len(training) > 2:
-        trained = seeing.see(training)
-        within, plain = measures.likeness_within(trained), measures.likeness(first, trained)
-        liked = [measures.likeness(column, trained) for column in columns]
-        figures["gain"] = measures.gain(liked[-1], plain, within)
-        figures["hits"] = measures.hits(liked[-1], plain, within)
-        figures["rises"] = measures.rises([values.mean() for values in liked])
-        if told[0]:
-            captioned = [measures.likeness(seeing.see(column), trained) for column in told]
-            figures["caption gain"] = measures.gain(captioned[1], captioned[0], within)
-        twins = np.sort(trained @ trained.T - 2 * np.eye(len(trained)), 1)[:, -1]
-        near = max(0.97, float(np.quantile(twins, 0.98)))
-        pictures, vectors = with_it + second[1], np.concatenate([last, second_last])
-        places, cosines = measures.nearest(vectors, trained)
-        taken = cosines > near
-        figures["copied"] = float(taken.mean())
-        copies = tuple(
-            (pictures[i], training[places[i]], float(cosines[i])) for i in np.argsort(-cosines)[:4] if taken[i]
+    if seeing:
+        of_strengths = [seeing.see(column) for column in made.shown]
+        second, bare, unrelated = (
+            [seeing.see(column) for column in pair] for pair in (made.second, made.bare, made.unrelated)
         )
-    else:
-        figures["rises"] = measures.rises([measures.change(column, first) for column in columns])
+        first, last = of_strengths[0], of_strengths[-1]
+        by_noise = max(measures.change(first, second[0]), 1e-6)
+        figures["unrelated"] = measures.change(unrelated[1], unrelated[0]) / by_noise
+        figures["leak"] = measures.change(bare[1], bare[0]) / max(measures.change(last, first), 1e-6)
+        if seeing.reads:
+            texts = seeing.read(made.asked.contexts)
+            figures |= {
+                f"adherence {s:g}": _adherence(v, first, texts) for s, v in zip(STRENGTHS, of_strengths, strict=True)
+            }
+            figures["adherence"] = figures["adherence 1"]
+        if len(made.training) > 2:
+            more, copies = _against_training(made, seeing, of_strengths, second, bare)
+            figures |= more
+        else:
+            figures["variety"] = measures.spread(np.concatenate([last, second[1]])) / max(
+                measures.spread(np.concatenate([first, second[0]])), 1e-6
+            )
+            figures["rises"] = measures.rises([measures.change(column, first) for column in of_strengths])
+    figures["holds"] = _holds(figures)
     return figures, copies
+
+
+def _by_pixels(made: Made) -> dict[str, float]:
+    """What needs no model that sees; artifacts at each strength, too."""
+    without, figures = made.shown[0], {}
+    coloured = measures.colours(made.training) if made.training else None
+    plain, clip = measures.colours(without + made.second[0]), measures.clipped(without)
+    fine = max(measures.residue(without), measures.residue(made.training) if made.training else 0, 1e-6)
+    clip = max(clip, measures.clipped(made.training) if made.training else 0)
+    for strength, column in zip(STRENGTHS, made.shown, strict=True):
+        seen = column + made.second[1] if strength == 1 else column
+        figures |= {
+            f"broken {strength:g}": measures.broken(seen),
+            f"shift {strength:g}": measures.colour_shift(measures.colours(seen), plain, coloured),
+            f"clipped {strength:g}": measures.clipped(seen) - clip,
+            f"residue {strength:g}": measures.residue(seen) / fine,
+        }
+    figures |= {name: figures[f"{name} 1"] for name in ARTIFACTS}
+    changes = [measures.difference(column, without) for column in made.shown]
+    by_noise = max(measures.difference(*(pair for pair in (without, made.second[0]))), 1e-6)
+    return figures | {
+        "rises": measures.rises(changes), "leak": measures.difference(*made.bare) / max(changes[-1], 1e-6),
+        "unrelated": measures.difference(*made.unrelated) / by_noise,
+    }  # fmt: skip
+
+
+def _against_training(
+    made: Made, seeing: Eyes, of_strengths: list[np.ndarray], second: list[np.ndarray], bare: list[np.ndarray]
+) -> tuple[dict[str, float], tuple[tuple[Image.Image, Image.Image, float], ...]]:
+    trained = seeing.see(made.training)
+    within = measures.likeness_within(trained)
+    liked = [measures.likeness(column, trained) for column in of_strengths]
+    plain, found = (
+        np.concatenate([liked[place], measures.likeness(second[end], trained)]) for end, place in enumerate((0, -1))
+    )
+    figures = {
+        "gain": measures.gain(found, plain, within), "hits": measures.hits(found, plain, within),
+        "chance": measures.chance(found, plain), "unevenness": measures.unevenness(found, plain, within),
+        "rises": measures.rises([values.mean() for values in liked]),
+        "variety": measures.spread(np.concatenate([of_strengths[-1], second[1]])) / max(measures.spread(trained), 1e-6),
+        "leak": measures.leak(liked[-1], liked[0], *(measures.likeness(bare[end], trained) for end in (1, 0)), within),
+    }  # fmt: skip
+    if made.told[0]:
+        without, with_it = (seeing.see(column) for column in made.told)
+        figures["recall"] = measures.recall(with_it, without, trained[made.asked.shows])
+    twins = np.sort(trained @ trained.T - 2 * np.eye(len(trained)), 1)[:, -1]
+    near = max(0.97, float(np.quantile(twins, 0.98)))
+    pictures, vectors = made.shown[-1] + made.second[1], np.concatenate([of_strengths[-1], second[1]])
+    places, cosines = measures.nearest(vectors, trained)
+    taken = cosines > near
+    figures["copied"] = float(taken.mean())
+    return figures, tuple(
+        (pictures[i], made.training[places[i]], float(cosines[i])) for i in np.argsort(-cosines)[:4] if taken[i]
+    )
+
+
+def _adherence(vectors: np.ndarray, bare: np.ndarray, texts: np.ndarray) -> float:
+    return measures.adherence(vectors, texts) / max(measures.adherence(bare, texts), 1e-6)
+
+
+def _holds(figures: Mapping[str, float]) -> float:
+    """The highest strength up to which nothing breaks."""
+    held = 0.0
+    for strength in STRENGTHS[1:]:
+        spoiled = any(figures[f"{name} {strength:g}"] > LIMITS[name][1] for name in ARTIFACTS)
+        if spoiled or figures.get(f"adherence {strength:g}", 1.0) < LIMITS["adherence"][1]:
+            break
+        held = strength
+    return held
+
+
+def _marks(made: Made, seeing: Eyes | None) -> tuple[Mark, ...]:
+    """The checkpoints with likeness and adherence."""
+    first = seeing.see(made.shown[0]) if seeing else None
+    trained = seeing.see(made.training) if seeing and len(made.training) > 2 else None
+    texts = seeing.read(made.asked.contexts) if seeing and seeing.reads else None
+    result = []
+    for step, column in made.checkpoints.items():
+        near = min(made.losses, key=lambda other: abs(other - step), default=None)  # noqa: B023
+        gain = adherence = None
+        vectors = seeing.see(column) if seeing else None
+        if trained is not None:
+            within, plain = measures.likeness_within(trained), measures.likeness(first, trained)
+            gain = measures.gain(measures.likeness(vectors, trained), plain, within)
+        if texts is not None:
+            adherence = _adherence(vectors, first, texts)
+        result.append(Mark(f"step {step}", step, None if near is None else made.losses[near], gain, adherence))
+    return tuple(result)
 
 
 def _as_trained(picture: dataset.Picture, height: int, width: int) -> Image.Image:
@@ -359,45 +526,6 @@ def _as_trained(picture: dataset.Picture, height: int, width: int) -> Image.Imag
         return image
     smaller = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     return image.resize(smaller, Image.Resampling.LANCZOS)
-
-
-def _checkpoints(source: Path, found, made, asked: _Asked, seed: int, most: int, training, seeing, say):
-    """Up to `most` checkpoints of a run, spread over it, the last among them, with likeness and adherence."""
-    labels = [label for label in found.paths if _sound(found.paths[label], say)]
-    places = np.unique(np.linspace(0, len(labels) - 1, min(most, len(labels))).round().astype(int))
-    chosen = [labels[i] for i in places]
-    if found.best in labels and found.best not in chosen:
-        chosen = sorted([*chosen, found.best], key=labels.index)
-    say(f"report    {len(chosen)} checkpoints")
-    grid = made(asked.prompts, range(seed, seed + len(asked.prompts)), [(None, 0.0), *((c, 1.0) for c in chosen)])
-    columns = [list(column) for column in zip(*grid, strict=True)]
-    log = source / "log.jsonl"
-    marks = plots.read_log(log, lambda _: None) if log.is_file() else []
-    judged = {line["step"]: line["validation_loss"] for line in marks if "validation_loss" in line}
-    vectors = [seeing.see(column) for column in columns] if seeing else []
-    trained = seeing.see(training) if seeing and len(training) > 2 else None
-    texts = seeing.read(asked.contexts) if seeing and seeing.reads else None
-    result = []
-    for number, label in enumerate(chosen, 1):
-        step = int(label.rpartition(" ")[2])
-        near = min(judged, key=lambda s: abs(s - step), default=None)
-        gain = adherence = None
-        if trained is not None:
-            within, plain = measures.likeness_within(trained), measures.likeness(vectors[0], trained)
-            gain = measures.gain(measures.likeness(vectors[number], trained), plain, within)
-        if texts is not None:
-            adherence = measures.adherence(vectors[number], texts) / max(measures.adherence(vectors[0], texts), 1e-6)
-        result.append(Mark(label, step, None if near is None else judged[near], gain, adherence))
-    return tuple(result)
-
-
-def _sound(path: Path, say: Callable[[str], None]) -> bool:
-    try:
-        record.lora_of(path)
-    except (ValueError, OSError, FloatingPointError) as error:
-        say(f"report    {error}")
-        return False
-    return True
 
 
 # ── What is concluded ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -430,27 +558,32 @@ def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
     ):
         faults.append("overfitted")
     if get("gain", 1) < LIMITS["gain"][1]:
-        better = get("caption gain", 0) - get("gain", 0)
+        better = get("recall", 0) - get("gain", 0)
         faults.append("wrong trigger" if better > 0.25 else "undertrained" if get("gain", 1) > 0.1 else "nothing")
     if max(get("leak", 0), get("unrelated", 0)) > LIMITS["leak"][1] and get("gain", 1) >= LIMITS["gain"][1]:
         faults.append("leaking")
     return tuple(faults)
 
 
+ARTIFACTS = ("broken", "shift", "clipped", "residue")
 ROWS = (  # figure, the guide's aspect, what it is, how it is measured, the fault whose cure helps
     ("gain", "feature accuracy", "way from the bare base's likeness to the training pictures' own",
      "mean cosine to the nearest third of the training pictures", "undertrained"),
     ("hits", "feature accuracy", "share of pictures past half of that way", "the same, picture by picture",
      "undertrained"),
-    ("consistency", "style consistency", "how alike the change is from subject to subject",
-     "mean cosine of the changes of two pictures", "undertrained"),
+    ("chance", "feature accuracy", "how probable that is if the LoRA does nothing",
+     "the same with and without it shuffled, pair by pair", "undertrained"),
+    ("unevenness", "style consistency", "how much likeness differs from subject to subject",
+     "its spread, as a share of the whole way", "undertrained"),
     ("adherence", "flexibility", "adherence to prompts, against the bare base's",
      "cosine of pictures to their own prompts above that to the others'", "overfitted"),
-    ("diversity", "flexibility", "difference between seeds, against the bare base's", "1 less the cosine of two seeds",
-     "overfitted"),
+    ("variety", "flexibility", "how different pictures of other prompts and seeds are, against the training pictures",
+     "mean of 1 less the cosine over all pairs", "overfitted"),
     ("copied", "flexibility", "share of pictures that repeat a training picture",
      "nearest training picture, nearer than these are to each other", "overfitted"),
-    ("shift", "no artifacts", "colours that neither base nor training pictures have, in levels of 255",
+    ("gap", "flexibility", "what was learned that holds for the training pictures alone",
+     "loss on held-out and trained pictures under the same noise", "overfitted"),
+    ("shift", "no artifacts", "colours beyond base and training pictures, in standard deviations of the latter",
      "mean and spread of three opposed colours", "learning rate"),
     ("clipped", "no artifacts", "share of pixels with burned-in colours, beyond base and training pictures",
      "a colour at its limit while another is not", "learning rate"),
@@ -460,12 +593,25 @@ ROWS = (  # figure, the guide's aspect, what it is, how it is measured, the faul
      "learning rate"),
     ("rises", "strength control", "whether likeness rises with strength",
      "pairs of the five strengths that rise, less those that fall", "overfitted"),
-    ("leak", "leakage", "change without the trigger, against the change with it", "the same subjects, no trigger",
+    ("holds", "strength control", "highest strength up to which nothing breaks",
+     "artifacts and adherence at each strength", "learning rate"),
+    ("leak", "leakage", "likeness without the trigger, against that with it", "the same subjects and seeds, no trigger",
      "leaking"),
-    ("unrelated", "leakage", "change of unrelated prompts, against the change with the trigger",
-     "subjects of other kinds", "leaking"),
+    ("unrelated", "leakage", "change of unrelated prompts, against what another seed changes",
+     "mean of 1 less the cosine", "leaking"),
 )  # fmt: skip
-FALLING = ("copied", "shift", "clipped", "residue", "broken", "leak", "unrelated")  # figures of which less is better
+FALLING = (
+    "chance",
+    "unevenness",
+    "copied",
+    "gap",
+    "shift",
+    "clipped",
+    "residue",
+    "broken",
+    "leak",
+    "unrelated",
+)  # figures of which less is better
 
 
 def lines(figures: Mapping[str, float], faults: Sequence[str]) -> tuple[Line, ...]:
@@ -510,7 +656,7 @@ def _body(made: Report) -> str:
         f"<h1>{escape(made.name)}</h1><p>{escape(made.kind)}, trigger <b>{escape(made.trigger or 'none')}</b>, on "
         f"{escape(made.base)}; {made.made} pictures. <b>{escape(verdict)}</b></p>",
         *(f"<p><b>{escape(fault)}</b>: {escape(CURES[fault])}</p>" for fault in made.faults),
-        _table([
+        table([
             [f'<span style="color:{TONES[line.verdict]}">{MARKS[line.verdict]} {line.verdict}</span>',
              escape(line.aspect), line.told, f"{escape(line.what)}<br><small>{escape(line.method)}</small>"]
             for line in made.lines
@@ -521,26 +667,29 @@ def _body(made: Report) -> str:
         figure = lambda value: "—" if value is None else f"{value:.3f}"  # noqa: E731
         rows = [[escape(m.label), figure(m.validation_loss), figure(m.gain), figure(m.adherence)] for m in made.marks]
         parts += ["<h2>Checkpoints</h2>", keep, _curves(made.marks)]
-        parts.append(_table(rows, "checkpoint", "validation loss", "likeness", "adherence"))
+        parts.append(table(rows, "checkpoint", "validation loss", "likeness", "adherence"))
     if made.rows:
         heads = ["", *("base" if s == 0 else f"strength {s:g}" for s in STRENGTHS)]
-        rows = [[escape(p), *map(_image, row)] for p, row in zip(made.prompts, made.rows, strict=True)]
-        parts += ["<h2>Pictures</h2>", _table(rows, *heads)]
+        rows = [[escape(p), *map(image, row)] for p, row in zip(made.prompts, made.rows, strict=True)]
+        parts += ["<h2>Pictures</h2>", table(rows, *heads)]
     if made.copies:
-        rows = [[_image(one), _image(other), f"{cosine:.3f}"] for one, other, cosine in made.copies]
-        parts += ["<h2>Too near to a training picture</h2>", _table(rows, "made", "trained on", "cosine")]
+        rows = [[image(one), image(other), f"{cosine:.3f}"] for one, other, cosine in made.copies]
+        parts += ["<h2>Too near to a training picture</h2>", table(rows, "made", "trained on", "cosine")]
     parts += [f"<p>Not measured: {escape(text)}</p>" for text in made.missing]
     return "".join(parts)
 
 
-def _table(rows: Sequence[Sequence[str]], *heads: str) -> str:
+def table(rows: Sequence[Sequence[str]], *heads: str) -> str:
+    """An HTML table; cells are HTML already."""
     cell = 'style="padding:4px 8px;text-align:left;vertical-align:top"'
     head = "".join(f"<th {cell}>{name}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td {cell}>{value}</td>" for value in row) + "</tr>" for row in rows)
     return f'<div style="overflow-x:auto"><table style="border-collapse:collapse"><tr>{head}</tr>{body}</table></div>'
 
 
-def _image(picture: Image.Image, side: int = 128) -> str:
+def image(picture: Image.Image | None, side: int = 128) -> str:
+    if picture is None:
+        return "—"
     return f'<img style="width:{side}px;display:block" alt="" src="{metadata.jpeg(picture, 2 * side)}">'
 
 

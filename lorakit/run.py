@@ -8,7 +8,6 @@ run's second place.
 """
 
 import errno
-import gc
 import json
 import math
 import shutil
@@ -68,6 +67,60 @@ class Result:
     best: Path | None = None  # the checkpoint nearest to the lowest validation loss, where pictures are held out
 
 
+@dataclass
+class Shared:
+    """What runs that follow one another have in common, so that nothing is encoded or loaded twice.
+
+    One run at a time uses it, and hands models back as they were loaded.
+    """
+
+    cache: Path | None = None  # folder for what is encoded; None: one in each run's own
+    loaded: dict[str, torch.nn.Module] = field(default_factory=dict, repr=False)  # "unet", and encoders in training
+    origin: tuple = ()  # what decides their weights and where they are
+
+    @property
+    def held(self) -> int:
+        """Bytes that the loaded models take."""
+        tensors = [t for model in self.loaded.values() for t in (*model.parameters(), *model.buffers())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def suit(self, config: Config) -> None:
+        """Free what a run with these settings has no use for."""
+        device = bases.choose_device(config.device)
+        origin = (config.base, bases.compute_dtype(config.mixed_precision, device), device, config.quantize)
+        if origin != self.origin:
+            self.release()
+        self.origin = origin
+
+    def models(self, base: bases.Base, config: Config) -> adapters.Models:
+        """The UNet, and the text encoders that are trained: what is not there yet is loaded, the rest is freed."""
+        self.suit(config)
+        _, dtype, device, quantize = self.origin
+        trained = config.text_rates(base.text_encoders)
+        for which in self.loaded.keys() - {"unet", *trained}:
+            del self.loaded[which]
+        for which in trained:
+            if which not in self.loaded:
+                self.loaded[which] = bases.load_text_encoder(base, dtype, device, which)[0]
+        if "unet" not in self.loaded:
+            self.loaded["unet"] = bases.load_unet(base, dtype, device, quantize)
+        return {which: self.loaded[which] for which in ("unet", *trained)}
+
+    def restore(self) -> None:
+        """Take out of the models what training has put into them."""
+        adapters.eject(self.loaded)
+        for which, model in self.loaded.items():
+            model.requires_grad_(False).eval()
+            if which == "unet":
+                model.disable_gradient_checkpointing()
+
+    def release(self) -> None:
+        """Free the models."""
+        self.loaded.clear()
+        if self.origin:
+            cache.free(self.origin[2])
+
+
 # ── Resuming ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -98,6 +151,26 @@ def _same(saved: dict, wanted: dict, folder: Path) -> None:
         )
 
 
+def is_finished(config: Config, folder: Path, prepared: Prepared) -> bool:
+    """Whether a folder holds this very run, at its last step and with its file.
+
+    Raises:
+        ValueError: a run that was begun with other settings.
+    """
+    saved = checkpoint.newest(folder / "checkpoints", lambda _: None)
+    if saved is None:
+        return False
+    _known(replace(saved, settings=_as_of_now(saved.settings)), config, folder, prepared)
+    _, total = train.plan(prepared.pictures, prepared.repeats, prepared.config)
+    return saved.step >= total and (folder / f"{config.name}.safetensors").is_file()
+
+
+def _known(saved: checkpoint.Checkpoint, config: Config, folder: Path, prepared: Prepared) -> None:
+    """Refuse to go on with a run that these settings do not come down to."""
+    if saved.settings not in [prepare.settings(above, prepared) for above in plan.ladder(config)]:
+        _same(saved.settings, prepare.settings(prepared.config, prepared), folder)
+
+
 def claim(folder: Path) -> None:
     """Make the run folder, or check that it is one.
 
@@ -125,7 +198,7 @@ def claim(folder: Path) -> None:
 def start(
     config: Config, folder: str | Path, *, say: Callable[[str], None] = print, progress: bool | Progress = True,
     live: Live | None = None, listeners: Sequence[Callable[[Step], None]] = (),
-    fork: str | Path | None = None,
+    fork: str | Path | None = None, shared: Shared | None = None,
 ) -> Result:  # fmt: skip
     """Train a LoRA from pictures to finished file, or go on with a run that was cut.
 
@@ -137,6 +210,7 @@ def start(
             a file named STOP do.
         listeners: called with every Step, after the run's own.
         fork: another run's folder: where this one has no checkpoint yet, it begins from the newest of that one.
+        shared: what it has in common with runs before and after; its models stay loaded.
 
     Returns:
         What was made. A stopped run has no finished file yet; start again to go on.
@@ -154,21 +228,28 @@ def start(
             f"batch_size {config.batch_size} cannot be shared out among {team.size} processes: "
             f"set it to {team.size} or a multiple, with as much less gradient_accumulation_steps."
         )
-    if not team.first:
-        return _start(config, folder, lambda _: None, False, live, (), None, team)
+    keep = shared or Shared()
 
     def tell(text: str) -> None:
         with suppress(OSError):  # a terminal that was closed
             say(text)
 
-    claim(folder)
-    with files.claimed(folder):
-        return _start(config, folder, tell, progress, live, listeners, fork and Path(fork), team)
+    try:
+        if not team.first:
+            return _start(config, folder, lambda _: None, False, live, (), None, team, keep)
+        claim(folder)
+        with files.claimed(folder):
+            return _start(config, folder, tell, progress, live, listeners, fork and Path(fork), team, keep)
+    finally:
+        if shared:
+            shared.restore()
+        else:
+            keep.release()
 
 
 def _start(
     config: Config, folder: Path, say: Callable[[str], None], progress: bool | Progress, live: Live,
-    listeners: Sequence[Callable[[Step], None]], fork: Path | None, team: processes.Team,
+    listeners: Sequence[Callable[[Step], None]], fork: Path | None, team: processes.Team, keep: Shared,
 ) -> Result:  # fmt: skip
     """`start`, in a folder that is this run's alone."""
     # The computer's clock may jump; what has passed since the start does not.
@@ -178,11 +259,12 @@ def _start(
         if team.first:
             files.sweep(folder)
             (folder / "STOP").unlink(missing_ok=True)
-            prepared, saved = _ready(config, folder, team, say, progress, fork, live.stop)
+            prepared, saved = _ready(config, folder, team, say, progress, fork, live.stop, keep)
             _room(prepared, folder, say)
         else:  # as the first one has decided, from what it has encoded
             config = configs.load(folder / "config.json")
-            prepared = prepare.run(config.with_(fit_memory=False), folder, say=say, progress=False)
+            asked = config.with_(fit_memory=False)
+            prepared = prepare.run(asked, folder, say=say, progress=False, store=keep.cache)
             prepared = replace(prepared, config=config)
             saved = checkpoint.newest(folder / "checkpoints", warn=say)
     config, decided = prepared.config, prepare.settings(prepared.config, prepared)
@@ -205,7 +287,7 @@ def _start(
         full = None
         try:
             if state is None:
-                models = _models(prepared.base, config, dtype, device)
+                models = keep.models(prepared.base, config)
                 state = _state(models, prepared.base, config, device, dtype, saved)
             at = _telling(config, prepared, state, per_epoch, saved, clock)
             _drain(
@@ -215,7 +297,7 @@ def _start(
             break
         except (RuntimeError, MemoryError) as error:
             below = rungs[rungs.index(config) + 1 :] if config in rungs else []
-            if not train.out_of_memory(error) or not below or team.size > 1:
+            if not bases.out_of_memory(error) or not below or team.size > 1:
                 raise
             # Its words alone: the error itself holds on to what the step allocated.
             full = (str(error).splitlines() or ["MemoryError"])[0].split(". ")[0]
@@ -238,11 +320,10 @@ def _start(
                 asked = prepare.settings(lower, prepared)
                 saved = _saved_anyhow(folder / "checkpoints", state, lower, asked, about, say)
             models = state = None
-            gc.collect()
-            cache.free(device)
+            keep.release()
             back = f"step {saved.step}" if saved else "the beginning"
             say(f"memory    none left ({full}). Going on from {back} with {prepare.changes(config, lower)}.")
-            prepared = prepare.run(lower, folder, say=say, progress=progress, rungs=below)
+            prepared = prepare.run(lower, folder, say=say, progress=progress, rungs=below, store=keep.cache)
             config, decided = prepared.config, prepare.settings(prepared.config, prepared)
             _write(config, folder)
             per_epoch, total = train.plan(prepared.pictures, prepared.repeats, config)
@@ -269,11 +350,12 @@ def _start(
     if best:
         say(f"best      {best.name}. {advice}")
     del models, adapter, state
+    keep.restore()  # what is loaded makes the sheet: a second copy might find no room
     cache.free(device)
     sheet = folder / "comparison.png"
-    prompts = list(live.prompts or prepared.prompts)
-    drawn = lambda: compare(prepared.base, lora, prompts, config, sheet, progress=progress, stop=live.stop)  # noqa: E731
-    comparison = _draw(say, sheet.name, drawn)
+    prompts, told = list(live.prompts or prepared.prompts), {"progress": progress, "stop": live.stop}
+    here = {"loaded": keep.loaded, "store": keep.cache or folder / "cache"}
+    comparison = _draw(say, sheet.name, lambda: compare(prepared.base, lora, prompts, config, sheet, **told, **here))
     if comparison:
         say(f"look      {sheet.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
     if copier:
@@ -285,12 +367,14 @@ def _start(
 
 def _ready(
     config: Config, folder: Path, team: processes.Team, say: Callable[[str], None], progress: bool | Progress,
-    fork: Path | None, stop: threading.Event,
+    fork: Path | None, stop: threading.Event, keep: Shared,
 ) -> tuple[Prepared, checkpoint.Checkpoint | None]:  # fmt: skip
     """Prepare a run, or find where it goes on, and write down the settings it has."""
     if fork and (fork / "cache").is_dir() and not (folder / "cache").exists():
         shutil.copytree(fork / "cache", folder / "cache")  # nothing is encoded twice
-    prepared = prepare.run(config, folder, say=say, progress=progress, shared_by=team.size, stop=stop)
+    keep.suit(config)
+    how = {"say": say, "progress": progress, "shared_by": team.size, "store": keep.cache, "held": keep.held}
+    prepared = prepare.run(config, folder, stop=stop, **how)
     warn = lambda text: say(f"resume    {text}")  # noqa: E731
     saved, fetched = checkpoint.newest(folder / "checkpoints", warn), None
     if config.backup:
@@ -303,13 +387,12 @@ def _ready(
     if saved := fetched or saved:
         saved = replace(saved, settings=_as_of_now(saved.settings))
         lower = _come_down(config, prepared, saved.settings)
-        if saved.settings not in [prepare.settings(above, prepared) for above in plan.ladder(config)]:
-            _same(saved.settings, prepare.settings(prepared.config, prepared), folder)
+        _known(saved, config, folder, prepared)
         if lower != prepared.config:
             say(f"memory    goes on with {prepare.changes(config, lower)}, which the run had come down to")
             rungs = plan.ladder(config)
             below = rungs[rungs.index(lower) :]
-            prepared = prepare.run(lower, folder, say=say, progress=progress, shared_by=team.size, rungs=below)
+            prepared = prepare.run(lower, folder, rungs=below, **how)
     if fetched:
         saved = replace(saved, path=_take_in(fetched.path, folder))
         say(f"resume    step {saved.step} comes from the second place")
@@ -418,13 +501,6 @@ def _saved_anyhow(
         return checkpoint.newest(folder, say)
 
 
-def _models(base: bases.Base, config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
-    """The UNet, and those text encoders that are trained."""
-    trained = config.text_rates(base.text_encoders)
-    encoders = {which: bases.load_text_encoder(base, dtype, device, which)[0] for which in trained}
-    return {"unet": bases.load_unet(base, dtype, device, config.quantize)} | encoders
-
-
 def _state(
     models: dict[str, torch.nn.Module], base: bases.Base, config: Config, device, dtype,
     saved: checkpoint.Checkpoint | None,
@@ -506,7 +582,7 @@ def _drain(
                 keeper.stopped()
         except BaseException as error:
             # A run that diverged goes back, and one that lacks memory is saved with the settings it comes down to.
-            if not isinstance(error, train.Diverged) and not train.out_of_memory(error):
+            if not isinstance(error, train.Diverged) and not bases.out_of_memory(error):
                 keeper.stopped(error)
             raise
         finally:
@@ -545,25 +621,28 @@ def _draw_loss(folder: Path, config: Config) -> None:
 def compare(
     base: bases.Base, lora: Path, prompts: Sequence[str], config: Config, path: Path, *,
     strengths: Sequence[float] = STRENGTHS, progress: bool | Progress = True, stop: threading.Event | None = None,
+    loaded: adapters.Models | None = None, store: Path | None = None,
 ) -> Path | None:  # fmt: skip
     """A sheet of pictures made with the exported file: a row a prompt, a column a strength, the same noise in each.
 
     Args:
         stop: set from elsewhere, ends it after the current denoising step.
+        loaded: models of the base that are there already, as `sample.stream` takes them.
+        store: folder of text embeddings; None keeps none.
 
     Returns:
         The sheet's path; None where it was stopped: nothing is written then.
     """
-    loaded = export.load(lora)
+    own = export.load(lora)
     try:
         with prepare.bar(progress) as show:
             rows = sample.generate(
                 base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
-                attach=lambda models: export.inject(models, base, loaded), adapts=loaded.adapts,
+                attach=lambda models: export.inject(models, base, own), adapts=own.adapts,
                 steps=config.sample_steps, guidance=config.sample_guidance, clip_skip=config.clip_skip,
                 device=config.device, precision=config.mixed_precision, quantize=config.quantize,
                 batch=at_once(config), on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)),
-                stop=stop,
+                stop=stop, loaded=loaded, folder=store,
             )  # fmt: skip
     except KeyboardInterrupt:
         if stop and stop.is_set():

@@ -8,7 +8,7 @@ import json
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ def _suits(base: bases.Base, size: tuple[int, int]) -> None:
 def latents(
     unet, base: bases.Base, texts: Sequence[Text], negative: Text, seeds: Sequence[int], *, size: tuple[int, int],
     steps: int = 25, guidance: float = 7.0, scheduler_name: str = USUAL, batch: int = 4,
-    on_picture: Callable[[int], None] | None = None, stop: threading.Event | None = None,
+    on_picture: Callable[[int], None] | None = None, stop: threading.Event | None = None, empty: Text | None = None,
 ) -> Tensor:  # fmt: skip
     """Denoise one set of latents a text.
 
@@ -74,7 +74,10 @@ def latents(
         negative: what guidance pushes away from.
         size: (height, width) in pixels, multiples of `base.step`.
         guidance: 1 follows the prompt alone and costs half.
+        batch: pictures at once, at most; half as many where there is no memory for them.
         stop: once it is set, no further step is made.
+        empty: the empty prompt, which prompts are filled up with where the negative one is longer, and it where they
+            are; None does with the negative one.
 
     Returns:
         Latents (N, C, height / factor, width / factor), float32, on the CPU; of those finished, where it was stopped.
@@ -85,43 +88,72 @@ def latents(
     Source: Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance).
     """
     _suits(base, size)
-    device, dtype = unet.device, unet.dtype
     shape = (base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
-    sizes = bases.size_conditions(size, (0, 0), size)
-    finished = [torch.empty(0, *shape)]
-    for start in range(0, len(texts), batch):
-        some, own_seeds = texts[start : start + batch], seeds[start : start + batch]
-        randoms = [torch.Generator().manual_seed(seed) for seed in own_seeds]
-        x = torch.stack([torch.randn(*shape, generator=random) for random in randoms]).to(device)
-        both = [*some, *([negative] * len(some) if guidance > 1 else [])]
-        embeddings = torch.stack([text.embeddings for text in both]).to(device, dtype)
-        conditions = None
-        if base.family == "sdxl":
-            pooled = torch.stack([text.pooled for text in both]).to(device, dtype)
-            conditions = {"text_embeds": pooled, "time_ids": sizes.repeat(len(both), 1).to(device, dtype)}
-        stepper = scheduler(scheduler_name, base)
-        # LCM takes its steps from among 50 others, unless told to from more.
-        among = {"original_inference_steps": steps} if scheduler_name == "lcm" and steps > 50 else {}
-        stepper.set_timesteps(steps, device=device, **among)
-        x = x * stepper.init_noise_sigma
-        # From each picture's own generator, whatever the batch.
-        random = {"generator": randoms} if scheduler_name in ANCESTRAL else {}
-        for timestep in stepper.timesteps:
-            if stop and stop.is_set():
-                return torch.cat(finished)
-            scaled = stepper.scale_model_input(x, timestep).to(dtype)
-            scaled = torch.cat([scaled, scaled]) if guidance > 1 else scaled
-            with bases.autocast(device, dtype):
-                answer = unet(scaled, timestep, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
-            answer = answer.float()
-            if guidance > 1:
-                wanted, unwanted = answer.chunk(2)
-                answer = unwanted + guidance * (wanted - unwanted)
-            x = stepper.step(answer, timestep, x, **random).prev_sample
-        finished.append(x.cpu())
+    lengths = [max(len(text.embeddings), len(negative.embeddings)) for text in texts]
+    finished, start = [torch.empty(0, *shape)], 0
+    while start < len(texts):
+        end = start + 1
+        while end < len(texts) and end - start < batch and lengths[end] == lengths[start]:
+            end += 1
+        some = [cache.filled(text, empty or negative, lengths[start]) for text in texts[start:end]]
+        unwanted = cache.filled(negative, empty or negative, lengths[start])
+        full = False
+        try:
+            x = _denoised(
+                unet, base, some, unwanted, seeds[start:end], shape, size, steps, guidance, scheduler_name, stop
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not bases.out_of_memory(error) or end - start == 1:
+                raise
+            full = True  # what the step allocated goes with the error
+        if full:
+            batch = (end - start) // 2
+            cache.free(unet.device)
+            continue
+        if x is None:
+            break
+        finished.append(x)
+        start = end
         if on_picture:
-            on_picture(start + len(some))
+            on_picture(end)
     return torch.cat(finished)
+
+
+def _denoised(
+    unet, base: bases.Base, texts: Sequence[Text], negative: Text, seeds: Sequence[int], shape: tuple[int, int, int],
+    size: tuple[int, int], steps: int, guidance: float, scheduler_name: str, stop: threading.Event | None,
+) -> Tensor | None:  # fmt: skip
+    """`latents` of one batch, of texts of one length; None where it was stopped."""
+    device, dtype = unet.device, unet.dtype
+    randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = torch.stack([torch.randn(*shape, generator=random) for random in randoms]).to(device)
+    both = [*texts, *([negative] * len(texts) if guidance > 1 else [])]
+    embeddings = torch.stack([text.embeddings for text in both]).to(device, dtype)
+    conditions = None
+    if base.family == "sdxl":
+        pooled = torch.stack([text.pooled for text in both]).to(device, dtype)
+        sizes = bases.size_conditions(size, (0, 0), size).repeat(len(both), 1)
+        conditions = {"text_embeds": pooled, "time_ids": sizes.to(device, dtype)}
+    stepper = scheduler(scheduler_name, base)
+    # LCM takes its steps from among 50 others, unless told to from more.
+    among = {"original_inference_steps": steps} if scheduler_name == "lcm" and steps > 50 else {}
+    stepper.set_timesteps(steps, device=device, **among)
+    x = x * stepper.init_noise_sigma
+    # From each picture's own generator, whatever the batch.
+    random = {"generator": randoms} if scheduler_name in ANCESTRAL else {}
+    for timestep in stepper.timesteps:
+        if stop and stop.is_set():
+            return None
+        scaled = stepper.scale_model_input(x, timestep).to(dtype)
+        scaled = torch.cat([scaled, scaled]) if guidance > 1 else scaled
+        with bases.autocast(device, dtype):
+            answer = unet(scaled, timestep, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
+        answer = answer.float()
+        if guidance > 1:
+            wanted, unwanted = answer.chunk(2)
+            answer = unwanted + guidance * (wanted - unwanted)
+        x = stepper.step(answer, timestep, x, **random).prev_sample
+    return x.cpu()
 
 
 @torch.no_grad()
@@ -177,8 +209,11 @@ def stream(
     seeds: Sequence[int] | int = 0, size: tuple[int, int] | None = None, steps: int = 25, guidance: float = 7.0,
     scheduler_name: str = USUAL, clip_skip: int = 1, device: str = "auto", precision: str = "auto",
     quantize: str = "none", batch: int = 4, folder: Path | None = None, stop: threading.Event | None = None,
+    cells: Collection[tuple[int, int]] | None = None, loaded: adapters.Models | None = None,
 ) -> Generator[Placed, None, None]:  # fmt: skip
     """Pictures of every prompt with every variant, each as soon as it is made.
+
+    Prompts are read as `lorakit.prompting` says: (word:1.2) weights a word, and they may be of any length.
 
     The base is loaded once, whatever the number of variants: first its text encoders, then UNet and VAE. Adapters are
     put in and taken out again one after the other. Closing the generator, or setting `stop`, ends it after the current
@@ -188,8 +223,11 @@ def stream(
         seeds: one for each prompt, or the first of a row of them.
         size: (height, width) in pixels; None is the base's own.
         quantize: as for `base.load_unet`.
-        batch: pictures of one variant that are denoised together.
+        batch: pictures of one variant that are denoised together, as far as the memory goes.
         folder: where text embeddings are kept; None keeps none.
+        cells: which are made, as (row, column); None makes all.
+        loaded: models of the base by name that are there already, without an adapter, and are used in place of loading
+            them; they come out as they went in, and stay with the caller.
 
     Raises:
         ValueError: settings that do not suit the base; before anything is loaded.
@@ -207,30 +245,34 @@ def stream(
         )
     size = size or (base.resolution, base.resolution)
     _suits(base, size)
-    target, stop = bases.choose_device(device), stop or threading.Event()
+    target, stop, loaded = bases.choose_device(device), stop or threading.Event(), loaded or {}
     dtype = bases.compute_dtype(precision, target)
 
     def making() -> Generator[Placed, None, None]:
         with tempfile.TemporaryDirectory() as scratch:
-            plain = cache.encode_texts(
-                base, [*prompts, negative], folder or Path(scratch), device=target, dtype=dtype, clip_skip=clip_skip
+            asked = [*prompts, negative, ""]
+            plain = cache.encode_prompts(
+                base, asked, folder or Path(scratch), device=target, dtype=dtype, clip_skip=clip_skip
             )
-        said = _said(base, [plain[prompt] for prompt in (*prompts, negative)], variants, target, dtype, clip_skip)
+        said = _said(base, [plain[prompt] for prompt in asked], variants, target, dtype, clip_skip, loaded)
         if stop.is_set():
             return
-        unet, vae = bases.load_unet(base, dtype, target, quantize), bases.load_vae(base, dtype, target)
+        unet = loaded["unet"] if "unet" in loaded else bases.load_unet(base, dtype, target, quantize)
+        vae = bases.load_vae(base, dtype, target)
         for variant, columns in _by_adapter(variants):
             with _attached(variant, {"unet": unet}) as adapter:
                 for column in columns:
-                    *wanted, unwanted = said[column]
-                    for start in range(0, len(wanted), batch):
-                        some = slice(start, start + batch)
+                    *wanted, unwanted, empty = said[column]
+                    rows = [row for row in range(len(wanted)) if cells is None or (row, column) in cells]
+                    for start in range(0, len(rows), batch):
+                        some = rows[start : start + batch]
                         with _at(adapter, variants[column].strength):
                             found = latents(
-                                unet, base, wanted[some], unwanted, seeds[some], size=size, steps=steps,
-                                guidance=guidance, scheduler_name=scheduler_name, batch=batch, stop=stop,
+                                unet, base, [wanted[row] for row in some], unwanted, [seeds[row] for row in some],
+                                size=size, steps=steps, guidance=guidance, scheduler_name=scheduler_name, batch=batch,
+                                stop=stop, empty=empty,
                             )  # fmt: skip
-                        for row, x in enumerate(found, start):
+                        for row, x in zip(some, found, strict=False):  # fewer where it was stopped
                             yield Placed(row, column, decode(vae, x[None])[0])
                             if stop.is_set():
                                 return
@@ -276,12 +318,15 @@ def _at(adapter: adapters.Adapter | None, strength: float):
 
 def _said(
     base: bases.Base, plain: list[Text], variants: Sequence[Variant], device: torch.device, dtype: torch.dtype,
-    clip_skip: int,
+    clip_skip: int, loaded: adapters.Models,
 ) -> list[list[Text]]:  # fmt: skip
-    """Texts as each variant's text encoders say them; the encoders are loaded where one is changed, and freed."""
+    """Texts as each variant's text encoders say them; those that are changed and not there are loaded, and freed."""
     said = [plain] * len(variants)
     changed = [which for which in base.text_encoders if any(v.attach and which in v.adapts for v in variants)]
-    encoders = {which: bases.load_text_encoder(base, dtype, device, which)[0] for which in changed}
+    encoders = {
+        which: loaded[which] if which in loaded else bases.load_text_encoder(base, dtype, device, which)[0]
+        for which in changed
+    }
     for variant, columns in _by_adapter(variants):
         with _attached(variant, encoders) as adapter:
             for column in columns if adapter else ():

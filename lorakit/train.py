@@ -31,7 +31,6 @@ from lorakit.processes import ALONE, Team
 LOOK = 10  # steps between two looks at whether steps were skipped
 TOO_MANY = 3  # skipped steps in a row
 Item = TypeVar("Item")
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 class Diverged(FloatingPointError):
@@ -369,13 +368,6 @@ def _update(state: State, loss: Tensor, norm: Tensor) -> Tensor:
     row = (state.skipped[0] + 1) * ~finite
     state.skipped = torch.stack([row, torch.maximum(row, state.skipped[1])])
     return finite
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the computer has no memory left, as each of them says it."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-    )
 
 
 @contextmanager

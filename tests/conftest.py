@@ -30,8 +30,9 @@ def _nothing_to_collect_in_libraries():
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_store(tmp_path_factory):
-    """Predictions are kept for one session of tests, not among the user's."""
+    """Predictions and presets are kept for one session of tests, not among the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["LORAKIT_HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 TOKENIZER = Path(__file__).parent.parent / "lorakit" / "demo" / "base" / "tokenizer"

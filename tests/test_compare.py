@@ -188,6 +188,20 @@ def test_a_run_is_opened_with_its_settings_and_the_best_is_preselected(panel):
     assert panel.make_button.description == "Make 6 pictures"
 
 
+def test_several_runs_are_set_side_by_side_above_the_grid(panel, folder, tmp_path):
+    assert panel.across.value == ""
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rank": 8}))
+    panel.read([folder, other])
+    told = panel.across.value
+    assert "Settings that differ" in told and "<svg" in told and str(tmp_path) not in told
+    assert re.search(r"rank</td><td [^>]*>4</td><td [^>]*>8<", told) and "lowest validation loss" in told
+    assert "run step 2" in panel.boxes and "other step 2" in panel.boxes
+    panel.read([folder])
+    assert panel.across.value == ""
+
+
 def test_a_grid_is_made_and_looked_at(panel, small_bases):
     panel.run()
     assert "10 of 10 pictures" in panel.progress.value and not panel.make_button.disabled

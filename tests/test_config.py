@@ -120,3 +120,102 @@ def test_rates_of_text_encoders():
     for changes in ({"text_encoder_rate": 0.5}, {"block_rates": {"mid_block": 0.5}}, {"learning_rate_ratio": 4}):
         with pytest.raises(ValueError, match="finds one rate for all"):
             settings.with_(**prodigy, **changes)
+
+
+# ── Presets of the user's own ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "presets"
+
+
+def test_what_worked_is_kept_and_begun_with_again(at_home):
+    worked = preset("style", "sdxl").with_(
+        rank=24, schedule="cosine", epochs=7, block_ranks={"mid_block": 8}, dataset="/home/me/pictures", trigger="sks",
+        sample_prompts=("sks cat",), backup="/mnt/drive", mask="masks", device="cpu", validation_share=0.1,
+    )  # fmt: skip
+    assert configs.own_presets() == []
+    file = configs.save_preset("crisp lines", worked)
+    assert file == at_home / "crisp lines.json" and configs.own_presets() == ["crisp lines"]
+    again = preset("crisp lines")
+    assert again.name == "my_crisp lines_v1" and again.base == worked.base and again.epochs == 7
+    unlike = {name for name in Config.model_fields if getattr(again, name) != getattr(worked, name)}
+    assert unlike == {"dataset", "name", "trigger", "sample_prompts", "backup", "mask", "device"}
+    assert "/" not in file.read_text().replace(worked.base, "") and "sks" not in file.read_text()
+    assert preset("crisp lines", "sd15").base == configs.HUB_BASES["sd15"]
+    configs.save_preset("crisp lines", worked.with_(rank=8))  # its owner may change it
+    assert preset("crisp lines").rank == 8
+
+
+@pytest.mark.parametrize("base", ["/models/x", "~/x", "./x", "a/b/c", "C:\\models\\x", "x/y.safetensors", "here"])
+def test_a_base_that_is_a_place_is_not_kept(at_home, tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    file = configs.save_preset("mine", Config(steps=5, base=base, prediction_type="v_prediction"))
+    assert not {"base", "prediction_type", "zero_terminal_snr"} & json.loads(file.read_text()).keys()
+    assert preset("mine").base == configs.HUB_BASES["sd15"] and preset("mine", "sdxl").base == configs.HUB_BASES["sdxl"]
+    for known in ("demo", "owner/name"):
+        configs.save_preset("mine", Config(steps=5, base=known))
+        assert preset("mine").base == known
+
+
+def test_a_class_that_the_base_is_asked_for_is_not_kept(at_home):
+    """Without trigger and class word the settings would not be valid."""
+    asking = Config(steps=5, prior_prediction=True, trigger="sks", class_word="dog", prior_weight=0.5)
+    configs.save_preset("mine", asking)
+    assert preset("mine").prior_weight == 0.5 and not preset("mine").prior_prediction
+
+
+@pytest.mark.parametrize("name", ["", " a", "a/b", "../a", "a.", "a\\b", ".a", "x" * 65, "a\nb"])
+def test_what_is_no_name_is_refused(at_home, name):
+    with pytest.raises(ValueError, match="cannot be called"):
+        configs.save_preset(name, Config(steps=5))
+    assert not at_home.exists()
+
+
+def test_built_in_presets_stay_what_they_are(at_home):
+    for name in ("style", "Style"):
+        with pytest.raises(ValueError, match="is a built-in preset"):
+            configs.save_preset(name, Config(steps=5))
+    at_home.mkdir(parents=True)
+    (at_home / "style.json").write_text('{"steps": 1}')
+    assert preset("style").steps == 2000 and configs.own_presets() == []
+
+
+def test_a_preset_that_is_damaged_or_out_of_date_is_told_in_words(at_home):
+    file = configs.save_preset("mine", Config(steps=5))
+    file.write_text("{")
+    with pytest.raises(ValueError, match="Your preset 'mine' cannot be read: .*Save it anew"):
+        preset("mine")
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="it holds a list"):
+        preset("mine")
+    file.write_text('{"steps": 5, "learning_rat": 1, "rank": 0}')
+    with pytest.raises(ValueError, match="'mine' is not valid.*rank = 0.*'learning_rat', did you mean 'learning_rate'"):
+        preset("mine")
+    with pytest.raises(ValueError, match="no preset 'other' of your own. There is mine"):
+        configs.kept("other")
+    with pytest.raises(ValueError, match="your own: mine"):
+        preset("other")
+    with pytest.raises(ValueError, match="on 'sd3'"):
+        preset("mine", "sd3")
+
+
+@pytest.mark.parametrize(
+    ("system", "variables", "place"),
+    [
+        ("linux", {"XDG_CONFIG_HOME": "/x"}, "/x/lorakit"), ("linux", {}, "/me/.config/lorakit"),
+        ("darwin", {}, "/me/Library/Application Support/lorakit"), ("win32", {"APPDATA": "/r"}, "/r/lorakit"),
+        ("win32", {"LORAKIT_HOME": "/own"}, "/own"),
+    ],
+)  # fmt: skip
+def test_presets_are_where_the_system_keeps_settings(monkeypatch, system, variables, place):
+    for name in ("LORAKIT_HOME", "XDG_CONFIG_HOME", "APPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/me")
+    monkeypatch.setattr(configs.sys, "platform", system)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert configs.home().as_posix() == place

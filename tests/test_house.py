@@ -9,17 +9,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "lorakit"
 FLOORS = [
-    {"config", "fetch", "files", "measures", "original", "processes", "quantize"},
+    {"files"},
+    {"config", "fetch", "measures", "original", "processes", "quantize"},
     {"archive", "index", "kohya", "video"},
     {"dataset", "captions", "buckets"},
     {"base", "adapter", "optim", "loss", "audit", "decisions"},
-    {"cache", "memory", "lora", "draft", "check", "eyes"},
+    {"prompting", "memory", "lora", "draft", "check", "eyes"},
+    {"cache"},
     {"sample", "plan", "metadata"},
     {"train", "generate"},
     {"checkpoint", "evaluate", "export", "plots", "board", "backup"},
     {"record", "prepare", "merge"},
     {"live", "hub", "hosts", "compare"},
     {"run", "report"},
+    {"trials"},
     {"demo"},
     {"widgets"},
     {"__main__"},

@@ -241,3 +241,38 @@ def test_pictures_are_generated_and_none_twice(tmp_path):
     assert [path.stat().st_mtime_ns for path in made] == before
     assert {path.read_text() for path in (tmp_path / "3_cup").glob("*.txt")} == {"flatto style, cup\n"}
     assert "--negative" in told("generate", "--help")
+
+
+def test_a_preset_of_ones_own_is_kept_and_printed(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(settings.to_json())
+    said = told("preset", "quick", "--save-from", tmp_path / "run")
+    assert said.startswith("kept      quick in ") and "rank" in said and "trigger" not in said
+    own = json.loads(told("preset", "quick", "sdxl", "--trigger", "sks", "--dataset", "d"))
+    assert (own["rank"], own["trigger"], own["dataset"], own["name"]) == (4, "sks", "d", "my_quick_v1")
+    assert own["base"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert json.loads(told("preset", "style", "sdxl"))["rank"] == 128
+    failed = CliRunner().invoke(app, ["preset", "style", "--save-from", str(tmp_path / "run")])
+    assert "built-in preset" in str(failed.exception)
+
+
+def test_a_sweep_and_a_comparison_at_a_terminal(config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"steps": 2}))
+    said = told("sweep", config_file, "schedule", "constant", "cosine", "--no-pictures")
+    assert "schedule=cosine, 2 of 2" in said and "settings that differ" in said
+    folder = tmp_path / "runs" / "thing-schedule"
+    assert (folder / "comparison.html").is_file() and (folder / "schedule=cosine" / "checkpoints").is_dir()
+    said = told("compare", folder, "--prompt", "a house", "--seed", 1, "--seed", 2, "--out", tmp_path / "out")
+    assert "schedule" in said and f"look at {tmp_path / 'out' / 'comparison.html'}" in said
+    facts = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert facts["pictures"]["asked"] == [["a house", 1], ["a house", 2]]
+    assert facts["pictures"]["columns"] == ["base", "schedule=constant", "schedule=cosine"]
+    for arguments, message in (
+        (["sweep", config_file, "rank", "4", "0"], "rank=0: rank = 0"),
+        (["sweep", config_file, "seed", "1"], "nothing to compare: give two"),
+        (["compare", tmp_path / "nowhere"], "There is no folder"),
+    ):
+        failed = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert failed.exit_code and message in str(failed.exception)

@@ -77,7 +77,8 @@ def pins(python: str) -> dict[str, str]:
     return pinned
 
 
-SET_UP = COLAB | {"imagehash": pins(RUNNING)["imagehash"]}  # the same after set-up, but for torchao
+ADDED = ("imagehash", "compel")
+SET_UP = COLAB | {name: pins(RUNNING)[name] for name in ADDED}  # the same after set-up, but for torchao
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -93,7 +94,7 @@ def test_the_tested_versions_satisfy_what_lorakit_asks_for(python):
 def test_colab_has_almost_all_that_lorakit_asks_for():
     wanted = requirements("notebook", "tensorboard", python="3.12")  # Colab's
     lacking = {name for name, r in wanted.items() if not r.specifier.contains(COLAB.get(name, "0"))}
-    assert lacking == {"imagehash"}  # of the panels
+    assert lacking == {*ADDED}  # of the panels and of prompts with weights
 
 
 def test_no_cap_on_what_hosts_ship():
@@ -197,7 +198,7 @@ def test_what_colab_ships_stays_and_torchao_goes(host):
     first = colab.set_up()
     assert first.returncode == 0, first.stderr
     assert colab.installed() == {k: v for k, v in SET_UP.items() if k != "torchao"}
-    assert "torch 2.11.0+cu128, installed 1 package in " in first.stdout
+    assert "torch 2.11.0+cu128, installed 2 packages in " in first.stdout
     assert "removed torchao 0.10.0" in first.stdout
 
     second = colab.set_up()

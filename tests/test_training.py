@@ -148,6 +148,57 @@ def test_settings_are_taken_up_again_by_the_same_call_alone(tmp_path):
     assert Settings("style", "demo", store=store, trigger="flatto").config.rank == 32
 
 
+@pytest.fixture
+def at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+
+
+def test_settings_are_kept_as_a_preset_and_picked_again(at_home):
+    panel = Settings("style", "sd15", trigger="flatto", dataset="d")
+    assert [value for _, value in panel.own.options] == [""]
+    panel.fields["rank"].value, panel.called.value = "8", "crisp"
+    panel.keep()
+    assert "crisp is kept" in panel.kept.value and panel.own.value == "crisp" and panel.config.rank == 8
+    panel.kind.value = "object"  # the usual again
+    assert panel.own.value == "" and panel.config == configs.preset("object").with_(trigger="flatto", dataset="d")
+
+    other = Settings("character", "sdxl", dataset="pictures")
+    other.fields["trigger"].value = "sks"
+    other.own.value = "crisp"
+    config = other.config
+    assert (other.kind.value, other.base.value, other.own.value) == ("style", "sd15", "crisp")
+    assert (config.rank, config.resolution, config.trigger, config.dataset) == (8, 512, "sks", "pictures")
+    other.own.value = ""
+    assert other.config == configs.preset("style").with_(dataset="pictures")
+
+
+def test_a_preset_of_another_base_and_one_of_none(at_home):
+    configs.save_preset("hub", configs.Config(steps=5, base="owner/name"))
+    configs.save_preset("local", configs.Config(steps=6, base="/models/x"))
+    panel = Settings("style", "demo")
+    panel.own.value = "hub"
+    assert panel.config.base == "owner/name" and panel.config.steps == 5
+    panel.base.value = "demo"
+    panel.own.value = "local"
+    assert panel.config.base == "demo" and panel.config.steps == 6
+
+
+def test_what_cannot_be_kept_or_picked_is_told(at_home):
+    panel = Settings("style", "demo")
+    panel.called.value = "style"
+    panel.keep()
+    assert "built-in preset" in panel.kept.value
+    panel.called.value, panel.fields["rank"].value = "mine", "many"
+    panel.keep()
+    assert "rank" in panel.kept.value and configs.own_presets() == []
+    panel.fields["rank"].value = "4"
+    panel.keep()
+    (configs.home() / "presets" / "mine.json").write_text("{")
+    panel.own.value = ""
+    panel.own.value = "mine"
+    assert "cannot be read" in panel.kept.value and panel.config == demo.config(kind="style")
+
+
 def test_the_guide_has_something_to_say_of_what_matters():
     assert advice("steps", "style", "sd15") == "2000–4000 for style (the guide's)"
     assert "128" in advice("rank", "character", "sdxl") and advice("seed", "style", "sd15") == ""

@@ -18,7 +18,7 @@ import ipywidgets as widgets
 from IPython.utils.capture import capture_output
 from PIL import Image
 
-from lorakit import compare, export, hosts, metadata, record, sample
+from lorakit import compare, export, hosts, metadata, record, sample, trials
 from lorakit.compare import Candidates, Column
 from lorakit.widgets import pump
 from lorakit.widgets.pictures import button, note
@@ -93,6 +93,7 @@ class Compare(widgets.VBox):
         field = widgets.Textarea
         self.sources = field("\n".join(map(str, sources)), rows=2, layout=WIDE, continuous_update=False)
         self.told, self.boxes = widgets.HTML(), {}
+        self.across = widgets.HTML(layout=widgets.Layout(width="auto", min_width="0px"))  # of several runs
         self.candidates = widgets.Box(
             layout=widgets.Layout(display="flex", flex_flow="row wrap", grid_gap="2px 16px", max_height="140px")
         )
@@ -138,7 +139,7 @@ class Compare(widgets.VBox):
         made = [
             note_above("a run's folder, or LoRA files, one a line", self.sources),
             widgets.Box([button("Open", lambda: self.read(self.sources.value.splitlines())), self.told], layout=ROW),
-            self.candidates, note_above("prompts, one a line", self.prompts),
+            self.across, self.candidates, note_above("prompts, one a line", self.prompts),
             widgets.Box([note_above("strengths", self.strengths), note_above("seeds", self.seeds)], layout=FIELDS),
             more, widgets.Box([self.make_button, self.stop_button, self.progress], layout=ROW),
             self.styles, self.grid, self.large, widgets.Box([self.pick_button], layout=ROW),
@@ -185,7 +186,7 @@ class Compare(widgets.VBox):
         self._clear()
         sources = [text for source in sources if (text := str(source).strip())]
         base, prompts, steps, guidance = self.given
-        self.found, self.boxes, self.what.options = None, {}, []
+        self.found, self.boxes, self.what.options, self.across.value = None, {}, [], ""
         try:
             self.found = found = compare.candidates(sources)
         except (ValueError, OSError) as error:
@@ -202,6 +203,9 @@ class Compare(widgets.VBox):
         self.told.value = note(of_run, "good") + "".join(problems)
         shown = [(f"{label}, {BEST}" if label == found.best else label, label) for label in found.paths]
         self.what.options, self.what.value = shown, found.best or list(found.paths)[-1]
+        runs = [path for source in sources if record.is_run(path := Path(source).expanduser())]
+        if len(runs) > 1:
+            self.across.value = trials.compare_runs(runs, pictures=False)._repr_html_()
 
     def _candidates(self, chosen: Sequence[str]) -> None:
         paths = self.found.paths if self.found else ()

@@ -14,7 +14,7 @@ from lorakit import base as bases
 from lorakit import config as configs
 from lorakit import demo, files, memory, plan, prepare
 from lorakit.config import Config
-from lorakit.widgets.pictures import note
+from lorakit.widgets.pictures import button, note
 from lorakit.widgets.training import cards_html
 
 BASES = (  # what it is called, and what `Config.base` is
@@ -26,6 +26,7 @@ FIRST = (  # the fields that a first run needs; all others are folded away
     "name", "dataset", "trigger", "steps", "rank", "alpha", "learning_rate", "schedule", "batch_size", "resolution",
     "save_every", "sample_every", "sample_prompts", "validation_share",
 )  # fmt: skip
+USUAL = ""  # no preset of the user's own
 STEPS = {"character": "3000–5000", "style": "2000–4000", "object": "2500–4000", "clothing": "3000–5000"}
 RANKS = {
     "character": "32–64 for a character", "style": "16–32 for a style, 64–128 for a complex one",
@@ -89,19 +90,27 @@ class Settings(widgets.VBox):
         options = [*BASES, *([] if base in known else [(base, base)])]
         self.kind = widgets.Dropdown(options=["character", "style", "object", "clothing"], value=kind)
         self.base = widgets.Dropdown(options=options, value=base, layout=widgets.Layout(width="min(100%, 420px)"))
+        self.own = widgets.Dropdown(layout=widgets.Layout(width="min(100%, 420px)"))
+        self.called = widgets.Text(placeholder="its name", layout=widgets.Layout(width="160px"))
+        self.kept, self.picking = widgets.HTML(), False
         self.told, self.fields, self.hints = widgets.HTML(), {}, {}
         named = [name for name in Config.model_fields if name not in ("base", "kind")]
         first = [self._line(name) for name in FIRST]
         rest = [self._line(name) for name in named if name not in FIRST]
         folded = widgets.Accordion([widgets.VBox(rest)], selected_index=None)
         folded.set_title(0, "Advanced")
-        top = [_labelled("what is taught", self.kind), _labelled("base", self.base)]
-        super().__init__([*top, *first, folded, self.told])
+        top = [
+            _labelled("what is taught", self.kind), _labelled("base", self.base), _labelled("preset", self.own),
+        ]  # fmt: skip
+        keep = _labelled("keep as a preset", self.called, button("Keep", self.keep), self.kept)
+        super().__init__([*top, *first, folded, self.told, keep])
+        self._offer()
         self.preset()
         if store and store.exists():
             self._take_up()
         self.kind.observe(lambda _: self.preset(), "value")
         self.base.observe(lambda _: self.preset(), "value")
+        self.own.observe(lambda _: self._pick(), "value")
         for field in self.fields.values():
             field.observe(lambda _: self._check(), "value")
         self._check()
@@ -114,7 +123,53 @@ class Settings(widgets.VBox):
 
     def preset(self) -> None:
         """Fill every field with what is usual for what is taught on the base."""
+        if self.picking:
+            return
+        self.own.value = USUAL
         self._fill(preset(self.kind.value, self.base.value).with_(**self.given))
+
+    def _offer(self) -> None:
+        """The presets that there are, now; none of the user's own is picked."""
+        self.own.options = [("the usual settings", USUAL), *((name, name) for name in configs.own_presets())]
+        self.own.value = USUAL
+
+    def _pick(self) -> None:
+        """Fill in what one of the user's own presets keeps; all else stays as it is."""
+        if self.picking:
+            return
+        if self.own.value == USUAL:
+            self.preset()
+            return
+        try:
+            kept = configs.kept(self.own.value)
+            config = configs.parse(self._settings() | kept)
+        except ValueError as error:
+            self.kept.value = note(str(error), "bad")
+            return
+        self.picking = True  # what is set now asks for no preset of its own
+        try:
+            self.kind.value, self.kept.value = config.kind, ""
+            if "base" in kept:
+                short = {hub_id: name for name, hub_id in bases.KNOWN.items()}.get(config.base, config.base)
+                if short not in [value for _, value in self.base.options]:
+                    self.base.options = [*self.base.options, (short, short)]
+                self.base.value = short
+        finally:
+            self.picking = False
+        self._fill(config)
+
+    def keep(self) -> None:
+        """Keep the settings as a preset of the user's own."""
+        try:
+            name = self.called.value.strip()
+            configs.save_preset(name, self.config)
+        except (ValueError, OSError) as error:
+            self.kept.value = note(str(error), "bad")
+            return
+        self.picking = True
+        self._offer()
+        self.own.value, self.picking = name, False
+        self.kept.value = note(f"{name} is kept", "good")
 
     def _fill(self, config: Config) -> None:
         family = FAMILY.get(self.base.value, "")
