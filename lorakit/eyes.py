@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from lorakit import base as bases
 from lorakit import fetch
@@ -100,9 +102,9 @@ def open(name: str = "clip", device: str = "auto") -> Eyes:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    if name == "demo" and not EMBEDDED.is_dir():
-        raise FileNotFoundError("The embedded base has no model that sees yet: `python -m lorakit.demo.eyes` makes it.")
-    folder = EMBEDDED if name == "demo" else fetch.model(name, MODELS)
+    if name == "demo":
+        return _embedded(bases.choose_device(device))
+    folder = fetch.model(name, MODELS)
     bases._quiet()
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"{folder.name} holds no .safetensors weights; lorakit reads no pickles. Use another model.")
@@ -123,6 +125,97 @@ def open(name: str = "clip", device: str = "auto") -> Eyes:
             f"{', '.join(MODELS)}."
         ) from error
     return Eyes(name, model.eval().to(target, dtype), tokenizer, int(side), mean, std)
+
+
+# ── The embedded base's own ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Residual(nn.Module):
+    """Two 3 × 3 convolutions beside a shortcut, at half the resolution."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.straight = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(before, after, 1, bias=False))
+        self.bent = nn.Sequential(
+            nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.straight(x) + self.bent(x))
+
+
+def trunk(*widths: int) -> nn.Sequential:
+    """A stem to half the resolution, then one `Residual` for every further width."""
+    stem = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    return nn.Sequential(*stem, *(Residual(*pair) for pair in zip(widths, widths[1:], strict=False)))
+
+
+class Small(nn.Module):
+    """What the embedded base's pictures show and how they are drawn, by a net each; texts by the base's own encoder.
+
+    One net for both learns either far more slowly: subjects want what styles share, styles what they do not.
+
+    Args:
+        text_encoder: the base's; it stays as it is and is no part of the saved weights.
+    """
+
+    SUBJECT, STYLE = 128, 64  # width of either part of a vector
+
+    def __init__(self, text_encoder: nn.Module):
+        super().__init__()
+        self.shape, self.texture = trunk(32, 64, 128, 192), trunk(32, 64, 96)
+        self.subject = nn.Sequential(nn.Dropout(0.1), nn.Linear(4 * 192, self.SUBJECT))
+        self.style = nn.Linear(2 * 96, self.STYLE)
+        wide = 2 * text_encoder.config.hidden_size
+        self.words = nn.Sequential(nn.Linear(wide, 384), nn.GELU(), nn.Linear(384, self.SUBJECT + self.STYLE))
+        object.__setattr__(self, "text_encoder", text_encoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.words[0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.words[0].weight.dtype
+
+    def see(self, x: Tensor, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pictures (N, 3, 64, 64) in [-1, 1] → unit vectors of subject (N, 128) and style (N, 64).
+
+        Args:
+            again: the same pictures as the net of styles shall see them, where that differs.
+        """
+        subject = self.subject(F.adaptive_avg_pool2d(self.shape(x), 2).flatten(1))
+        texture = self.texture(x if again is None else again)
+        style = self.style(torch.cat([texture.mean((2, 3)), texture.amax((2, 3))], 1))
+        return F.normalize(subject.float(), dim=1), F.normalize(style.float(), dim=1)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        return torch.cat(self.see(pixel_values), 1)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the base's text encoder says of texts: the mean over their tokens and the last one's, (N, 256)."""
+        states = self.text_encoder(input_ids).last_hidden_state.float()
+        mask = attention_mask[..., None].float()
+        last = states[torch.arange(len(states)), attention_mask.sum(1) - 1]
+        return torch.cat([(states * mask).sum(1) / mask.sum(1), last], 1)
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` → unit vectors of subject (N, 128), and of style (N, 64), which are short where none is told."""
+        subject, style = self.words(features.to(self.dtype)).float().split([self.SUBJECT, self.STYLE], 1)
+        return F.normalize(subject, dim=1), style / style.norm(dim=1, keepdim=True).clamp(min=1)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.cat(self.read(self.features(input_ids, attention_mask)), 1)
+
+
+def _embedded(device: torch.device) -> Eyes:
+    encoder, tokenizer = bases.load_text_encoder(bases.open("demo"), torch.float32, device)
+    model = Small(encoder)
+    model.load_state_dict(load_file(EMBEDDED / "model.safetensors"))
+    half = (0.5, 0.5, 0.5)
+    model = model.to(device, torch.float32).eval().to(memory_format=torch.channels_last)
+    return Eyes("lorakit/demo", model, tokenizer, 64, half, half, batch=64)
 
 
 def vectors(answer) -> Tensor:

@@ -41,17 +41,59 @@ def gain(with_it: np.ndarray, without: np.ndarray, within: np.ndarray) -> float:
     return float((with_it.mean() - without.mean()) / max(within.mean() - without.mean(), 1e-6))
 
 
+def recall(with_it: np.ndarray, without: np.ndarray, own: np.ndarray) -> float:
+    """How far captions bring pictures to the very ones that they are of: 0 the bare base, 1 the pictures themselves.
+
+    Args:
+        own: vectors of the training pictures, a row a caption.
+    """
+    before, after = ((pictures * own).sum(1) for pictures in (without, with_it))
+    return float((after - before).mean() / max((1 - before).mean(), 1e-6))
+
+
 def hits(with_it: np.ndarray, without: np.ndarray, within: np.ndarray) -> float:
     """Share of pictures more than half of the way from the bare base's likeness to the training pictures' own."""
     return float((with_it > (without.mean() + within.mean()) / 2).mean())
 
 
-def consistency(with_it: np.ndarray, without: np.ndarray) -> float:
-    """Whether every subject is changed the same way: mean cosine of two pictures' changes. 1: all alike."""
-    changes = with_it - without
-    changes = changes / np.maximum(np.linalg.norm(changes, axis=1, keepdims=True), 1e-9)
-    count = len(changes)
-    return float((np.square(changes.sum(0)).sum() - count) / max(count * (count - 1), 1))
+def chance(with_it: np.ndarray, without: np.ndarray, draws: int = 4999) -> float:
+    """How probable so much more likeness is where the LoRA does nothing: the control, with labels shuffled.
+
+    In every pair it is drawn anew which of the two pictures counts as made with the LoRA (a paired permutation test).
+
+    Args:
+        with_it, without: likeness of the same prompts and seeds, (N,).
+    """
+    differences = with_it - without
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (draws, len(differences)))
+    return float((1 + ((signs * differences).mean(1) >= differences.mean() - 1e-12).sum()) / (1 + draws))
+
+
+def unevenness(with_it: np.ndarray, without: np.ndarray, within: np.ndarray) -> float:
+    """How much likeness differs from subject to subject, as a share of the base's way to the training pictures."""
+    return float(with_it.std() / max(within.mean() - without.mean(), 1e-6))
+
+
+def spread(vectors: np.ndarray) -> float:
+    """How unlike pictures are to each other: mean of 1 less the cosine over all pairs."""
+    count = len(vectors)
+    return float(1 - (np.square(vectors.sum(0)).sum() - count) / max(count * (count - 1), 1))
+
+
+def leak(
+    with_it: np.ndarray, without: np.ndarray, bare_with: np.ndarray, bare_without: np.ndarray, within: np.ndarray
+) -> float:
+    """How much likeness comes without the trigger, against what comes with it: 0 none, 1 as much.
+
+    Where next to none comes with it, against a quarter of the way to the training pictures' own.
+
+    Args:
+        with_it, without: likeness with the trigger, (N,).
+        bare_with, bare_without: the same without it, (N,).
+        within: that of the training pictures among themselves, (M,).
+    """
+    whole = max(with_it.mean() - without.mean(), (within.mean() - without.mean()) / 4, 1e-6)
+    return float((bare_with.mean() - bare_without.mean()) / whole)
 
 
 def adherence(pictures: np.ndarray, texts: np.ndarray) -> float:
@@ -92,27 +134,28 @@ def broken(pictures: Sequence[Image.Image]) -> float:
     return float(np.mean([array.std() < 2 for array in arrays(pictures)]))
 
 
-def colour(pictures: Sequence[Image.Image]) -> np.ndarray:
-    """Mean and spread of lightness, red–green and blue–yellow over pictures, (6,), in levels of 255."""
+def colours(pictures: Sequence[Image.Image]) -> np.ndarray:
+    """Mean and spread of lightness, red–green and blue–yellow of each picture, (N, 6), in levels of 255."""
     found = []
     for array in arrays(pictures):
         red, green, blue = array.reshape(-1, 3).T
         opposed = np.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue])
         found.append(np.concatenate([opposed.mean(1), opposed.std(1)]))
-    return np.mean(found, 0)
+    return np.array(found)
 
 
 def colour_shift(with_it: np.ndarray, without: np.ndarray, training: np.ndarray | None) -> float:
-    """How far colours went where neither the base nor the training pictures are, in levels of 255.
+    """How far colours went beyond both the base's and the training pictures', in standard deviations of the latter.
 
     Args:
-        with_it, without, training: `colour` of each. What lies on the way from base to training is what was asked for.
+        with_it, without, training: `colours` of each. What lies between base and training was asked for; None measures
+            by the base alone.
     """
-    if training is None:
-        return float(np.linalg.norm(with_it - without))
-    way = training - without
-    along = np.clip((with_it - without) @ way / max(way @ way, 1e-6), 0, 1)
-    return float(np.linalg.norm(with_it - without - along * way))
+    own = without if training is None else training
+    low, high = (pick(without.mean(0), own.mean(0)) for pick in (np.minimum, np.maximum))
+    found = with_it.mean(0)
+    beyond = np.maximum(found - high, 0) + np.maximum(low - found, 0)
+    return float(np.sqrt(np.mean(np.square(beyond / np.maximum(own.std(0), 4)))))
 
 
 def clipped(pictures: Sequence[Image.Image]) -> float:

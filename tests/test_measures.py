@@ -39,11 +39,37 @@ def test_likeness_goes_from_the_base_to_the_training_pictures(random):
     assert measures.hits(mixed, plain, within) == 0.75
 
 
-def test_a_change_that_is_the_same_everywhere_is_consistent(random):
-    base = spread(random, [1, 0, 0, 0], 10, 0.2)
-    assert measures.consistency(base + [0, 0.5, 0, 0], base) == pytest.approx(1)
-    assert abs(measures.consistency(base + random.normal(0, 0.5, base.shape), base)) < 0.4
-    assert measures.consistency(base, base) == pytest.approx(0, abs=0.2)
+def test_likeness_that_shuffled_labels_reach_as_well_is_chance(random):
+    base = random.normal(0.3, 0.1, 16)
+    assert measures.chance(base + 0.2 + random.normal(0, 0.02, 16), base) < 0.001
+    assert measures.chance(base, base) == 1
+    shares = [measures.chance(base + noise, base) < 0.05 for noise in random.normal(0, 0.05, (200, 16))]
+    assert 0.01 < np.mean(shares) < 0.1  # as often as it says
+
+
+def test_recall_is_the_way_to_the_very_picture_of_a_caption():
+    own, base = unit([1, 0, 0], [0, 1, 0]), unit([0, 0, 1], [0, 0, 1])
+    assert measures.recall(base, base, own) == 0 and measures.recall(own, base, own) == pytest.approx(1)
+    assert measures.recall(unit([1, 0, 1], [0, 1, 1]), base, own) == pytest.approx(0.5**0.5)
+
+
+def test_unevenness_is_the_spread_over_subjects(random):
+    base, within = np.full(8, 0.2), np.full(10, 0.7)
+    assert measures.unevenness(np.full(8, 0.6), base, within) == 0
+    assert measures.unevenness(np.array([0.2, 0.7] * 4), base, within) == pytest.approx(0.5)
+
+
+def test_spread_is_nothing_for_copies_and_one_for_what_has_nothing_in_common():
+    assert measures.spread(unit(*np.eye(5))) == pytest.approx(1)
+    assert measures.spread(unit(*np.ones((5, 3)))) == pytest.approx(0)
+
+
+def test_a_leak_is_the_likeness_that_comes_without_the_trigger():
+    base, full = np.full(6, 0.2), np.full(6, 0.8)
+    assert measures.leak(full, base, base, base, full) == 0
+    assert measures.leak(full, base, full, base, full) == pytest.approx(1)
+    assert measures.leak(full, base, np.full(6, 0.35), base, full) == pytest.approx(0.25)
+    assert measures.leak(base + 1e-9, base, np.full(6, 0.23), base, full) == pytest.approx(0.2)  # nothing comes with it
 
 
 def test_adherence_tells_pictures_of_their_prompts_from_any_pictures(random):
@@ -66,12 +92,12 @@ def test_rising(values, rises):
     assert measures.rises(values) == pytest.approx(rises)
 
 
-def test_colours_on_the_way_to_the_training_pictures_are_no_shift():
-    base, training = measures.colour(plain("gray")), measures.colour(plain("red"))
-    halfway = measures.colour(plain((192, 64, 64)))
-    assert measures.colour_shift(halfway, base, training) < 3
-    assert measures.colour_shift(measures.colour(plain("blue")), base, training) > 100
-    assert measures.colour_shift(halfway, base, None) > 50
+def test_colours_between_base_and_training_pictures_are_no_shift():
+    base, training = measures.colours(plain("gray", "gray")), measures.colours(plain("red", "darkred", "red"))
+    halfway = measures.colours(plain((192, 64, 64)))
+    assert measures.colour_shift(halfway, base, training) == pytest.approx(0, abs=1e-5)
+    assert measures.colour_shift(measures.colours(plain("blue")), base, training) > 1
+    assert measures.colour_shift(halfway, base, None) > 1  # the base's own grey was all that is known
 
 
 def test_burned_in_colours_count_and_black_and_white_do_not():

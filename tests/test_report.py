@@ -13,8 +13,9 @@ from lorakit.report import CURES, LIMITS, Mark, diagnose, lines, recommend
 
 QUIET = {"say": lambda _: None, "progress": False}
 GOOD = {
-    "gain": 0.8, "hits": 1.0, "consistency": 0.4, "adherence": 0.95, "diversity": 0.9, "copied": 0.0, "shift": 5.0,
-    "clipped": 0.0, "residue": 1.1, "broken": 0.0, "rises": 1.0, "leak": 0.2, "unrelated": 0.2, "caption gain": 0.8,
+    "gain": 0.8, "hits": 1.0, "chance": 0.001, "unevenness": 0.1, "adherence": 0.95, "variety": 0.95, "copied": 0.0,
+    "gap": 0.02, "shift": 0.1, "clipped": 0.0, "residue": 1.1, "broken": 0.0, "rises": 1.0, "holds": 1.0, "leak": 0.2,
+    "unrelated": 0.2, "recall": 0.8,
 }  # fmt: skip
 
 
@@ -73,6 +74,21 @@ def test_what_does_not_see_is_refused_in_words(tmp_path):
         eyes.open(str(tmp_path))
 
 
+def test_the_embedded_base_has_eyes_that_know_its_subjects_in_a_style_they_never_saw():
+    from lorakit import demo
+
+    files = sorted(demo.PICTURES.rglob("*.png"))
+    names = [file.stem.replace("-", " ") for file in files]
+    seeing = eyes.open("demo")
+    seen, read = seeing.see([Image.open(file) for file in files]), seeing.read(names)
+    assert seen.shape == read.shape and np.allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-5)
+    right = ((seen @ read.T).argmax(1) == np.arange(len(files))).mean()
+    assert right > 0.9, f"{right:.0%} of {len(files)}"
+    styled = seeing.read([f"{style} style, {name}" for style in ("noto", "ink") for name in names])
+    by_style = styled.reshape(2, len(names), -1).mean(1)
+    assert by_style[0] @ by_style[1] / np.prod(np.linalg.norm(by_style, axis=1)) < 0.9  # styles are words, too
+
+
 # ── What is concluded ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -80,9 +96,9 @@ def test_what_does_not_see_is_refused_in_words(tmp_path):
     ("figures", "fault"),
     [
         ({}, None),
-        ({"gain": 0.2, "caption gain": 0.25}, "undertrained"),
-        ({"gain": 0.02, "caption gain": 0.03}, "nothing"),
-        ({"gain": 0.05, "caption gain": 0.7}, "wrong trigger"),
+        ({"gain": 0.2, "recall": 0.25}, "undertrained"),
+        ({"gain": 0.02, "recall": 0.03}, "nothing"),
+        ({"gain": 0.05, "recall": 0.7}, "wrong trigger"),
         ({"copied": 0.5}, "overfitted"),
         ({"adherence": 0.3}, "overfitted"),
         ({"shift": 60.0, "adherence": 0.3}, "learning rate"),
@@ -145,8 +161,8 @@ def trained(small_bases, tmp_path_factory):
 
 def test_a_run_is_judged_and_the_page_holds_all(trained, small_eyes):
     made = report.report(trained, see=str(small_eyes), contexts=["on grass", "in snow", "at night"], **{"say": print})
-    assert made.made == 3 * 5 + (3 + 3 + 4 + 4) * 2 + 3 * 3
-    assert {line.verdict for line in made.lines} <= {"good", "doubtful", "bad"} and len(made.lines) == 13
+    assert made.made == 3 * 5 + (3 + 3 + 4 + 4) * 2 + 3 * 2  # the last checkpoint is the one at all strengths
+    assert {line.verdict for line in made.lines} <= {"good", "doubtful", "bad"} and len(made.lines) == 16
     assert made.prompts[0] == "a photo of sks thing, on grass" and len(made.rows) == 3 and len(made.rows[0]) == 5
     assert [mark.step for mark in made.marks] == [2, 4, 6] and made.recommended in ("step 2", "step 4", "step 6")
     assert all(mark.validation_loss and mark.gain is not None for mark in made.marks)
@@ -155,11 +171,17 @@ def test_a_run_is_judged_and_the_page_holds_all(trained, small_eyes):
     assert text.count("data:image/jpeg") >= 15 and not re.search(r'(src|href)="(?!data:)', text)
     assert str(trained.parent) not in text and "likeness" in text and "Checkpoints" in text
     told = json.loads(facts.read_text("utf-8"))
-    assert told["recommended"] == made.recommended and len(told["lines"]) == 13
+    assert told["recommended"] == made.recommended and len(told["lines"]) == 16
     assert str(trained.parent) not in facts.read_text("utf-8")
     assert "keep step" in made.describe()
-    again = report.report(trained, see=str(small_eyes), contexts=["on grass", "in snow", "at night"], **{"say": print})
-    assert again.facts() == made.facts()
+    told, known = [], {}
+    for _ in range(2):  # the bare base's pictures are made once
+        again = report.report(
+            trained, see=str(small_eyes), contexts=["on grass", "in snow", "at night"], known=known, say=told.append
+        )
+        assert again.facts() == made.facts()
+    counts = [int(text.split()[1]) for text in told if text.endswith("checkpoints")]
+    assert counts[0] == made.made and counts[1] == made.made - len(known) == made.made - 17
 
 
 def test_without_eyes_the_rest_is_measured_and_what_lacks_is_told(trained):

@@ -2,10 +2,10 @@
 
     python -m lorakit.demo.eyes --work WORK --base lorakit/demo/base --out lorakit/demo/base/eyes
 
-It learns which caption belongs to which picture, from the subjects, styles and looks that the base was taught, half of
-them passed through the base's own autoencoder with latents that are a little wrong, as those of a diffusion model are.
-The style that the demo's LoRA learns it never sees. It takes about half an hour on two cores, and cut anywhere it goes
-on where it was. What it makes is not shipped yet.
+It learns which subject and which style a picture shows, each by the words that the base has for it, from what the base
+was taught and one style more. Pictures are spoiled as a small diffusion model spoils its own, and most of them have
+been through the base's own autoencoder. The styles that LoRAs are taught in the demo and in tests/bench/ it never sees.
+Cut anywhere it goes on where it was.
 """
 
 import argparse
@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lorakit import base as bases
 from lorakit.demo import emoji
 from lorakit.demo.pretrain import (
     CHANNELS_LAST,
@@ -31,163 +33,235 @@ from lorakit.demo.pretrain import (
     variation,
     words,
 )
-from lorakit.eyes import vectors
+from lorakit.eyes import Small
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-WIDTH = 128  # of the embeddings
-TOKENS = 32
-PEAK = 1.5e-3  # learning rate
-WRONG = 0.25  # how far latents are pushed off, at most, as a share of their spread
-STYLES = {**emoji.STYLES, "twemoji": "twemoji", "classic": "noto-v1"}  # more than the base knows
-
-
-def new_model(tokenizer):
-    """The two encoders with random weights, 1.7 M in all: ConvNeXt for pictures, CLIP's transformer for texts."""
-    from transformers import (
-        CLIPTextConfig,
-        ConvNextConfig,
-        VisionTextDualEncoderConfig,
-        VisionTextDualEncoderModel,
-    )
-
-    vision = ConvNextConfig(
-        hidden_sizes=[32, 64, 128, 192], depths=[2, 2, 3, 1], patch_size=4, image_size=emoji.SIZE, hidden_size=192,
-    )  # fmt: skip
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    config = VisionTextDualEncoderConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=WIDTH
-    )
-    return VisionTextDualEncoderModel(config)
+STYLES = {**emoji.STYLES, "classic": "noto-v1"}  # one more than the base knows
+SHARPNESS = 16.0  # cosine → logit
+PEAK = 2e-3  # learning rate
+WRONG = 0.2  # how far latents are pushed off, at most, as a share of their spread
+TEXTS = 12  # captions of each subject that are drawn from
+LOOK = {"background": "white", "hue": "", "mirrored": False, "size": "medium", "place": "center"}
 
 
-def pictures(sets: dict, subjects: list, each: int) -> tuple[np.ndarray, list[tuple[str, str, dict]]]:
+# ── The pictures ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pictures(sets: dict, subjects: list, each: int) -> tuple[np.ndarray, list[tuple[int, str, dict]]]:
     """Every subject in every style that draws it, plain and in variations.
 
     Returns:
         RGB (N, 64, 64, 3), uint8; and subject, style and look of each.
     """
     seen, rows = [], []
-    by_code = {package: {code: name for code, name in sets[package]["chars"].items()} for package in STYLES.values()}
-    flat = {name: code for code, name in sets[emoji.NEW_STYLE]["chars"].items()}
     for number, subject in enumerate(subjects):
-        code = flat.get(subject.icons[emoji.NEW_STYLE], "")
         for place, (style, package) in enumerate(STYLES.items()):
-            icon = subject.icons.get(package) or by_code[package].get(code)
-            if icon is None:
+            if package not in subject.icons:
                 continue
             random = np.random.default_rng([31, number, place])
-            rendered = {k: emoji.render(sets[package], icon, size) for k, size in emoji.SIZES.items()}
+            rendered = {k: emoji.render(sets[package], subject.icons[package], size) for k, size in emoji.SIZES.items()}
             for look in [PLAIN, *(variation(random, style) for _ in range(each))]:
                 seen.append(draw(rendered, look))
-                rows.append((subject.name, style, look))
+                rows.append((number, style, look))
     return np.stack(seen), rows
 
 
 @torch.inference_mode()
-def passed_through(base: Path, seen: np.ndarray) -> np.ndarray:
+def through(vae, seen: np.ndarray) -> np.ndarray:
     """The pictures as the base's autoencoder gives them back from latents that are a little wrong."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32).eval().to(memory_format=CHANNELS_LAST)
     again = np.empty_like(seen)
     for start in range(0, len(seen), 64):
-        random = generator(32, start)
-        x = torch.from_numpy(seen[start : start + 64]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = vae.encode(x.contiguous(memory_format=CHANNELS_LAST)).latent_dist.mean
-        # Errors of a diffusion model come in patches as much as in single cells.
-        cells = torch.randn(latents.shape, generator=random)
-        patches = F.interpolate(torch.randn(len(x), 4, 4, 4, generator=random), size=latents.shape[2:], mode="bicubic")
-        share = torch.rand(len(x), 1, 1, 1, generator=random) * WRONG / vae.config.scaling_factor
-        y = vae.decode(latents + share * (0.5 * cells + patches)).sample.clamp(-1, 1)
-        again[start : start + 64] = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        x = torch.from_numpy(seen[start : start + 64]).permute(0, 3, 1, 2).float() / 255
+        again[start : start + 64] = reconstruct(vae, x, WRONG, generator(32, start)).permute(0, 2, 3, 1).numpy()
     return again
 
 
-def caption(row: tuple[str, str, dict], random: np.random.Generator) -> str:
-    """One of the texts that fit a picture: with its style or without, with some of its look."""
-    subject, style, look = row
-    modifiers = [word for word in words(look) if word and (word != "white background" or random.random() < 0.3)]
-    if random.random() < 0.4:
-        modifiers = []
-    return emoji.caption(subject, style if random.random() < 0.6 else None, *modifiers)
+def flatten(rgba: Tensor, background: Tensor | float = 1.0) -> Tensor:
+    """RGBA in [0, 255] on a background in [0, 1] -> RGB in [0, 1]."""
+    rgba = rgba.float() / 255
+    return rgba[:, :3] * rgba[:, 3:] + background * (1 - rgba[:, 3:])
 
 
-def moved(x: Tensor, random: torch.Generator) -> Tensor:
-    """Pictures (N, 3, 64, 64) in [-1, 1], a little shifted, scaled and recoloured, each by its own."""
-    n = len(x)
-    even = lambda *shape: torch.rand(n, *shape, generator=random) * 2 - 1  # noqa: E731
-    scale = 1 + 0.08 * even()
-    rows = [scale, torch.zeros(n), 0.08 * even(), torch.zeros(n), scale, 0.08 * even()]
-    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(x.shape), align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    x = x * (1 + 0.1 * even(1, 1, 1)) + 0.06 * even(3, 1, 1) + 0.04 * torch.randn(x.shape, generator=random)
-    return x.clamp(-1, 1)
+def backgrounds(n: int, random: torch.Generator) -> Tensor:
+    """Mostly white, else one of the captions' colours, shape (n, 3, 1, 1), in [0, 1]."""
+    colours = torch.tensor(list(emoji.BACKGROUNDS.values())) / 255
+    pick = torch.randint(len(colours), (n,), generator=random)
+    pick[torch.rand(n, generator=random) < 0.6] = 0
+    return colours[pick, :, None, None]
 
 
-def loss_of(image: Tensor, text: Tensor, captions: list[str], scale: Tensor) -> Tensor:
-    """CLIP's loss, where texts that are the same all fit. Source: Radford et al. 2021, arXiv:2103.00020."""
-    logits = scale.exp().clamp(max=100) * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
-    numbers = {words: number for number, words in enumerate(dict.fromkeys(captions))}
-    same = torch.tensor([numbers[words] for words in captions])
-    fits = (same[:, None] == same[None]).float()
-    fits = fits / fits.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, fits) + F.cross_entropy(logits.T, fits)) / 2
+@torch.inference_mode()
+def reconstruct(vae, pictures: Tensor, noise: float = 0.0, random: torch.Generator | None = None) -> Tensor:
+    """RGB in [0, 1] through the autoencoder, with latents off by up to `noise` of their spread; uint8."""
+    latents = vae.encode((pictures * 2 - 1).contiguous(memory_format=CHANNELS_LAST)).latent_dist.mean
+    if noise:
+        # Errors of a diffusion model come in patches as much as in single cells.
+        cells = torch.randn(latents.shape, generator=random)
+        coarse = torch.randn(len(latents), 4, 4, 4, generator=random)
+        patches = F.interpolate(coarse, size=latents.shape[2:], mode="bicubic")
+        strength = torch.rand(len(latents), 1, 1, 1, generator=random) * noise / vae.config.scaling_factor
+        latents = latents + strength * (0.5 * cells + patches)
+    return ((vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def train(model, tokenizer, seen: np.ndarray, again: np.ndarray, rows: list, steps: int, batch: int, state: Path):
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) is big], "weight_decay": decay}
-              for big, decay in ((True, 0.1), (False, 0.0))]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98))
-    began, losses = time.monotonic(), []
+def distort(rgba: Tensor, random: torch.Generator, most: float = 1.0) -> Tensor:
+    """What a small diffusion model gets wrong: place, shape, colour, sharpness, patches.
+
+    Args:
+        rgba: shape (N, 4, 64, 64), in [0, 255], alpha not premultiplied.
+        most: at 1, what a style survives; at 3, what a subject does.
+
+    Returns:
+        RGB in [0, 1], shape (N, 3, 64, 64).
+    """
+    n, side = len(rgba), emoji.SIZE
+    much = most * torch.rand(n, generator=random)  # each picture by another share of what is below
+    even = lambda *shape: (torch.rand(n, *shape, generator=random) * 2 - 1) * per(much, *shape)  # noqa: E731
+    rough = lambda *shape: torch.randn(n, *shape, generator=random) * per(even(), *shape)  # noqa: E731
+    seldom = lambda share: torch.rand(n, generator=random) < share  # noqa: E731
+
+    turn, scale, mirror = even() * 0.03, 1 + even() * 0.04, torch.where(seldom(0.03), -1, 1)
+    rows = [scale * mirror * turn.cos(), -scale * turn.sin(), even() * 0.04]
+    rows += [scale * mirror * turn.sin(), scale * turn.cos(), even() * 0.04]
+    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(rgba.shape), align_corners=False)
+    wobble = F.interpolate(rough(2, 5, 5) * 0.016, size=side, mode="bicubic")
+    rgba = rgba.float() / 255
+    rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
+    rgba = F.grid_sample(rgba, grid + wobble.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    x = rgba[:, :3] + backgrounds(n, random) * (1 - rgba[:, 3:])
+
+    degrees = torch.where(seldom(0.03), even() * 180, even() * 6)
+    x = torch.einsum("nij,njhw->nihw", hue_matrices(degrees), x)
+    x = (x - 0.5) * (1 + 0.08 * even(1, 1, 1)) + 0.5 + 0.03 * even(3, 1, 1)
+
+    kernel = torch.tensor([1.0, 4, 6, 4, 1]) / 16
+    kernel = (kernel[:, None] * kernel).expand(3, 1, 5, 5)
+    blurred = F.conv2d(F.pad(x, [2] * 4, mode="replicate"), kernel, groups=3)
+    x = x + (blurred - x) * ((even(1, 1, 1) + per(much, 1, 1, 1) / 2) / 2).clamp(-1, 1)  # below 0 sharpens
+    few = n // 8  # rows come in random order
+    small = int(torch.randint(36, 60, (1,), generator=random))
+    small = F.interpolate(x[:few], size=small, mode="bilinear", antialias=True)
+    x = torch.cat([F.interpolate(small, size=side, mode="bilinear"), x[few:]])
+
+    x = x + F.interpolate(rough(3, 8, 8) * 0.03, size=side, mode="bilinear") + rough(3, side, side) * 0.02
+    at, half = torch.rand(2, n, 1, 1, 1, generator=random) * side, 3 + torch.rand(2, n, 1, 1, 1, generator=random) * 6
+    line = torch.arange(side)
+    hole = ((line[:, None] - at[0]).abs() < half[0]) & ((line - at[1]).abs() < half[1]) & per(seldom(0.2), 1, 1, 1)
+    return torch.where(hole, torch.rand(n, 3, 1, 1, generator=random), x).clamp(0, 1)
+
+
+def per(values: Tensor, *shape: int) -> Tensor:
+    """One value a row, shape (n,), spread over rows of `shape` dimensions: (n, 1, 1, ...)."""
+    return values.view(-1, *[1] * len(shape))
+
+
+def hue_matrices(degrees: Tensor) -> Tensor:
+    """RGB -> RGB of turned hue, one 3 x 3 matrix for each angle (`emoji.turn_hue`, in bulk)."""
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    turn = torch.deg2rad(degrees)
+    rotate = torch.eye(3).repeat(len(degrees), 1, 1)
+    rotate[:, 1, 1] = rotate[:, 2, 2] = turn.cos()
+    rotate[:, 2, 1], rotate[:, 1, 2] = turn.sin(), -turn.sin()
+    return torch.linalg.inv(to_yiq) @ rotate @ to_yiq
+
+
+# ── Training ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def texts(model: Small, tokenizer, subjects: list, looks: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Features of TEXTS captions of every subject, (TEXTS, S, 256), and which of `looks` each tells of, -1 for none."""
+    captions, told = [], []
+    for number in range(TEXTS):
+        for place, subject in enumerate(subjects):
+            random = np.random.default_rng([35, number, place])
+            named = int(random.integers(len(looks))) if number and random.random() < 0.7 else -1
+            style, finish = looks[named] if named >= 0 else (None, "")
+            look = LOOK | {"finish": finish} | ({"mirrored": True} if random.random() < 0.1 else {})
+            more = [word for word in words(look) if word]
+            more[0] = more[0] if number and random.random() < 0.3 else ""  # the white background
+            captions.append(emoji.caption(subject.name, style, *more))
+            told.append(named)
+    found = [features(model, tokenizer, captions[start : start + 256]) for start in range(0, len(captions), 256)]
+    return torch.cat(found).view(TEXTS, len(subjects), -1), torch.tensor(told).view(TEXTS, -1)
+
+
+def features(model: Small, tokenizer, captions: list[str]) -> Tensor:
+    tokens = tokenizer(
+        captions, padding=True, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    )
+    return model.features(tokens["input_ids"], tokens["attention_mask"])
+
+
+def train(
+    model: Small, tokenizer, subjects: list, seen: np.ndarray, again: np.ndarray, rows: list, steps: int, batch: int,
+    state: Path,
+) -> Small:  # fmt: skip
+    """Train the two nets and the words' head, going on from `state` where that file exists."""
+    looks = sorted({(style, look["finish"]) for _, style, look in rows})
+    subject_of = torch.tensor([number for number, _, _ in rows])
+    look_of = torch.tensor([looks.index((style, look["finish"])) for _, style, look in rows])
+    said, told = texts(model, tokenizer, subjects, looks)
+    tellers = [(told == k).nonzero() for k in range(len(looks))]  # captions that tell of a look
+    if missing := [looks[k] for k, some in enumerate(tellers) if not len(some)]:
+        raise ValueError(f"No caption tells of {missing}: draw more than {TEXTS} of each subject.")
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.05)
+    began, marks = time.monotonic(), []
     for step in range(load_state(state, {"eyes": model}, {}, optimizer), steps):
-        random = np.random.default_rng([33, step])
-        chosen = random.integers(len(rows), size=batch)
-        half = random.random(batch) < 0.5
-        x = np.where(half[:, None, None, None], again[chosen], seen[chosen])
-        x = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = moved(x, generator(34, step)).contiguous(memory_format=CHANNELS_LAST)
-        captions = [caption(rows[i], random) for i in chosen]
-        tokens = tokenizer(captions, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+        random, numbers = generator(34, step), np.random.default_rng([33, step])
+        chosen = torch.from_numpy(numbers.integers(len(rows), size=batch))
+        passed = torch.from_numpy(numbers.random(batch) < 0.6).view(-1, 1, 1, 1)
+        both = (torch.from_numpy(array[chosen.numpy()]).permute(0, 3, 1, 2) for array in (again, seen))
+        opaque = F.pad(torch.where(passed, *both), [0, 0, 0, 0, 0, 1], value=255)
+        # A subject has to be known by a poor drawing, too; a style can only be told where its texture is left.
+        x, textured = (
+            (distort(opaque, random, most) * 2 - 1).contiguous(memory_format=CHANNELS_LAST) for most in (3.0, 1.0)
+        )
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, steps, PEAK)
         model.train()
-        image = vectors(model.get_image_features(x))
-        text = vectors(model.get_text_features(**{k: tokens[k] for k in ("input_ids", "attention_mask")}))
-        loss = loss_of(image, text, captions, model.logit_scale)
+        torch.manual_seed(step)  # dropout
+        variants = torch.from_numpy(numbers.integers(TEXTS, size=len(subjects)))
+        names, spoken = model.read(said[variants, torch.arange(len(subjects))])
+        silent = told[variants, torch.arange(len(subjects))] < 0
+        of_looks = [some[numbers.integers(len(some))] for some in tellers]
+        styles = F.normalize(model.read(torch.stack([said[n, s] for n, s in of_looks]))[1], dim=1)
+        subject, style = model.see(x, textured)
+        by_subject, by_style = SHARPNESS * subject @ names.T, SHARPNESS * style @ styles.T
+        loss = F.cross_entropy(by_subject, subject_of[chosen]) + F.cross_entropy(by_style, look_of[chosen])
+        loss = loss + spoken[silent].square().sum(1).mean() + (1 - spoken[~silent].norm(dim=1)).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
+        right = [by_subject.argmax(1) == subject_of[chosen], by_style.argmax(1) == look_of[chosen]]
+        marks.append([loss.item(), *(r.float().mean().item() for r in right)])
         if (step + 1) % 100 == 0 or step + 1 == steps:
             save_state(state, step + 1, {"eyes": model}, {}, optimizer)
-            speed = (time.monotonic() - began) / len(losses)
-            print(f"eyes {step + 1}/{steps}  loss {np.mean(losses[-100:]):.3f}  {speed:.2f} s/step", flush=True)
+            mean, speed = np.mean(marks[-100:], 0), (time.monotonic() - began) / len(marks)
+            print(
+                f"eyes {step + 1}/{steps}  loss {mean[0]:.3f}  subject {mean[1]:.1%}  look {mean[2]:.1%}"
+                f"  {speed:.2f} s/step",
+                flush=True,
+            )
     return model.eval()
 
 
 @torch.inference_mode()
-def examine(model, tokenizer, sets: dict, subjects: list) -> dict[str, float]:
-    """How often the right name is nearest, of all subjects and of all styles; with the style that it never saw."""
-    by_name = torch.nn.functional.normalize
-    named = tokenizer([subject.name for subject in subjects], padding=True, return_tensors="pt")
-    names = by_name(vectors(model.get_text_features(named["input_ids"], named["attention_mask"])), dim=1)
-    told = tokenizer([f"{style} style" for style in emoji.STYLES], padding=True, return_tensors="pt")
-    styles = by_name(vectors(model.get_text_features(told["input_ids"], told["attention_mask"])), dim=1)
+def examine(model: Small, tokenizer, sets: dict, subjects: list, vae) -> dict[str, float]:
+    """Of plain pictures through the autoencoder: how often the right name is nearest, of all subjects and styles."""
+    names = model.read(features(model, tokenizer, [subject.name for subject in subjects]))[0]
+    words = model.read(features(model, tokenizer, [f"{style} style, thing" for style in STYLES]))[1]
     marks = {}
-    for style, package in {**emoji.STYLES, "the new style": emoji.NEW_STYLE}.items():
+    for style, package in {**STYLES, "the demo's": emoji.NEW_STYLE}.items():
         own = [(i, s) for i, s in enumerate(subjects) if package in s.icons]
         drawn = np.stack([emoji.plain(sets[package], s.icons[package]) for _, s in own])
-        x = (torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=CHANNELS_LAST)
-        images = by_name(torch.cat([vectors(model.get_image_features(part)) for part in x.split(128)]), dim=1)
-        right = (images @ names.T).argmax(1) == torch.tensor([i for i, _ in own])
+        x = torch.from_numpy(through(vae, drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = [model.see(part.contiguous(memory_format=CHANNELS_LAST)) for part in x.split(128)]
+        subject, drawing = (torch.cat(part) for part in zip(*found, strict=True))
+        right = (subject @ names.T).argmax(1) == torch.tensor([i for i, _ in own])
         marks[f"subject, {style}"] = round(float(right.float().mean()), 4)
-        if style in emoji.STYLES:
-            right = (images @ styles.T).argmax(1) == list(emoji.STYLES).index(style)
+        if style in STYLES:
+            right = (drawing @ words.T).argmax(1) == list(STYLES).index(style)
             marks[f"style, {style}"] = round(float(right.float().mean()), 4)
     return marks
 
@@ -195,38 +269,37 @@ def examine(model, tokenizer, sets: dict, subjects: list) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--icons", type=Path, default=Path("~/.cache/lorakit/icons").expanduser(), help="icon sets")
-    parser.add_argument("--base", type=Path, required=True, help="diffusers folder with autoencoder and tokenizer")
+    parser.add_argument("--base", required=True, help="the base whose autoencoder and text encoder are used")
     parser.add_argument("--work", type=Path, required=True, help="folder for what can be gone on from")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--each", type=int, default=4, help="variations of each picture")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--each", type=int, default=5, help="variations of each picture")
     options = parser.parse_args()
-    from transformers import CLIPTokenizer
 
     options.work.mkdir(parents=True, exist_ok=True)
     sets = emoji.packages(options.icons)
     subjects = emoji.subjects(sets)
-    cache = options.work / "eyes-pictures.npy"
+    cpu = torch.device("cpu")
+    base = bases.open(options.base)
+    encoder, tokenizer = bases.load_text_encoder(base, torch.float32, cpu)
+    vae = bases.load_vae(base, torch.float32, cpu).to(memory_format=CHANNELS_LAST)
     seen, rows = pictures(sets, subjects, options.each)
     print(f"{len(rows)} pictures of {len(subjects)} subjects", flush=True)
+    cache = options.work / "eyes-pictures.npy"
     if not cache.exists():
-        np.save(cache, passed_through(options.base, seen))
-    tokenizer = CLIPTokenizer.from_pretrained(options.base / "tokenizer")
+        np.save(cache, through(vae, seen))
     torch.manual_seed(0)
-    model = new_model(tokenizer).to(memory_format=CHANNELS_LAST)
-    train(
-        model, tokenizer, seen, np.load(cache), rows, options.steps, options.batch,
-        options.work / "eyes.state",
-    )  # fmt: skip
-    marks = examine(model, tokenizer, sets, subjects)
+    model = Small(encoder).to(memory_format=CHANNELS_LAST)
+    state = options.work / "eyes.state"
+    train(model, tokenizer, subjects, seen, np.load(cache), rows, options.steps, options.batch, state)
+    marks = examine(model, tokenizer, sets, subjects, vae)
     print(json.dumps(marks, indent=2))
-    partial = options.out.with_name(options.out.name + ".partial")
-    model.half().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    about = {"size": {"height": emoji.SIZE, "width": emoji.SIZE}, "image_mean": MEAN, "image_std": STD, "marks": marks}
-    (partial / "preprocessor_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    os.replace(partial, options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
+    partial = options.out / "model.partial"
+    save_file(tensors, partial, metadata={"marks": json.dumps(marks)})
+    os.replace(partial, options.out / "model.safetensors")
     print("written to", options.out)
 
 
