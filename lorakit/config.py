@@ -111,6 +111,9 @@ class Config(BaseModel):
     block_ranks: dict[str, NonNegativeInt] = Field(
         {}, description="other ranks by place, {'mid_block': 8, 'text_encoder': 4}; 0 leaves that place as it is"
     )
+    initialisation: Literal["usual", "orthogonal", "eva"] = Field(
+        "usual", description="how a LoRA begins: by chance, orthogonal, or along what the pictures excite most (EVA)"
+    )
     start_from: str | None = Field(None, description="a LoRA file to go on from, with the same modules and ranks")
 
     # The updates
@@ -249,6 +252,9 @@ class Config(BaseModel):
                 f"algorithm {self.algorithm!r} needs the whole weights of the base: set quantize to 'none', or use "
                 "'lora' or 'dora'."
             )
+        if self.initialisation != "usual" and (self.start_from or self.algorithm in WHOLE):
+            had = "start_from has its own beginning" if self.start_from else f"algorithm {self.algorithm!r} has its own"
+            raise ValueError(f"initialisation {self.initialisation!r}: {had}. Set initialisation to 'usual'.")
         if not self.train_unet and not any((self.text_encoder_rate, self.text_encoder_2_rate)):
             raise ValueError("train_unet is off and no text encoder has a rate: nothing would be trained.")
         if self.min_timestep >= self.max_timestep:

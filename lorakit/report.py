@@ -46,7 +46,7 @@ SUBJECTS = ("rocket", "red apple", "panda", "guitar", "house", "crab", "wrapped 
 NAMED = ("noto style, rocket", "fluent style, panda", "ink style, guitar", "noto style, house")  # its unrelated ones
 LIMITS = {  # figure → from where it is good, from where no longer bad: tests/bench/report_calibration.py
     "gain": (0.55, 0.3), "chance": (0.01, 0.05), "hits": (0.9, 0.6), "unevenness": (0.3, 0.5), "adherence": (0.8, 0.6),
-    "variety": (0.7, 0.5), "copied": (0.05, 0.2), "gap": (0.1, 0.2), "shift": (0.5, 1.0), "clipped": (0.03, 0.1),
+    "variety": (0.7, 0.5), "copied": (0.05, 0.2), "gap": (0.7, 1.0), "shift": (0.5, 1.0), "clipped": (0.03, 0.1),
     "residue": (1.35, 1.8), "broken": (0.0, 0.02), "rises": (0.79, 0.4), "holds": (1.0, 0.7), "leak": (0.5, 0.75),
     "unrelated": (0.4, 0.7),
 }  # fmt: skip
@@ -711,7 +711,7 @@ def _curves(marks: Sequence[Mark], width: int = 640, height: int = 200) -> str:
         ]  # fmt: skip
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{10 + 200 * named}" y="16" fill="{colour}">{name}: {low:.3g} to {high:.3g}</text>')
+        parts.append(f'<text x="{10 + 213 * named}" y="16" fill="{colour}">{name}: {low:.3g} to {high:.3g}</text>')
         named += 1
     ends = (
         f'<text x="10" y="{height - 6}">step {first}</text><text x="{width - 10}" y="{height - 6}" '

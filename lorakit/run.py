@@ -30,6 +30,7 @@ from lorakit import (
     evaluate,
     export,
     files,
+    initial,
     memory,
     plan,
     plots,
@@ -288,7 +289,7 @@ def _start(
         try:
             if state is None:
                 models = keep.models(prepared.base, config)
-                state = _state(models, prepared.base, config, device, dtype, saved)
+                state = _state(models, prepared, device, dtype, saved, team)
             at = _telling(config, prepared, state, per_epoch, saved, clock)
             _drain(
                 models["unet"], prepared, state, config, folder, decided, at, total, say, progress, live, listeners,
@@ -310,7 +311,7 @@ def _start(
                 copier.back(back)
             if factor < LEAST_FACTOR:
                 raise FloatingPointError(_hopeless(error, config)) from error
-            state = _state(models, prepared.base, config, device, dtype, saved)
+            state = _state(models, prepared, device, dtype, saved, team)
             state.rate_factor = factor
             say(f"back      {error} Going on from step {back} with {factor:g} of the learning rate.")
         if full:
@@ -502,14 +503,19 @@ def _saved_anyhow(
 
 
 def _state(
-    models: dict[str, torch.nn.Module], base: bases.Base, config: Config, device, dtype,
-    saved: checkpoint.Checkpoint | None,
+    models: dict[str, torch.nn.Module], prepared: Prepared, device, dtype, saved: checkpoint.Checkpoint | None,
+    team: processes.Team,
 ) -> train.State:  # fmt: skip
     """A fresh adapter in the models, in place of any that is there, and the state around it as `saved` has it."""
+    config, base = prepared.config, prepared.base
     adapters.eject(models)
     adapter = adapters.fresh(models, config)
     if config.start_from and not saved:
         export.begin_from(adapter, base, config.start_from)
+    elif not saved:
+        initial.begin(
+            adapter, models["unet"], base, prepared.pictures, prepared.repeats, prepared.texts, config, team
+        )  # fmt: skip
     state = train.start(adapter, config, device, dtype)
     if saved:
         checkpoint.restore(state, saved)

@@ -18,7 +18,7 @@ FLOORS = [
     {"cache"},
     {"sample", "plan", "metadata"},
     {"train", "generate"},
-    {"checkpoint", "evaluate", "export", "plots", "board", "backup"},
+    {"checkpoint", "evaluate", "initial", "export", "plots", "board", "backup"},
     {"record", "prepare", "merge"},
     {"live", "hub", "hosts", "compare"},
     {"run", "report"},

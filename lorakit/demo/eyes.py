@@ -40,7 +40,6 @@ SHARPNESS = 16.0  # cosine → logit
 PEAK = 2e-3  # learning rate
 WRONG = 0.2  # how far latents are pushed off, at most, as a share of their spread
 TEXTS = 12  # captions of each subject that are drawn from
-LOOK = {"background": "white", "hue": "", "mirrored": False, "size": "medium", "place": "center"}
 
 
 # ── The pictures ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,7 +175,7 @@ def texts(model: Small, tokenizer, subjects: list, looks: list[tuple[str, str]])
             random = np.random.default_rng([35, number, place])
             named = int(random.integers(len(looks))) if number and random.random() < 0.7 else -1
             style, finish = looks[named] if named >= 0 else (None, "")
-            look = LOOK | {"finish": finish} | ({"mirrored": True} if random.random() < 0.1 else {})
+            look = PLAIN | {"finish": finish} | ({"mirrored": True} if random.random() < 0.1 else {})
             more = [word for word in words(look) if word]
             more[0] = more[0] if number and random.random() < 0.3 else ""  # the white background
             captions.append(emoji.caption(subject.name, style, *more))

@@ -22,38 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.demo import emoji
+from lorakit.demo.eyes import WRONG, backgrounds, distort, flatten, reconstruct
 from lorakit.demo.pretrain import CHANNELS_LAST, generator, load_state, one_cycle, save_state
+from lorakit.eyes import trunk
 
 NEW = "flat"  # the judge's word for emoji.NEW_STYLE
 PACKAGES = {**emoji.STYLES, NEW: emoji.NEW_STYLE}
 SHARPNESS = 16.0  # cosine -> logit: the temperature of the normalised softmax over subjects
 PEAK = 2e-3  # learning rate
 EXAM = 600  # pictures the judge is marked on
-WRONG = 0.2  # how far latents are pushed off, at most, as a share of their spread
 
 
 # ── The network ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, at half the resolution."""
-
-    def __init__(self, before: int, after: int):
-        super().__init__()
-        self.straight = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(before, after, 1, bias=False))
-        self.bent = nn.Sequential(
-            nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
-            nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.straight(x) + self.bent(x))
-
-
-def trunk(*widths: int) -> nn.Sequential:
-    """A stem to half the resolution, then one `Residual` for every further width."""
-    stem = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
-    return nn.Sequential(*stem, *(Residual(*pair) for pair in zip(widths, widths[1:], strict=False)))
 
 
 class Judge(nn.Module):
@@ -155,34 +135,6 @@ def draw_all(sets: dict) -> Pictures:
     return Pictures(subjects, F.pad(rgba, [edge] * 4), torch.tensor(subject), torch.tensor(style))
 
 
-def flatten(rgba: Tensor, background: Tensor | float = 1.0) -> Tensor:
-    """RGBA in [0, 255] on a background in [0, 1] -> RGB in [0, 1]."""
-    rgba = rgba.float() / 255
-    return rgba[:, :3] * rgba[:, 3:] + background * (1 - rgba[:, 3:])
-
-
-def backgrounds(n: int, random: torch.Generator) -> Tensor:
-    """Mostly white, else one of the captions' colours, shape (n, 3, 1, 1), in [0, 1]."""
-    colours = torch.tensor(list(emoji.BACKGROUNDS.values())) / 255
-    pick = torch.randint(len(colours), (n,), generator=random)
-    pick[torch.rand(n, generator=random) < 0.6] = 0
-    return colours[pick, :, None, None]
-
-
-@torch.inference_mode()
-def reconstruct(vae, pictures: Tensor, noise: float = 0.0, random: torch.Generator | None = None) -> Tensor:
-    """RGB in [0, 1] through the autoencoder, with latents off by up to `noise` of their spread; uint8."""
-    latents = vae.encode((pictures * 2 - 1).contiguous(memory_format=CHANNELS_LAST)).latent_dist.mean
-    if noise:
-        # Errors of a diffusion model come in patches as much as in single cells.
-        cells = torch.randn(latents.shape, generator=random)
-        coarse = torch.randn(len(latents), 4, 4, 4, generator=random)
-        patches = F.interpolate(coarse, size=latents.shape[2:], mode="bicubic")
-        strength = torch.rand(len(latents), 1, 1, 1, generator=random) * noise / vae.config.scaling_factor
-        latents = latents + strength * (0.5 * cells + patches)
-    return ((vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def reconstructions(vae, pictures: Pictures, copies: int) -> Tensor:
     """Every picture `copies` times through the autoencoder with wrong latents, shape (copies, N, 3, 64, 64), uint8."""
     pool = torch.empty(copies, len(pictures.rgba), 3, emoji.SIZE, emoji.SIZE, dtype=torch.uint8)
@@ -192,67 +144,6 @@ def reconstructions(vae, pictures: Pictures, copies: int) -> Tensor:
             rgb = flatten(rgba, backgrounds(len(rgba), random))
             pool[copy, i * 64 : i * 64 + len(rgba)] = reconstruct(vae, rgb, WRONG, random)
     return pool
-
-
-def distort(rgba: Tensor, random: torch.Generator, most: float = 1.0) -> Tensor:
-    """What a small diffusion model gets wrong: place, shape, colour, sharpness, patches.
-
-    Args:
-        rgba: shape (N, 4, 64, 64), in [0, 255], alpha not premultiplied.
-        most: at 1, what a style survives; at 3, what a subject does.
-
-    Returns:
-        RGB in [0, 1], shape (N, 3, 64, 64).
-    """
-    n, side = len(rgba), emoji.SIZE
-    much = most * torch.rand(n, generator=random)  # each picture by another share of what is below
-    even = lambda *shape: (torch.rand(n, *shape, generator=random) * 2 - 1) * per(much, *shape)  # noqa: E731
-    rough = lambda *shape: torch.randn(n, *shape, generator=random) * per(even(), *shape)  # noqa: E731
-    seldom = lambda share: torch.rand(n, generator=random) < share  # noqa: E731
-
-    turn, scale, mirror = even() * 0.03, 1 + even() * 0.04, torch.where(seldom(0.03), -1, 1)
-    rows = [scale * mirror * turn.cos(), -scale * turn.sin(), even() * 0.04]
-    rows += [scale * mirror * turn.sin(), scale * turn.cos(), even() * 0.04]
-    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(rgba.shape), align_corners=False)
-    wobble = F.interpolate(rough(2, 5, 5) * 0.016, size=side, mode="bicubic")
-    rgba = rgba.float() / 255
-    rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
-    rgba = F.grid_sample(rgba, grid + wobble.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
-    x = rgba[:, :3] + backgrounds(n, random) * (1 - rgba[:, 3:])
-
-    degrees = torch.where(seldom(0.03), even() * 180, even() * 6)
-    x = torch.einsum("nij,njhw->nihw", hue_matrices(degrees), x)
-    x = (x - 0.5) * (1 + 0.08 * even(1, 1, 1)) + 0.5 + 0.03 * even(3, 1, 1)
-
-    kernel = torch.tensor([1.0, 4, 6, 4, 1]) / 16
-    kernel = (kernel[:, None] * kernel).expand(3, 1, 5, 5)
-    blurred = F.conv2d(F.pad(x, [2] * 4, mode="replicate"), kernel, groups=3)
-    x = x + (blurred - x) * ((even(1, 1, 1) + per(much, 1, 1, 1) / 2) / 2).clamp(-1, 1)  # below 0 sharpens
-    few = n // 8  # rows come in random order
-    small = int(torch.randint(36, 60, (1,), generator=random))
-    small = F.interpolate(x[:few], size=small, mode="bilinear", antialias=True)
-    x = torch.cat([F.interpolate(small, size=side, mode="bilinear"), x[few:]])
-
-    x = x + F.interpolate(rough(3, 8, 8) * 0.03, size=side, mode="bilinear") + rough(3, side, side) * 0.02
-    at, half = torch.rand(2, n, 1, 1, 1, generator=random) * side, 3 + torch.rand(2, n, 1, 1, 1, generator=random) * 6
-    line = torch.arange(side)
-    hole = ((line[:, None] - at[0]).abs() < half[0]) & ((line - at[1]).abs() < half[1]) & per(seldom(0.2), 1, 1, 1)
-    return torch.where(hole, torch.rand(n, 3, 1, 1, generator=random), x).clamp(0, 1)
-
-
-def per(values: Tensor, *shape: int) -> Tensor:
-    """One value a row, shape (n,), spread over rows of `shape` dimensions: (n, 1, 1, ...)."""
-    return values.view(-1, *[1] * len(shape))
-
-
-def hue_matrices(degrees: Tensor) -> Tensor:
-    """RGB -> RGB of turned hue, one 3 x 3 matrix for each angle (`emoji.turn_hue`, in bulk)."""
-    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    turn = torch.deg2rad(degrees)
-    rotate = torch.eye(3).repeat(len(degrees), 1, 1)
-    rotate[:, 1, 1] = rotate[:, 2, 2] = turn.cos()
-    rotate[:, 2, 1], rotate[:, 1, 2] = turn.sin(), -turn.sin()
-    return torch.linalg.inv(to_yiq) @ rotate @ to_yiq
 
 
 # ── Training and its own marks ──────────────────────────────────────────────────────────────────────────────────────
