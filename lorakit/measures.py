@@ -41,16 +41,6 @@ def gain(with_it: np.ndarray, without: np.ndarray, within: np.ndarray) -> float:
     return float((with_it.mean() - without.mean()) / max(within.mean() - without.mean(), 1e-6))
 
 
-def recall(with_it: np.ndarray, without: np.ndarray, own: np.ndarray) -> float:
-    """How far captions bring pictures to the very ones that they are of: 0 the bare base, 1 the pictures themselves.
-
-    Args:
-        own: vectors of the training pictures, a row a caption.
-    """
-    before, after = ((pictures * own).sum(1) for pictures in (without, with_it))
-    return float((after - before).mean() / max((1 - before).mean(), 1e-6))
-
-
 def hits(with_it: np.ndarray, without: np.ndarray, within: np.ndarray) -> float:
     """Share of pictures more than half of the way from the bare base's likeness to the training pictures' own."""
     return float((with_it > (without.mean() + within.mean()) / 2).mean())

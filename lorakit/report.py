@@ -5,6 +5,7 @@ sees (`eyes`) is left open where there is none, and the report says so; the rest
 """
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,7 @@ LIMITS = {  # figure → from where it is good, from where no longer bad: tests/
 }  # fmt: skip
 CURES = {  # the guide's
     "nothing": "the trigger in captions and prompt must agree: check its spelling; train longer",
-    "wrong trigger": "the captions call it up and the trigger does not: use the words of the captions, or mend them",
+    "wrong trigger": "few captions hold the trigger: check its spelling, use the words of the captions, or mend them",
     "undertrained": "train longer, or with a higher rank",
     "overfitted": "take an earlier checkpoint, train fewer steps, add regularisation pictures",
     "learning rate": "learning rate 5e-5, schedule cosine",
@@ -193,8 +194,7 @@ class Asked:
     prompts: list[str]  # with the trigger
     bare: list[str]  # the same without it
     unrelated: list[str]
-    captions: list[str]  # some of the training pictures'
-    shows: list[int]  # which these are
+    called: float | None  # share of the training captions that have the trigger; None where none are known
 
     @classmethod
     def of(
@@ -205,16 +205,16 @@ class Asked:
         called = [prompting.escape(f"{phrase}, {context}" if phrase else context) for context in contexts]
         without = " ".join(word for word in phrase.replace(trigger, "").split() if word) if trigger else ""
         bare = [prompting.escape(f"{without}, {c}") if without and kind != "style" else c for c in contexts]
-        spread = np.linspace(0, len(own) - 1, min(4, len(own))).round().astype(int) if own else []
-        told = [prompting.escape(own[i]) for i in spread]
         unrelated = list(NAMED if embedded else UNRELATED)
-        return cls(list(contexts), called, bare, unrelated, told, [int(place) for place in spread])
+        said = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+        share = sum(bool(said.search(text)) for text in own) / len(own) if any(own) and trigger else None
+        return cls(list(contexts), called, bare, unrelated, share)
 
     def rows(self, seed: int) -> list[tuple[str, int]]:
         """Every prompt with its seed: with the trigger twice, and without it by the noise of the first time."""
         count = len(self.prompts)
         first = range(seed, seed + count)
-        rest = [*self.prompts, *self.unrelated, *self.captions]
+        rest = [*self.prompts, *self.unrelated]
         return [
             *zip(self.prompts, first, strict=True), *zip(self.bare, first, strict=True),
             *zip(rest, range(seed + count, seed + count + len(rest)), strict=True),
@@ -234,7 +234,6 @@ class Made:
     second: tuple[Column, Column]  # the same by other noise, without the LoRA and with it
     bare: tuple[Column, Column]
     unrelated: tuple[Column, Column]
-    told: tuple[Column, Column]  # of captions
     training: Column  # the pictures it was trained on, () where these are not known
     checkpoints: dict[int, Column] = field(default_factory=dict)  # step → with the trigger at strength 1
     losses: dict[int, float] = field(default_factory=dict)  # step → validation loss
@@ -243,7 +242,7 @@ class Made:
 
     @property
     def count(self) -> int:
-        pairs = (self.second, self.bare, self.unrelated, self.told)
+        pairs = (self.second, self.bare, self.unrelated)
         whole = sum(map(len, self.shown)) + sum(len(column) for pair in pairs for column in pair)
         return whole + sum(len(c) for c in self.checkpoints.values() if c is not self.shown[-1])
 
@@ -299,7 +298,7 @@ def make(
             known[rows[row]] = picture
     if stop and stop.is_set():
         raise KeyboardInterrupt
-    marks = np.cumsum([0, count, len(asked.bare), count, len(asked.unrelated), len(asked.captions)])
+    marks = np.cumsum([0, count, len(asked.bare), count, len(asked.unrelated)])
     part = lambda place, column: [grid[row, column] for row in range(marks[place], marks[place + 1])]  # noqa: E731
     pair = lambda place: (part(place, ends[0]), part(place, ends[1]))  # noqa: E731
     shown = [part(0, column) for column in range(len(STRENGTHS))]
@@ -310,7 +309,7 @@ def make(
     best = (found.best, str(record.best_checkpoint(source)[1])) if found.best else None
     return Made(
         source.stem if config is None else config.name, trigger, kind, opened.name, asked, shown, pair(2), pair(1),
-        pair(3), pair(4), [_as_trained(picture, *size) for picture in pictures.pictures] if pictures else [],
+        pair(3), [_as_trained(picture, *size) for picture in pictures.pictures] if pictures else [],
         {_step(label): labelled[label] for label in chosen},
         {line["step"]: line["validation_loss"] for line in log if "validation_loss" in line},
         next((line["overfit_gap"] for line in reversed(log) if "overfit_gap" in line), None), best,
@@ -400,8 +399,8 @@ def _figures(
 ) -> tuple[dict[str, float], tuple[tuple[Image.Image, Image.Image, float], ...]]:
     """Figure by name; and the pictures that are copies of training pictures."""
     figures = _by_pixels(made)
-    if made.gap is not None:
-        figures["gap"] = made.gap
+    said = {"gap": made.gap, "called": made.asked.called}
+    figures |= {name: value for name, value in said.items() if value is not None}
     copies: tuple = ()
     if seeing:
         of_strengths = [seeing.see(column) for column in made.shown]
@@ -470,9 +469,6 @@ def _against_training(
         "variety": measures.spread(np.concatenate([of_strengths[-1], second[1]])) / max(measures.spread(trained), 1e-6),
         "leak": measures.leak(liked[-1], liked[0], *(measures.likeness(bare[end], trained) for end in (1, 0)), within),
     }  # fmt: skip
-    if made.told[0]:
-        without, with_it = (seeing.see(column) for column in made.told)
-        figures["recall"] = measures.recall(with_it, without, trained[made.asked.shows])
     twins = np.sort(trained @ trained.T - 2 * np.eye(len(trained)), 1)[:, -1]
     near = max(0.97, float(np.quantile(twins, 0.98)))
     pictures, vectors = made.shown[-1] + made.second[1], np.concatenate([of_strengths[-1], second[1]])
@@ -548,23 +544,26 @@ def recommend(marks: Sequence[Mark]) -> tuple[str | None, str]:
 
 
 def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
-    """What is wrong by the figures, the gravest first, in the words of `CURES`; () where nothing is."""
+    """What is wrong by the figures, the gravest first, in the words of `CURES`; () where nothing is.
+
+    Pictures that neither follow the prompt nor look like the training pictures are ruined by too high a learning rate;
+    those that look like them and do not follow it are overfitted. What little was learned counts no more then.
+    """
     get, faults = figures.get, []
-    ruined = get("broken", 0) > LIMITS["broken"][1] or get("residue", 1) > LIMITS["residue"][1]
-    if ruined or get("shift", 0) > LIMITS["shift"][1] or get("clipped", 0) > LIMITS["clipped"][1]:
+    unlike, deaf = get("gain", 1) < LIMITS["gain"][1], get("adherence", 1) < LIMITS["adherence"][1]
+    if any(get(name, 0) > LIMITS[name][1] for name in ARTIFACTS) or (deaf and unlike):
         faults.append("learning rate")
-    if get("copied", 0) > LIMITS["copied"][1] or (
-        get("adherence", 1) < LIMITS["adherence"][1] and "learning rate" not in faults
-    ):
+    if get("copied", 0) > LIMITS["copied"][1] or (deaf and not faults):
         faults.append("overfitted")
-    if get("gain", 1) < LIMITS["gain"][1]:
-        better = get("recall", 0) - get("gain", 0)
-        faults.append("wrong trigger" if better > 0.25 else "undertrained" if get("gain", 1) > 0.1 else "nothing")
-    if max(get("leak", 0), get("unrelated", 0)) > LIMITS["leak"][1] and get("gain", 1) >= LIMITS["gain"][1]:
+    if unlike and not faults:
+        little = "undertrained" if get("gain", 1) > 0.1 else "nothing"
+        faults.append("wrong trigger" if get("called", 1) < CALLED else little)
+    if max(get("leak", 0), get("unrelated", 0)) > LIMITS["leak"][1] and not unlike:
         faults.append("leaking")
     return tuple(faults)
 
 
+CALLED = 0.5  # share of captions with the trigger, from where it is their word
 ARTIFACTS = ("broken", "shift", "clipped", "residue")
 ROWS = (  # figure, the guide's aspect, what it is, how it is measured, the fault whose cure helps
     ("gain", "feature accuracy", "way from the bare base's likeness to the training pictures' own",

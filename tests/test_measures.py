@@ -47,12 +47,6 @@ def test_likeness_that_shuffled_labels_reach_as_well_is_chance(random):
     assert 0.01 < np.mean(shares) < 0.1  # as often as it says
 
 
-def test_recall_is_the_way_to_the_very_picture_of_a_caption():
-    own, base = unit([1, 0, 0], [0, 1, 0]), unit([0, 0, 1], [0, 0, 1])
-    assert measures.recall(base, base, own) == 0 and measures.recall(own, base, own) == pytest.approx(1)
-    assert measures.recall(unit([1, 0, 1], [0, 1, 1]), base, own) == pytest.approx(0.5**0.5)
-
-
 def test_unevenness_is_the_spread_over_subjects(random):
     base, within = np.full(8, 0.2), np.full(10, 0.7)
     assert measures.unevenness(np.full(8, 0.6), base, within) == 0

@@ -15,7 +15,7 @@ QUIET = {"say": lambda _: None, "progress": False}
 GOOD = {
     "gain": 0.8, "hits": 1.0, "chance": 0.001, "unevenness": 0.1, "adherence": 0.95, "variety": 0.95, "copied": 0.0,
     "gap": 0.02, "shift": 0.1, "clipped": 0.0, "residue": 1.1, "broken": 0.0, "rises": 1.0, "holds": 1.0, "leak": 0.2,
-    "unrelated": 0.2, "recall": 0.8,
+    "unrelated": 0.2, "called": 1.0,
 }  # fmt: skip
 
 
@@ -96,11 +96,12 @@ def test_the_embedded_base_has_eyes_that_know_its_subjects_in_a_style_they_never
     ("figures", "fault"),
     [
         ({}, None),
-        ({"gain": 0.2, "recall": 0.25}, "undertrained"),
-        ({"gain": 0.02, "recall": 0.03}, "nothing"),
-        ({"gain": 0.05, "recall": 0.7}, "wrong trigger"),
+        ({"gain": 0.2}, "undertrained"),
+        ({"gain": 0.02}, "nothing"),
+        ({"gain": 0.05, "called": 0.0}, "wrong trigger"),
         ({"copied": 0.5}, "overfitted"),
         ({"adherence": 0.3}, "overfitted"),
+        ({"adherence": 0.03, "gain": -0.2}, "learning rate"),
         ({"shift": 60.0, "adherence": 0.3}, "learning rate"),
         ({"broken": 0.5}, "learning rate"),
         ({"leak": 0.95}, "leaking"),
@@ -161,7 +162,7 @@ def trained(small_bases, tmp_path_factory):
 
 def test_a_run_is_judged_and_the_page_holds_all(trained, small_eyes):
     made = report.report(trained, see=str(small_eyes), contexts=["on grass", "in snow", "at night"], **{"say": print})
-    assert made.made == 3 * 5 + (3 + 3 + 4 + 4) * 2 + 3 * 2  # the last checkpoint is the one at all strengths
+    assert made.made == 3 * 5 + (3 + 3 + 4) * 2 + 3 * 2  # the last checkpoint is the one at all strengths
     assert {line.verdict for line in made.lines} <= {"good", "doubtful", "bad"} and len(made.lines) == 16
     assert made.prompts[0] == "a photo of sks thing, on grass" and len(made.rows) == 3 and len(made.rows[0]) == 5
     assert [mark.step for mark in made.marks] == [2, 4, 6] and made.recommended in ("step 2", "step 4", "step 6")
@@ -181,7 +182,7 @@ def test_a_run_is_judged_and_the_page_holds_all(trained, small_eyes):
         )
         assert again.facts() == made.facts()
     counts = [int(text.split()[1]) for text in told if text.endswith("checkpoints")]
-    assert counts[0] == made.made and counts[1] == made.made - len(known) == made.made - 17
+    assert counts[0] == made.made and counts[1] == made.made - len(known) == made.made - 13
 
 
 def test_without_eyes_the_rest_is_measured_and_what_lacks_is_told(trained):

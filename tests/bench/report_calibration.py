@@ -114,7 +114,7 @@ def kinds(work: Path, sets: dict, style: str, seed: int) -> dict[str, Config]:
 
 # ── Pictures, kept ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-COLUMNS = ("shown", "second", "bare", "unrelated", "told")
+COLUMNS = ("shown", "second", "bare", "unrelated")
 
 
 def keep(made: report.Made, file: Path, fault: str) -> None:
