@@ -105,6 +105,17 @@ def nearest(pictures: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.
     return cosines.argmax(1), cosines.max(1)
 
 
+def too_near(training: np.ndarray, without: np.ndarray) -> float:
+    """The cosine from which a picture repeats a training picture.
+
+    That is 15 % of the way from the nearest that two training pictures are, or that the bare base comes to one, to the
+    same picture; what is nearest of all is not taken for the rule in either.
+    """
+    twins = np.sort(training @ training.T - 2 * np.eye(len(training)), 1)[:, -1]
+    usual = max(float(np.quantile(cosines, 0.98)) for cosines in (twins, nearest(without, training)[1]))
+    return usual + 0.15 * (1 - usual)
+
+
 def rises(values: Sequence[float]) -> float:
     """Whether values rise with their order: Kendall's share of pairs that do, less those that fall; 1 for always."""
     pairs = [np.sign(later - earlier) for i, earlier in enumerate(values) for later in values[i + 1 :]]
@@ -135,7 +146,7 @@ def colours(pictures: Sequence[Image.Image]) -> np.ndarray:
 
 
 def colour_shift(with_it: np.ndarray, without: np.ndarray, training: np.ndarray | None) -> float:
-    """How far colours went beyond both the base's and the training pictures', in standard deviations of the latter.
+    """How far colours went beyond both the base's and the training pictures', in the greater of their deviations.
 
     Args:
         with_it, without, training: `colours` of each. What lies between base and training was asked for; None measures
@@ -145,7 +156,8 @@ def colour_shift(with_it: np.ndarray, without: np.ndarray, training: np.ndarray 
     low, high = (pick(without.mean(0), own.mean(0)) for pick in (np.minimum, np.maximum))
     found = with_it.mean(0)
     beyond = np.maximum(found - high, 0) + np.maximum(low - found, 0)
-    return float(np.sqrt(np.mean(np.square(beyond / np.maximum(own.std(0), 4)))))
+    usual = np.maximum(own.std(0), without.std(0)).clip(4)  # pictures of one colour are no measure for themselves
+    return float(np.sqrt(np.mean(np.square(beyond / usual))))
 
 
 def clipped(pictures: Sequence[Image.Image]) -> float:

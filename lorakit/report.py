@@ -46,15 +46,14 @@ UNRELATED = ("a bowl of fruit", "a city street at night", "a mountain lake", "a 
 SUBJECTS = ("rocket", "red apple", "panda", "guitar", "house", "crab", "wrapped gift", "pizza")  # the embedded base's
 NAMED = ("noto style, rocket", "fluent style, panda", "ink style, guitar", "noto style, house")  # its unrelated ones
 LIMITS = {  # figure → from where it is good, from where no longer bad: tests/bench/report_calibration.py
-    "gain": (0.55, 0.3), "chance": (0.01, 0.05), "hits": (0.9, 0.6), "unevenness": (0.3, 0.5), "adherence": (0.8, 0.6),
-    "variety": (0.7, 0.5), "copied": (0.05, 0.2), "gap": (0.7, 1.0), "shift": (0.5, 1.0), "clipped": (0.03, 0.1),
-    "residue": (1.35, 1.8), "broken": (0.0, 0.02), "rises": (0.79, 0.4), "holds": (1.0, 0.7), "leak": (0.5, 0.75),
-    "unrelated": (0.4, 0.7),
+    "gain": (0.75, 0.5), "chance": (0.01, 0.05), "hits": (0.9, 0.8), "unevenness": (0.4, 0.6), "adherence": (0.75, 0.6),
+    "variety": (0.7, 0.5), "copied": (0.05, 0.15), "gap": (0.7, 1.0), "shift": (0.5, 0.75), "clipped": (0.03, 0.1),
+    "residue": (1.1, 1.3), "broken": (0.0, 0.02), "rises": (0.79, 0.4), "holds": (1.0, 0.7), "leak": (0.4, 0.75),
+    "unrelated": (0.3, 0.6),
 }  # fmt: skip
 CURES = {  # the guide's
-    "nothing": "the trigger in captions and prompt must agree: check its spelling; train longer",
     "wrong trigger": "few captions hold the trigger: check its spelling, use the words of the captions, or mend them",
-    "undertrained": "train longer, or with a higher rank",
+    "undertrained": "train longer, or with a higher rank; the trigger in captions and prompt must agree",
     "overfitted": "take an earlier checkpoint, train fewer steps, add regularisation pictures",
     "learning rate": "learning rate 5e-5, schedule cosine",
     "leaking": "regularisation pictures or prior_prediction; captions that name what shall not change",
@@ -123,7 +122,7 @@ class Report:
         head = f"{self.name} on {self.base}, {self.made} pictures: {', '.join(self.faults) or 'nothing wrong'}"
         lines = [f"{MARKS[line.verdict]} {line.aspect:<18} {line.told:>6}  {line.what}" for line in self.lines]
         cures = [f"  → {cure}" for cure in dict.fromkeys(line.cure for line in self.lines if line.cure)]
-        best = [f"keep {self.recommended}: {self.why}"] if self.recommended else []
+        best = [f"keep {self.recommended or 'none'}: {self.why}"] if self.why else []
         return "\n".join([head, *lines, *cures, *best, *(f"not measured: {text}" for text in self.missing)])
 
     def html(self) -> str:
@@ -380,7 +379,7 @@ def judge(made: Made, seeing: Eyes | None, missing: Sequence[str] = ()) -> Repor
     figures, copies = _figures(made, seeing)
     marks = _marks(made, seeing)
     recommended, why = recommend(marks)
-    if recommended is None and made.best:
+    if recommended is None and not why and made.best:
         recommended, why = made.best
     if not made.training:
         missing = [
@@ -469,11 +468,9 @@ def _against_training(
         "variety": measures.spread(np.concatenate([of_strengths[-1], second[1]])) / max(measures.spread(trained), 1e-6),
         "leak": measures.leak(liked[-1], liked[0], *(measures.likeness(bare[end], trained) for end in (1, 0)), within),
     }  # fmt: skip
-    twins = np.sort(trained @ trained.T - 2 * np.eye(len(trained)), 1)[:, -1]
-    near = max(0.97, float(np.quantile(twins, 0.98)))
     pictures, vectors = made.shown[-1] + made.second[1], np.concatenate([of_strengths[-1], second[1]])
     places, cosines = measures.nearest(vectors, trained)
-    taken = cosines > near
+    taken = cosines > measures.too_near(trained, np.concatenate([of_strengths[0], second[0]]))
     figures["copied"] = float(taken.mean())
     return figures, tuple(
         (pictures[i], made.training[places[i]], float(cosines[i])) for i in np.argsort(-cosines)[:4] if taken[i]
@@ -528,19 +525,24 @@ def _as_trained(picture: dataset.Picture, height: int, width: int) -> Image.Imag
 
 
 def recommend(marks: Sequence[Mark]) -> tuple[str | None, str]:
-    """The checkpoint to keep and why: the highest product of likeness and adherence; None where these are not measured.
+    """The checkpoint to keep and why: the highest product of likeness and adherence, neither counting above 1.
 
-    Of checkpoints whose product is within 3 % of the best, the earliest: less trained is less overfitted.
+    Of those within 3 % of the highest the last: the end of a schedule refines, and what it overfits costs adherence.
+    None where these are not measured, and where no checkpoint follows prompts.
     """
-    scored = [(max(m.gain, 0.0) * min(m.adherence, 1.0), m) for m in marks if None not in (m.gain, m.adherence)]
-    if scored and max(score for score, _ in scored) > 0:
-        best = max(score for score, _ in scored)
-        score, mark = next((score, m) for score, m in scored if score >= 0.97 * best)
-        return mark.label, (
-            f"likeness to the training pictures {mark.gain:.2f} of what they have among themselves, and "
-            f"{mark.adherence:.0%} of the bare base's adherence to prompts"
-        )
-    return None, ""
+    scores = {
+        mark: min(max(mark.gain, 0.0), 1.0) * min(mark.adherence, 1.0)
+        for mark in marks
+        if None not in (mark.gain, mark.adherence)
+    }
+    fit = {mark: score for mark, score in scores.items() if score > 0 and mark.adherence >= DEAF}
+    if not fit:
+        return None, "no checkpoint is both like the training pictures and follows prompts" if scores else ""
+    mark = [mark for mark, score in fit.items() if score >= 0.97 * max(fit.values())][-1]
+    return mark.label, (
+        f"likeness to the training pictures {mark.gain:.2f} of what they have among themselves, and "
+        f"{mark.adherence:.0%} of the bare base's adherence to prompts"
+    )
 
 
 def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
@@ -550,19 +552,20 @@ def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
     those that look like them and do not follow it are overfitted. What little was learned counts no more then.
     """
     get, faults = figures.get, []
-    unlike, deaf = get("gain", 1) < LIMITS["gain"][1], get("adherence", 1) < LIMITS["adherence"][1]
-    if any(get(name, 0) > LIMITS[name][1] for name in ARTIFACTS) or (deaf and unlike):
+    bad = lambda name: name in figures and _verdict(name, figures[name]) == "bad"  # noqa: E731
+    unlike = bad("gain") or bad("hits")
+    if any(map(bad, ARTIFACTS)) or (bad("adherence") and unlike):
         faults.append("learning rate")
-    if get("copied", 0) > LIMITS["copied"][1] or (deaf and not faults):
+    if bad("copied") or (bad("adherence") and not faults):
         faults.append("overfitted")
     if unlike and not faults:
-        little = "undertrained" if get("gain", 1) > 0.1 else "nothing"
-        faults.append("wrong trigger" if get("called", 1) < CALLED else little)
-    if max(get("leak", 0), get("unrelated", 0)) > LIMITS["leak"][1] and not unlike:
+        faults.append("wrong trigger" if get("called", 1) < CALLED else "undertrained")
+    if not unlike and (bad("leak") or bad("unrelated")):
         faults.append("leaking")
     return tuple(faults)
 
 
+DEAF = 0.3  # adherence below which no checkpoint is worth keeping
 CALLED = 0.5  # share of captions with the trigger, from where it is their word
 ARTIFACTS = ("broken", "shift", "clipped", "residue")
 ROWS = (  # figure, the guide's aspect, what it is, how it is measured, the fault whose cure helps
@@ -579,10 +582,10 @@ ROWS = (  # figure, the guide's aspect, what it is, how it is measured, the faul
     ("variety", "flexibility", "how different pictures of other prompts and seeds are, against the training pictures",
      "mean of 1 less the cosine over all pairs", "overfitted"),
     ("copied", "flexibility", "share of pictures that repeat a training picture",
-     "nearest training picture, nearer than these are to each other", "overfitted"),
+     "nearest training picture, nearer than these are to each other and than the bare base comes", "overfitted"),
     ("gap", "flexibility", "what was learned that holds for the training pictures alone",
      "loss on held-out and trained pictures under the same noise", "overfitted"),
-    ("shift", "no artifacts", "colours beyond base and training pictures, in standard deviations of the latter",
+    ("shift", "no artifacts", "colours beyond base and training pictures, in standard deviations of these",
      "mean and spread of three opposed colours", "learning rate"),
     ("clipped", "no artifacts", "share of pixels with burned-in colours, beyond base and training pictures",
      "a colour at its limit while another is not", "learning rate"),
@@ -619,8 +622,8 @@ def lines(figures: Mapping[str, float], faults: Sequence[str]) -> tuple[Line, ..
     for name, aspect, what, method, fault in ROWS:
         figure = figures.get(name)
         verdict = "not measured" if figure is None else _verdict(name, figure)
-        own = next((other for other in faults if other in ("wrong trigger", "nothing")), fault)
-        cure = CURES[own if fault == "undertrained" else fault] if verdict == "bad" else ""
+        own = "wrong trigger" if fault == "undertrained" and "wrong trigger" in faults else fault
+        cure = CURES[own] if verdict == "bad" else ""
         found.append(Line(aspect, what, None if figure is None else round(figure, 4), method, verdict, cure))
     return tuple(found)
 
@@ -662,7 +665,7 @@ def _body(made: Report) -> str:
         ], "verdict", "aspect", "figure", "what it is, how it was measured"),
     ]  # fmt: skip
     if made.marks:
-        keep = f"<p>Keep <b>{escape(made.recommended)}</b>: {escape(made.why)}</p>" if made.recommended else ""
+        keep = f"<p>Keep <b>{escape(made.recommended or 'none')}</b>: {escape(made.why)}</p>" if made.why else ""
         figure = lambda value: "—" if value is None else f"{value:.3f}"  # noqa: E731
         rows = [[escape(m.label), figure(m.validation_loss), figure(m.gain), figure(m.adherence)] for m in made.marks]
         parts += ["<h2>Checkpoints</h2>", keep, _curves(made.marks)]

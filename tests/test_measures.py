@@ -79,6 +79,13 @@ def test_copies_are_found_with_what_they_copy(random):
     assert place[0] == 2 and cosine[0] > 0.999 and cosine[1] < 0.8
 
 
+def test_what_repeats_a_training_picture_is_nearer_than_two_of_them_and_than_the_base():
+    training = unit(*np.eye(6))
+    assert measures.too_near(training, unit([1, -1, 0, 0, 0, 0])) == pytest.approx(0.15 + 0.85 * 2**-0.5, abs=1e-6)
+    alike = unit([1, 0.1, 0, 0, 0, 0], [1, 0, 0.1, 0, 0, 0], [1, 0, 0, 0.1, 0, 0])  # many sides of one thing
+    assert 0.99 < alike[0] @ alike[1] < measures.too_near(alike, training) < 1
+
+
 @pytest.mark.parametrize(
     ("values", "rises"), [([1, 2, 3], 1), ([3, 2, 1], -1), ([1, 3, 2, 4], 2 / 3), ([4, 4, 4, 4], 0), ([5], 0)]
 )

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import readers
 
 STRENGTHS = (0.0, 0.5, 0.7, 0.9, 1.0)
+EXAM = 120  # of the held-out subjects, those that LoRAs are judged on
 
 
 def read_lora(file: Path, pipeline) -> list[tuple[torch.nn.Parameter, Tensor, Tensor]]:
@@ -74,7 +75,7 @@ def trained_on(folder: Path, names: list[str]) -> set[str]:
 def held_out(known: list, training: Path, seed: int) -> tuple[list, int, int]:
     """Subjects that the training pictures do not show, in an order drawn from `seed`; how many, and how many they do.
 
-    The first 120 are what LoRAs are judged on; whoever searches for a recipe looks at later ones.
+    Whoever searches for a recipe looks at others than the first `EXAM`.
     """
     seen = trained_on(training, [s.name for s in known])
     unseen = [s for s in known if s.name not in seen]
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("lora", type=Path, help="kohya safetensors file")
     parser.add_argument("--trigger", required=True, help="the new style's word: prompts say `WORD style, red apple`")
     parser.add_argument("--training", type=Path, required=True, help="training pictures with captions: left out")
-    parser.add_argument("--subjects", type=int, default=120)
+    parser.add_argument("--subjects", type=int, default=EXAM)
     parser.add_argument("--out", type=Path, default=RESULTS / "lora_quality", help="writes OUT.md, OUT.json, OUT.png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
