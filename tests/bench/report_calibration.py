@@ -31,6 +31,9 @@ STYLES = ("flat", *taught.AFTER)
 TUNE = {("flat", 0), ("mosaic", 1), ("sketch", 0), ("dusk", 1), ("heat", 0)}  # limits are set with these
 
 
+KINDS = ("good", "undertrained", "overfitted", "learning rate", "leaking")  # and the good one, asked wrongly
+
+
 def kinds(work: Path, sets: dict, style: str, seed: int) -> dict[str, Config]:
     """Settings of a run with each fault; "good" has none."""
     pictures = taught.dataset(work / "pictures" / style, sets, style)
@@ -96,31 +99,31 @@ def make(work: Path, icons: Path, seeds: list[int], styles: list[str], part: str
     names, icon_names = zip(*taught.held_out(sets), strict=True)
     (work / "made").mkdir(parents=True, exist_ok=True)
     place, of = map(int, part.split("/"))
-    pairs = [(style, seed) for seed in seeds for style in styles][place::of]
-    for style, seed in pairs:
+    wanted = [(style, seed, fault) for seed in seeds for style in styles for fault in KINDS]
+    for style, seed, fault in wanted[place::of]:
         true = np.stack([taught.drawn(sets, style, icon) for icon in icon_names])
-        for fault, config in kinds(work, sets, style, seed).items():
-            file = work / "made" / f"{style} {seed} {fault}.npz"
-            wrong = work / "made" / f"{style} {seed} wrong trigger.npz"
-            if file.exists() and (fault != "good" or wrong.exists()):
-                continue
-            folder = work / "runs" / file.stem
-            quiet = {"say": lambda _: None}
-            try:
-                done = run.start(config, folder, progress=False, **quiet)
-            except FloatingPointError as error:  # given up by the run itself
-                print(f"{file.stem}: {error}", flush=True)
-                continue
-            made = report.make(done.folder, most=4, known=known, **quiet)
-            paths = compare.candidates(done.folder).paths
-            steps = {str(step): paths[label] for label in paths if (step := int(label.split()[-1])) in made.checkpoints}
-            held = taught.pictures(steps, list(names), known, config.sample_steps, config.sample_guidance)
-            keep(made, file, fault, {"true": true, **held})
-            if fault == "good":
-                asked = report.make(done.folder, most=1, trigger=WRONG, known=known, **quiet)
-                keep(replace(asked, name=f"{made.name} asked as {WRONG}"), wrong, "wrong trigger", {})
-            shutil.rmtree(folder / "cache", ignore_errors=True)
-            print(f"{file.stem}: made", flush=True)
+        config = kinds(work, sets, style, seed)[fault]
+        file = work / "made" / f"{style} {seed} {fault}.npz"
+        wrong = work / "made" / f"{style} {seed} wrong trigger.npz"
+        if file.exists() and (fault != "good" or wrong.exists()):
+            continue
+        folder = work / "runs" / file.stem
+        quiet = {"say": lambda _: None}
+        try:
+            done = run.start(config, folder, progress=False, **quiet)
+        except FloatingPointError as error:  # given up by the run itself
+            print(f"{file.stem}: {error}", flush=True)
+            continue
+        made = report.make(done.folder, most=4, known=known, **quiet)
+        paths = compare.candidates(done.folder).paths
+        steps = {str(step): paths[label] for label in paths if (step := int(label.split()[-1])) in made.checkpoints}
+        held = taught.pictures(steps, list(names), known, config.sample_steps, config.sample_guidance)
+        keep(made, file, fault, {"true": true, **held})
+        if fault == "good":
+            asked = report.make(done.folder, most=1, trigger=WRONG, known=known, **quiet)
+            keep(replace(asked, name=f"{made.name} asked as {WRONG}"), wrong, "wrong trigger", {})
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        print(f"{file.stem}: made", flush=True)
 
 
 def judged(work: Path, judge: judges.Judge) -> list[dict]:

@@ -4,6 +4,8 @@ What a LoRA makes of subjects that it was not taught is laid beside the true pic
 which the icon sets hold. So its quality is known without anything of lorakit's report.
 """
 
+import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -49,8 +51,8 @@ def dataset(folder: Path, sets: dict, style: str, count: int = 30, caption: str 
     place = folder / f"10_{TRIGGER}"
     if place.exists():
         return folder
-    partial = folder.with_suffix(".partial") / place.name
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_suffix(f".{os.getpid()}") / place.name
+    partial.mkdir(parents=True)
     for file in sorted(demo.PICTURES.rglob("*.png")):
         if len(list(partial.glob("*.png"))) == count:
             break
@@ -58,8 +60,17 @@ def dataset(folder: Path, sets: dict, style: str, count: int = 30, caption: str 
             continue
         Image.fromarray(picture).save(partial / f"{file.stem}.png")
         (partial / f"{file.stem}.txt").write_text(caption.format(file.stem.replace("-", " ")))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.parent.rename(folder)
+    return _placed(partial.parent, folder)
+
+
+def _placed(partial: Path, folder: Path) -> Path:
+    """Put what is whole where it belongs, unless a program beside this one was faster."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(partial)
     return folder
 
 
@@ -67,8 +78,8 @@ def others(folder: Path, sets: dict) -> Path:
     """Regularisation pictures: what the base knows, with its own words, with words it does not know, with none."""
     if folder.exists():
         return folder
-    partial = folder.with_suffix(".partial") / "1_class"
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_suffix(f".{os.getpid()}") / "1_class"
+    partial.mkdir(parents=True)
     subjects, random = emoji.subjects(sets), np.random.default_rng(5)
     unknown = ("zorvex", "marlin", "quib")
     for number in range(60):
@@ -77,8 +88,7 @@ def others(folder: Path, sets: dict) -> Path:
         Image.fromarray(picture).save(partial / f"{number:02d}.png")
         word = (None, unknown[number % 3], None, style)[number % 4]
         (partial / f"{number:02d}.txt").write_text(emoji.caption(subject.name, word))
-    partial.parent.rename(folder)
-    return folder
+    return _placed(partial.parent, folder)
 
 
 def held_out(sets: dict, but: Collection[str] = ()) -> list[tuple[str, str]]:
