@@ -114,20 +114,20 @@ def judged(work: Path, judge: judges.Judge) -> dict[str, dict[str, dict]]:
 
 
 def rows(found: dict[str, dict[str, dict]]) -> list[list]:
-    """A row a recipe, by what it adds to the centre's quality on the same pairs."""
+    """A row a recipe, by what it adds to the centre's quality on the same pairs: not all are made on the same ones."""
     mean = lambda name, key, pairs: float(np.mean([found[name][pair][key] for pair in pairs]))  # noqa: E731
     result = []
     for name, marks in found.items():
         pairs = [pair for pair in marks if pair in found["centre"]]
         more = [marks[pair]["quality"] - found["centre"][pair]["quality"] for pair in pairs]
         error = np.std(more, ddof=1) / len(more) ** 0.5 if len(more) > 1 else float("nan")
-        result.append([
+        result.append((np.mean(more), [
             name, " ".join(f"`{k}={json.dumps(v)}`" for k, v in RECIPES[name].items()), len(pairs),
             f"{mean(name, 'quality', pairs):.3f}", f"{np.mean(more):+.3f} ± {error:.3f}" if name != "centre" else "",
             f"{mean(name, 'kept', pairs):.0%}", f"{mean(name, 'leak', pairs):.2f}",
             f"{mean(name, 'seconds', pairs) / mean('centre', 'seconds', pairs):.2f}×",
-        ])  # fmt: skip
-    return sorted(result, key=lambda row: -float(row[3]))
+        ]))  # fmt: skip
+    return [row for _, row in sorted(result, key=lambda marked: -marked[0])]
 
 
 def main() -> None:
