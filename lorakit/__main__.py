@@ -310,6 +310,7 @@ def sample(
     scheduler: Annotated[
         str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc, lcm")
     ] = "dpm++_2m_karras",
+    clip_skip: Annotated[int, typer.Option(min=1, max=4, help="as the LoRA was trained: 2 is usual for anime")] = 1,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
 ) -> None:
     """Make pictures, with LoRAs at one strength or several; each is written as soon as it is made."""
@@ -325,14 +326,13 @@ def sample(
     used = [[(path, own * value) for path, own in zip(paths, weights, strict=True)] for value in strengths]
     variants = [compare.variant(opened, parts, known) for parts in used]
     size = (height or opened.resolution, width or opened.resolution)
-    made_with = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler_name": scheduler}
+    made_with = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler_name": scheduler,
+                 "clip_skip": clip_skip}  # fmt: skip
     rows: list[list] = [[None] * len(strengths) for _ in prompts]
     for row, column, picture in samples.stream(opened, prompts, variants, seeds=seed, size=size, **made_with):
         rows[row][column] = picture
         named = [(path.name.removesuffix(".safetensors"), value) for path, value in used[column]]
-        told = samples.infotext(
-            prompts[row], seed + row, size, model=opened.name, clip_skip=1, loras=named, **made_with
-        )  # fmt: skip
+        told = samples.infotext(prompts[row], seed + row, size, model=opened.name, loras=named, **made_with)
         folder = out / f"strength-{strengths[column]:g}" if len(strengths) > 1 else out
         print(samples.write(picture, folder / f"{row:02d}-seed-{seed + row}.png", told))
     if len(strengths) > 1:
@@ -510,6 +510,7 @@ def report(
     kind: Annotated[str, typer.Option("--type", help="character, style, object or clothing; else the run's")] = "",
     see: Annotated[str, typer.Option(help="what judges: auto, clip, clip-large, dinov2, a folder, or none")] = "auto",
     seed: Annotated[int, typer.Option(help="of the first picture")] = 1000,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Make pictures with a LoRA and without, measure them, and fill in the guide's checklist."""
@@ -518,9 +519,12 @@ def report(
 
     made = reports.report(
         source, base=base, pictures=datasets.scan(pictures) if pictures else None, trigger=trigger, kind=kind,
-        see=None if see == "none" else see, seed=seed, say=lambda text: print(text, file=sys.stderr),
+        see=None if see == "none" else see, seed=seed, device=device, say=lambda text: print(text, file=sys.stderr),
     )  # fmt: skip
-    page, _ = reports.save(made, out or (source if source.is_dir() else source.parent))
+    page, _ = reports.save(
+        made, out or (source if source.is_dir() else source.parent),
+        "report" if source.is_dir() else f"{source.name.removesuffix('.safetensors')}.report",
+    )  # fmt: skip
     print(json.dumps(made.facts(), indent=2, ensure_ascii=False) if as_json else f"{made.describe()}\nlook at {page}")
 
 

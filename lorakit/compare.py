@@ -43,20 +43,24 @@ def candidates(sources: str | Path | Sequence[str | Path]) -> Candidates:
     """What can be compared: a run's checkpoints, oldest first, or LoRA files; by headers, nothing is verified yet.
 
     Args:
-        sources: a run's folder; a LoRA file, or a folder of them; or several of all these.
+        sources: a run's folder, or a sweep's; a LoRA file, or a folder of them; or several of all these.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: nothing in it that could be used; says what is wrong.
     """
-    sources = [Path(source).expanduser() for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    given = [Path(source).expanduser() for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    sources = [inner for source in given for inner in record.runs_in(source) or [source]]
     found, problems, config, best = [], [], None, None
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"There is no {source}. Give a run's folder, or LoRA files.")
         if record.is_run(source):
-            config = config or _config(source, problems)
+            own = _config(source, problems)
+            config = config or own
             whole = _checkpoints(source, problems)
+            if not whole and own and (file := source / f"{own.name}.safetensors").is_file():
+                whole = [(own.name, file)]
             found += [(f"{source.name} {label}" if len(sources) > 1 else label, path) for label, path in whole]
             nearest = record.best_checkpoint(source)[0] if len(sources) == 1 else None
             best = next((label for label, path in whole if path == nearest), None)
@@ -64,15 +68,27 @@ def candidates(sources: str | Path | Sequence[str | Path]) -> Candidates:
             found += [(path.stem, path) for path in inside if path.name != "adapter_model.safetensors"] or [
                 (source.name, source)
             ]
+        elif source.is_dir() and not any(source.glob("*/*.safetensors")):  # PEFT's has a folder for each model
+            problems.append(f"{source.name} holds neither a run nor a .safetensors file.")
         else:
             found.append((source.name.removesuffix(".safetensors"), source))
-    labels = [label for label, _ in found]
-    paths = {(f"{path.parent.name}/{label}" if labels.count(label) > 1 else label): path for label, path in found}
+            run = record.run_of(source) if len(sources) == 1 else None
+            config = config or (run and _config(run, problems))
+    paths = _labelled(found)
     if not paths:
         names = ", ".join(source.name for source in sources) or "Nothing"
         why = " ".join(problems) or "A run saves one every `save_every` steps, and when it is stopped."
         raise ValueError(f"{names} has no checkpoint to compare yet. {why}")
     return Candidates(paths, best, config, tuple(problems))
+
+
+def _labelled(found: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    """Labels that tell them apart: those that are alike with the folder that their run or file lies in, or a number."""
+    labels = [label for label, _ in found]
+    place = lambda path: path.absolute().parents[2 if path.parent.name == "checkpoints" else 0].name  # noqa: E731
+    long = [f"{place(path)}/{label}" if labels.count(label) > 1 else label for label, path in found]
+    numbered = [f"{own} ({long[:i].count(own) + 1})" if long.count(own) > 1 else own for i, own in enumerate(long)]
+    return {label: path for label, (_, path) in zip(numbered, found, strict=True)}
 
 
 def _config(folder: Path, problems: list[str]) -> Config | None:

@@ -396,8 +396,10 @@ def preset(kind: str, family: str | None = None) -> Config:
     own = own_presets()
     if kind in own and (family or "sd15") in HUB_BASES:
         settings = kept(kind)
-        base = HUB_BASES[family] if family else settings.get("base", HUB_BASES["sd15"])
-        return Config(**settings | {"base": base, "name": f"my_{kind}_v1"})
+        if family:  # what it says of its own base does not hold for another
+            settings = {key: value for key, value in settings.items() if key not in OF_BASE}
+        own_base = {"base": HUB_BASES[family or "sd15"]} | settings
+        return Config(**own_base | {"name": f"my_{kind}_v1"})
     kinds, families = (sorted({key[i] for key in PRESETS}) for i in (0, 1))
     raise ValueError(
         f"There is no preset for {kind!r} on {family or 'sd15'!r}. Kinds: {', '.join(kinds)}; bases: "

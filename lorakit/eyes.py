@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -119,7 +120,7 @@ def open(name: str = "clip", device: str = "auto") -> Eyes:
         side = about.get("crop_size") or about["size"]
         side = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
         mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"{folder.name} is no model that sees pictures with this transformers ({fetch.reason(error)}). Use one of "
             f"{', '.join(MODELS)}."

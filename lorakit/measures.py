@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 NEAREST = 1 / 3  # of the training pictures that a picture is compared with
+TWINS = 0.95  # cosine from which two training pictures are the same one
 DARK, LIGHT = 4, 251  # levels of 255 from which a colour counts as clipped
 
 
@@ -109,10 +110,15 @@ def too_near(training: np.ndarray, without: np.ndarray) -> float:
     """The cosine from which a picture repeats a training picture.
 
     That is 15 % of the way from the nearest that two training pictures are, or that the bare base comes to one, to the
-    same picture; what is nearest of all is not taken for the rule in either.
+    same picture; what is nearest of all is not taken for the rule in either, and a picture that is there twice counts
+    once.
     """
-    twins = np.sort(training @ training.T - 2 * np.eye(len(training)), 1)[:, -1]
-    usual = max(float(np.quantile(cosines, 0.98)) for cosines in (twins, nearest(without, training)[1]))
+    cosines = training @ training.T
+    once = [i for i in range(len(training)) if not (cosines[i, :i] > TWINS).any()]
+    if len(once) <= len(training) / 2:  # they are all that much alike
+        once = list(range(len(training)))
+    among = cosines[np.ix_(once, once)] - 2 * np.eye(len(once))
+    usual = max(float(np.quantile(values, 0.98)) for values in (among.max(1), nearest(without, training)[1]))
     return usual + 0.15 * (1 - usual)
 
 
@@ -132,7 +138,7 @@ def arrays(pictures: Sequence[Image.Image]) -> Iterator[np.ndarray]:
 
 def broken(pictures: Sequence[Image.Image]) -> float:
     """Share of pictures of one colour, as NaN and overflow leave them."""
-    return float(np.mean([array.std() < 2 for array in arrays(pictures)]))
+    return float(np.mean([array.std((0, 1)).max() < 2 for array in arrays(pictures)]))
 
 
 def colours(pictures: Sequence[Image.Image]) -> np.ndarray:

@@ -76,8 +76,9 @@ def special(prompt: str, base: bases.Base) -> tuple[Fragment, ...]:
     """The prompt's fragments where it has weights, or may be longer than the base's encoders take; () where not."""
     fragments = tuple(parse(prompt))
     letters = min(base.configs[which].get("max_position_embeddings", 77) for which in base.text_encoders) - 2
-    # A token has a letter at least: what is no longer than that in letters fits.
-    return fragments if len(fragments) > 1 or fragments[0][1] != 1 or len(fragments[0][0]) > letters else ()
+    # A token has a byte at least: what is no longer than that in bytes fits.
+    (first, weight), *more = fragments
+    return fragments if more or weight != 1 or len(first.encode()) > letters else ()
 
 
 def can_weigh() -> bool:

@@ -5,6 +5,7 @@ None of these ever ends training: what cannot be written now is told, kept, and 
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -221,6 +222,29 @@ def is_run(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "checkpoints").is_dir()
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder that is none itself, as a sweep's: rank=8 before rank=16."""
+    numbers = lambda path: [  # noqa: E731
+        (0, float(part), "") if re.fullmatch(r"[\d.]*\d", part) else (1, 0.0, part)
+        for part in re.split(r"(\d+(?:\.\d+)?)", path.name)
+    ]
+    if not folder.is_dir() or is_run(folder):
+        return []
+    return sorted((path for path in folder.iterdir() if path.is_dir() and is_run(path)), key=numbers)
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The folder of the run that a checkpoint or a finished file lies in; None where it is none of a run."""
+    path = Path(path).expanduser().absolute()
+    of_checkpoint = path.parent.name == "checkpoints"
+    folder = path.parents[1] if of_checkpoint else path.parent
+    try:
+        name = configs.load(folder / "config.json").name
+    except (OSError, ValueError):
+        return None
+    return folder if of_checkpoint or path.name == f"{name}.safetensors" else None
+
+
 def lora_of(source: str | Path, step: str | int = "newest") -> Lora:
     """The LoRA of a run, of one of its checkpoints, or of a file or folder that others made.
 
@@ -231,7 +255,7 @@ def lora_of(source: str | Path, step: str | int = "newest") -> Lora:
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, or none that can be read.
     """
-    source = Path(source)
+    source = Path(source).expanduser().absolute()
     if is_run(source):
         source = _saved_at(source, step)
     if not source.is_file() or not checkpoint.is_one(source):

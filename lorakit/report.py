@@ -102,11 +102,16 @@ class Report:
     made: int  # pictures
     prompts: tuple[str, ...] = ()
     rows: tuple[tuple[Image.Image, ...], ...] = field(default=(), repr=False)  # a row a prompt, a column a strength
+    untriggered: tuple[tuple[str, Image.Image, Image.Image], ...] = field(default=(), repr=False)  # prompt, base, LoRA
+    steps: tuple[tuple[Image.Image, ...], ...] = field(default=(), repr=False)  # a row a prompt, a column a checkpoint
     copies: tuple[tuple[Image.Image, Image.Image, float], ...] = field(default=(), repr=False)  # made, trained, cosine
 
     @property
-    def good(self) -> bool:
-        return not self.faults
+    def verdict(self) -> str:
+        """In a word."""
+        bad = sum(line.verdict == "bad" for line in self.lines)
+        doubts = f"no fault, and {bad} of {len(self.lines)} lines that are bad"
+        return "; ".join(self.faults) or (doubts if bad else "nothing is wrong with it")
 
     def facts(self) -> dict:
         """For programs, fit for JSON. Names no path."""
@@ -119,7 +124,7 @@ class Report:
 
     def describe(self) -> str:
         """For a terminal."""
-        head = f"{self.name} on {self.base}, {self.made} pictures: {', '.join(self.faults) or 'nothing wrong'}"
+        head = f"{self.name} on {self.base}, {self.made} pictures: {self.verdict}"
         lines = [f"{MARKS[line.verdict]} {line.aspect:<18} {line.told:>6}  {line.what}" for line in self.lines]
         cures = [f"  → {cure}" for cure in dict.fromkeys(line.cure for line in self.lines if line.cure)]
         best = [f"keep {self.recommended or 'none'}: {self.why}"] if self.why else []
@@ -148,13 +153,14 @@ def report(
 
     Args:
         source: a run's folder, one of its checkpoints, or a file. Of a run, the newest weights are judged, and up to
-            `most` checkpoints compared.
+            `most` checkpoints compared; a checkpoint or the finished file is judged with its run's settings.
         base: as `base.open` takes it; None takes the run's, or that of the file's family.
         pictures: that it was trained on; None takes the run's. Without any, what needs them is left open.
-        trigger, kind: None given, the run's, or what the file says.
+        trigger, kind: "" takes the run's, else the trigger that the file says, and a character. Without any trigger,
+            leakage is left open.
         contexts: what the trigger is put into: 6 and more that differ; () takes those for the kind.
-        see: model for `eyes.open`, or one that is open; "auto" is the embedded one for the embedded base, else CLIP;
-            None does without.
+        see: model for `eyes.open`, or one that is open; "auto" is the embedded one for the embedded base, else CLIP,
+            and does without where that cannot be had; None does without.
         seed: of the first picture; not one that was looked at in training.
         steps, guidance: of the sampler; None takes the run's.
         device: as `base.choose_device` takes it.
@@ -162,19 +168,20 @@ def report(
         known: the bare base's pictures from reports with the same base and sampler: not made again, new ones are added.
 
     Raises:
-        FileNotFoundError, ValueError: no such run, nothing to judge, or a base that does not go with it.
+        FileNotFoundError, ValueError: no such run, model or kind; nothing to judge; or a base that does not go with it.
     """
+    asked = eyes.open(see, device) if isinstance(see, str) and see != "auto" else see  # a wrong name is told at once
     made = make(
         source, base=base, pictures=pictures, trigger=trigger, kind=kind, contexts=contexts, seed=seed, steps=steps,
         guidance=guidance, most=most, device=device, say=say, stop=stop, known=known,
     )  # fmt: skip
-    seeing, missing = _open_eyes(see, made.base == compare.DEMO, device, say)
+    seeing, missing = _open_eyes(asked, made.base == compare.DEMO, device, say)
     return judge(made, seeing, missing)
 
 
-def save(made: Report, folder: str | Path) -> tuple[Path, Path]:
+def save(made: Report, folder: str | Path, name: str = "report") -> tuple[Path, Path]:
     """Write report.html and report.json into a folder."""
-    page, facts = Path(folder) / "report.html", Path(folder) / "report.json"
+    page, facts = Path(folder) / f"{name}.html", Path(folder) / f"{name}.json"
     with files.replacing(page) as partial:
         partial.write_text(made.html(), "utf-8")
     with files.replacing(facts) as partial:
@@ -197,27 +204,25 @@ class Asked:
 
     @classmethod
     def of(
-        cls, pictures: dataset.Dataset | None, trigger: str, kind: str, contexts: Sequence[str], embedded: bool
-    ) -> "Asked":
+        cls, pictures: dataset.Dataset | None, trigger: str, kind: str, contexts: Sequence[str], embedded: bool,
+        class_word: str = "",
+    ) -> "Asked":  # fmt: skip
         own = [picture.caption for picture in pictures.pictures] if pictures else []
-        phrase = _phrase(own, trigger)
-        called = [prompting.escape(f"{phrase}, {context}" if phrase else context) for context in contexts]
-        without = " ".join(word for word in phrase.replace(trigger, "").split() if word) if trigger else ""
-        bare = [prompting.escape(f"{without}, {c}") if without and kind != "style" else c for c in contexts]
-        unrelated = list(NAMED if embedded else UNRELATED)
-        said = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
-        share = sum(bool(said.search(text)) for text in own) / len(own) if any(own) and trigger else None
-        return cls(list(contexts), called, bare, unrelated, share)
+        if not trigger:
+            return cls(list(contexts), [prompting.escape(context) for context in contexts], [], [], None)
+        phrase, said = _phrase(own, trigger), _saying(trigger)
+        called = [prompting.escape(f"{phrase}, {context}") for context in contexts]
+        without = "" if kind == "style" else " ".join(said.sub(class_word, phrase).split())
+        bare = [prompting.escape(f"{without}, {context}" if without else context) for context in contexts]
+        share = sum(bool(said.search(text)) for text in own) / len(own) if any(own) else None
+        return cls(list(contexts), called, bare, list(NAMED if embedded else UNRELATED), share)
 
     def rows(self, seed: int) -> list[tuple[str, int]]:
         """Every prompt with its seed: with the trigger twice, and without it by the noise of the first time."""
-        count = len(self.prompts)
-        first = range(seed, seed + count)
+        first = [*zip(self.prompts, range(seed, seed + len(self.prompts)), strict=True)]
         rest = [*self.prompts, *self.unrelated]
-        return [
-            *zip(self.prompts, first, strict=True), *zip(self.bare, first, strict=True),
-            *zip(rest, range(seed + count, seed + count + len(rest)), strict=True),
-        ]  # fmt: skip
+        bare = [(prompt, own) for prompt, (_, own) in zip(self.bare, first, strict=False)]
+        return [*first, *bare, *zip(rest, range(seed + len(first), seed + len(first) + len(rest)), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -231,13 +236,14 @@ class Made:
     asked: Asked
     shown: list[Column]  # with the trigger, at each of STRENGTHS
     second: tuple[Column, Column]  # the same by other noise, without the LoRA and with it
-    bare: tuple[Column, Column]
+    bare: tuple[Column, Column]  # both empty without a trigger, these and the next
     unrelated: tuple[Column, Column]
-    training: Column  # the pictures it was trained on, () where these are not known
+    training: Column  # pictures it was trained on, at most MOST; () where these are not known
     checkpoints: dict[int, Column] = field(default_factory=dict)  # step → with the trigger at strength 1
     losses: dict[int, float] = field(default_factory=dict)  # step → validation loss
     gap: float | None = None  # the overfit dial at the end
     best: tuple[str, str] | None = None  # the checkpoint by validation loss, and why
+    missing: tuple[str, ...] = ()  # what could not be had
 
     @property
     def count(self) -> int:
@@ -253,26 +259,39 @@ def make(
     stop: threading.Event | None = None, known: Known | None = None,
 ) -> Made:  # fmt: skip
     """Make the pictures that `judge` looks at; all with one loading of the base. Arguments as for `report`."""
-    source = Path(source)
-    found, known = compare.candidates(source), {} if known is None else known
-    config, labels = found.config, list(found.paths)
-    usual, _ = compare.beginning(found)
-    opened = base if isinstance(base, bases.Base) else compare.opened(base or usual, config)
-    pictures = pictures or (prepare.scan(config) if config else None)
-    lora = record.lora_of(found.paths[labels[-1]])
-    trigger = trigger or (config.trigger if config else lora.metadata.get("modelspec.trigger_phrase", ""))
+    source, known, missing = Path(source).expanduser(), {} if known is None else known, []
+    found, of_run = compare.candidates(source), record.is_run(source)
+    config, usual = found.config, compare.beginning(found)[0]
     kind = kind or (config.kind if config else "character")
+    if kind not in CONTEXTS:
+        raise ValueError(f"There is no kind {kind!r}. Use one of {', '.join(CONTEXTS)}.")
+    if len(found.paths) > 1 and not of_run:
+        raise ValueError(f"{source.name} holds {len(found.paths)} LoRAs: give one of them.")
+    labels = [label for label, path in found.paths.items() if _sound(path, say)]
+    if not labels:
+        raise ValueError(f"{source.name} holds nothing that can be judged: what is said above tells why.")
+    opened = base if isinstance(base, bases.Base) else compare.opened(base or usual, config)
+    try:
+        pictures = pictures or (prepare.scan(config) if config else None)
+    except (OSError, ValueError) as error:
+        say(f"report    the run's pictures cannot be read: {error}")  # which names a folder: not for the page
+        missing.append("the pictures of the run's dataset: they could not be read")
+    about = record.lora_of(found.paths[labels[-1]]).metadata
+    trigger = trigger or (config.trigger if config else about.get("modelspec.trigger_phrase", ""))
+    skip = about.get("ss_clip_skip", "")
     settings = {
         "steps": steps or (config.sample_steps if config else 25),
         "guidance": guidance or (config.sample_guidance if config else 7.0), "device": device,
-        "clip_skip": config.clip_skip if config else 1, "quantize": config.quantize if config else "none",
+        "clip_skip": config.clip_skip if config else int(skip) if skip in ("1", "2", "3", "4") else 1,
+        "quantize": config.quantize if config else "none",
         "precision": config.mixed_precision if config else "auto", "stop": stop,
     }  # fmt: skip
     size = (config.resolution, config.resolution) if config else (opened.resolution, opened.resolution)
     embedded = opened.name == compare.DEMO
-    asked = Asked.of(pictures, trigger, kind, contexts or (SUBJECTS if embedded else CONTEXTS[kind]), embedded)
+    asked = Asked.of(pictures, trigger, kind, contexts or (SUBJECTS if embedded else CONTEXTS[kind]), embedded,
+                     config.class_word if config else "")  # fmt: skip
     rows, count, newest = asked.rows(seed), len(asked.prompts), labels[-1]
-    chosen = _checkpoints(found, most, say) if config and len(labels) > 1 else []
+    chosen = _checkpoints(labels, found.best, most) if of_run and len(labels) > 1 else []
     columns = [(None, 0.0), *((newest, value) for value in STRENGTHS[1:])]
     ends = (0, len(columns) - 1)
     columns += [(label, 1.0) for label in chosen if label != newest]
@@ -288,8 +307,8 @@ def make(
         f"{len(rows) - count} more without the LoRA and with it, {len(chosen)} checkpoints")  # fmt: skip
     prompts, seeds = zip(*rows, strict=True)
     done = sample.stream(
-        opened, prompts, [variants[column] for column in columns], seeds=seeds, size=size,
-        batch=8 if max(size) < 256 else 1, cells=cells - grid.keys(), **settings,
+        opened, prompts, [variants[column] for column in columns], seeds=seeds, size=size, cells=cells - grid.keys(),
+        **settings,
     )  # fmt: skip
     for row, column, picture in done:
         grid[row, column] = picture
@@ -304,14 +323,19 @@ def make(
     labelled = {label: part(0, place) for place, (label, _) in enumerate(columns) if place > ends[1]} | {
         newest: shown[-1]
     }
-    log = _log(source) if config else []
-    best = (found.best, str(record.best_checkpoint(source)[1])) if found.best else None
+    log = _log(source) if of_run else []
+    told = lambda name: {line["step"]: line[name] for line in log if np.isfinite(line.get(name, np.nan))}  # noqa: E731
+    best = (found.best, str(record.best_checkpoint(source)[1])) if found.best in labels else None
+    if not of_run:
+        name = f"{config.name}-{source.stem}" if config and source.stem.startswith("step-") else source.stem
+    else:
+        name = config.name if config else source.name
+    own = pictures.pictures if pictures else []
+    trained = [_as_trained(own[i], *size) for i in _spread(len(own), MOST)]
     return Made(
-        source.stem if config is None else config.name, trigger, kind, opened.name, asked, shown, pair(2), pair(1),
-        pair(3), [_as_trained(picture, *size) for picture in pictures.pictures] if pictures else [],
-        {_step(label): labelled[label] for label in chosen},
-        {line["step"]: line["validation_loss"] for line in log if "validation_loss" in line},
-        next((line["overfit_gap"] for line in reversed(log) if "overfit_gap" in line), None), best,
+        name, trigger, kind, opened.name, asked, shown, pair(2), pair(1), pair(3), trained,
+        {_step(label): labelled[label] for label in chosen}, told("validation_loss"),
+        next(reversed(told("overfit_gap").values()), None), best, tuple(missing),
     )  # fmt: skip
 
 
@@ -324,14 +348,15 @@ def _step(label: str) -> int:
     return int(label.rpartition(" ")[2])
 
 
-def _checkpoints(found: compare.Candidates, most: int, say: Callable[[str], None]) -> list[str]:
+def _checkpoints(labels: Sequence[str], best: str | None, most: int) -> list[str]:
     """Up to `most` checkpoints of a run, spread over it; the last and the best among them."""
-    labels = [label for label in found.paths if _sound(found.paths[label], say)]
-    places = np.unique(np.linspace(0, len(labels) - 1, min(most, len(labels))).round().astype(int))
-    chosen = [labels[i] for i in places]
-    if found.best in labels and found.best not in chosen:
-        chosen = sorted([*chosen, found.best], key=labels.index)
-    return chosen
+    chosen = {labels[i] for i in _spread(len(labels), most)} | {best}
+    return [label for label in labels if label in chosen]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Up to `most` places of so many, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
 
 
 def _sound(path: Path, say: Callable[[str], None]) -> bool:
@@ -347,9 +372,15 @@ def _phrase(own: Sequence[str], trigger: str) -> str:
     """How captions say the trigger: the most frequent of their parts that has it ("a photo of sks person")."""
     if not trigger:
         return ""
-    parts = Counter(part for caption in own for part in words.tags(caption) if trigger in part)
+    said = _saying(trigger)
+    parts = Counter(part for caption in own for part in words.tags(caption) if said.search(part))
     part, times = parts.most_common(1)[0] if parts else ("", 0)
     return part if times > len(own) / 3 else trigger  # a part of one caption alone says what is on that picture
+
+
+def _saying(trigger: str) -> re.Pattern:
+    """What finds the trigger in a caption, as a word of its own."""
+    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
 
 
 def _open_eyes(
@@ -360,7 +391,7 @@ def _open_eyes(
     if see is None:
         return None, ["what needs a model that sees: it was asked to do without"]
     try:
-        return eyes.open(("demo" if embedded else "clip") if see == "auto" else see, device), []
+        return eyes.open("demo" if embedded else "clip", device), []
     except (FileNotFoundError, ValueError) as error:
         say(f"report    {error}")  # which may name a folder: not for the page
         return None, ["likeness, adherence, diversity and copies: the model that sees could not be loaded"]
@@ -381,15 +412,25 @@ def judge(made: Made, seeing: Eyes | None, missing: Sequence[str] = ()) -> Repor
     recommended, why = recommend(marks)
     if recommended is None and not why and made.best:
         recommended, why = made.best
-    if not made.training:
-        missing = [
-            *missing,
-            "likeness, copies and colours against the training pictures: give the run, or its pictures",
-        ]
+    missing = [*made.missing, *missing]
+    if len(made.training) < FEWEST:
+        missing.append(f"likeness, copies and variety: give the run, or its pictures, {FEWEST} at least")
+    elif seeing and "gain" not in figures:
+        missing.append("likeness: the bare base's pictures are as near to the training pictures as these to each other")
+    if seeing and seeing.reads and "adherence" not in figures:
+        missing.append("adherence: to what judges here, the bare base follows no prompt")
+    if not made.trigger:
+        missing.append("leakage: no trigger is known; give it, where there is one")
     faults = diagnose(figures)
+    untriggered = zip(made.asked.bare + made.asked.unrelated, *(
+        made.bare[end] + made.unrelated[end] for end in (0, 1)
+    ), strict=True)  # fmt: skip
+    told = lines(figures, faults, _otherwise(made, seeing, figures))
+    rows = tuple(zip(*made.shown, strict=True))
+    by_step = tuple(zip(*made.checkpoints.values(), strict=True))
     return Report(
-        made.name, made.trigger, made.kind, made.base, lines(figures, faults), faults, marks, recommended, why,
-        tuple(missing), made.count, tuple(made.asked.prompts), tuple(zip(*made.shown, strict=True)), copies,
+        made.name, made.trigger, made.kind, made.base, told, faults, marks, recommended, why, tuple(missing),
+        made.count, tuple(made.asked.prompts), rows, tuple(untriggered), by_step, copies,
     )  # fmt: skip
 
 
@@ -404,26 +445,22 @@ def _figures(
     if seeing:
         of_strengths = [seeing.see(column) for column in made.shown]
         second, bare, unrelated = (
-            [seeing.see(column) for column in pair] for pair in (made.second, made.bare, made.unrelated)
+            [seeing.see(column) for column in pair if column] for pair in (made.second, made.bare, made.unrelated)
         )
         first, last = of_strengths[0], of_strengths[-1]
-        by_noise = max(measures.change(first, second[0]), 1e-6)
-        figures["unrelated"] = measures.change(unrelated[1], unrelated[0]) / by_noise
-        figures["leak"] = measures.change(bare[1], bare[0]) / max(measures.change(last, first), 1e-6)
-        if seeing.reads:
-            texts = seeing.read(made.asked.contexts)
+        if made.asked.bare:
+            by_noise = max(measures.change(first, second[0]), 1e-6)
+            figures["unrelated"] = measures.change(unrelated[1], unrelated[0]) / by_noise
+            figures["leak"] = measures.change(bare[1], bare[0]) / max(measures.change(last, first), 1e-6)
+        figures["rises"] = measures.rises([measures.change(column, first) for column in of_strengths])
+        if seeing.reads and measures.adherence(first, texts := seeing.read(made.asked.contexts)) > DEAF_BASE:
             figures |= {
                 f"adherence {s:g}": _adherence(v, first, texts) for s, v in zip(STRENGTHS, of_strengths, strict=True)
             }
             figures["adherence"] = figures["adherence 1"]
-        if len(made.training) > 2:
+        if len(made.training) >= FEWEST:
             more, copies = _against_training(made, seeing, of_strengths, second, bare)
             figures |= more
-        else:
-            figures["variety"] = measures.spread(np.concatenate([last, second[1]])) / max(
-                measures.spread(np.concatenate([first, second[0]])), 1e-6
-            )
-            figures["rises"] = measures.rises([measures.change(column, first) for column in of_strengths])
     figures["holds"] = _holds(figures)
     return figures, copies
 
@@ -445,11 +482,13 @@ def _by_pixels(made: Made) -> dict[str, float]:
         }
     figures |= {name: figures[f"{name} 1"] for name in ARTIFACTS}
     changes = [measures.difference(column, without) for column in made.shown]
-    by_noise = max(measures.difference(*(pair for pair in (without, made.second[0]))), 1e-6)
-    return figures | {
-        "rises": measures.rises(changes), "leak": measures.difference(*made.bare) / max(changes[-1], 1e-6),
-        "unrelated": measures.difference(*made.unrelated) / by_noise,
-    }  # fmt: skip
+    figures["rises"] = measures.rises(changes)
+    if made.asked.bare:
+        figures["leak"] = measures.difference(*made.bare) / max(changes[-1], 1e-6)
+        figures["unrelated"] = measures.difference(*made.unrelated) / max(
+            measures.difference(without, made.second[0]), 1e-6
+        )
+    return figures
 
 
 def _against_training(
@@ -465,9 +504,15 @@ def _against_training(
         "gain": measures.gain(found, plain, within), "hits": measures.hits(found, plain, within),
         "chance": measures.chance(found, plain), "unevenness": measures.unevenness(found, plain, within),
         "rises": measures.rises([values.mean() for values in liked]),
-        "variety": measures.spread(np.concatenate([of_strengths[-1], second[1]])) / max(measures.spread(trained), 1e-6),
-        "leak": measures.leak(liked[-1], liked[0], *(measures.likeness(bare[end], trained) for end in (1, 0)), within),
     }  # fmt: skip
+    if made.asked.bare:
+        untriggered = (measures.likeness(column, trained) for column in reversed(bare))
+        figures["leak"] = measures.leak(liked[-1], liked[0], *untriggered, within)
+    if not _parted(within, plain):
+        figures = {}
+    figures["variety"] = measures.spread(np.concatenate([of_strengths[-1], second[1]])) / max(
+        measures.spread(trained), 1e-6
+    )
     pictures, vectors = made.shown[-1] + made.second[1], np.concatenate([of_strengths[-1], second[1]])
     places, cosines = measures.nearest(vectors, trained)
     taken = cosines > measures.too_near(trained, np.concatenate([of_strengths[0], second[0]]))
@@ -475,6 +520,23 @@ def _against_training(
     return figures, tuple(
         (pictures[i], made.training[places[i]], float(cosines[i])) for i in np.argsort(-cosines)[:4] if taken[i]
     )
+
+
+def _parted(within: np.ndarray, plain: np.ndarray) -> bool:
+    """Whether the bare base's pictures are less like the training pictures than these are like each other."""
+    return within.mean() - plain.mean() > NO_WAY
+
+
+def _otherwise(made: Made, seeing: Eyes | None, figures: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+    """What figures are, and how they were measured, where likeness to the training pictures was not."""
+    if "gain" in figures:
+        return {}
+    how = "mean of 1 less the cosine" if seeing else "mean absolute difference of pixels"
+    return {
+        "rises": ("whether pictures change more with strength", f"{how}, against the bare base's"),
+        "leak": ("change without the trigger, against that with it", f"{how}; the same subjects and seeds"),
+        "unrelated": (next(row[2] for row in ROWS if row[0] == "unrelated"), how),
+    }
 
 
 def _adherence(vectors: np.ndarray, bare: np.ndarray, texts: np.ndarray) -> float:
@@ -495,19 +557,21 @@ def _holds(figures: Mapping[str, float]) -> float:
 def _marks(made: Made, seeing: Eyes | None) -> tuple[Mark, ...]:
     """The checkpoints with likeness and adherence."""
     first = seeing.see(made.shown[0]) if seeing else None
-    trained = seeing.see(made.training) if seeing and len(made.training) > 2 else None
+    trained = seeing.see(made.training) if seeing and len(made.training) >= FEWEST else None
     texts = seeing.read(made.asked.contexts) if seeing and seeing.reads else None
+    if texts is not None and measures.adherence(first, texts) <= DEAF_BASE:
+        texts = None
+    if trained is not None:
+        within, plain = measures.likeness_within(trained), measures.likeness(first, trained)
     result = []
     for step, column in made.checkpoints.items():
-        near = min(made.losses, key=lambda other: abs(other - step), default=None)  # noqa: B023
         gain = adherence = None
         vectors = seeing.see(column) if seeing else None
-        if trained is not None:
-            within, plain = measures.likeness_within(trained), measures.likeness(first, trained)
+        if trained is not None and _parted(within, plain):
             gain = measures.gain(measures.likeness(vectors, trained), plain, within)
         if texts is not None:
             adherence = _adherence(vectors, first, texts)
-        result.append(Mark(f"step {step}", step, None if near is None else made.losses[near], gain, adherence))
+        result.append(Mark(f"step {step}", step, made.losses.get(step), gain, adherence))
     return tuple(result)
 
 
@@ -549,7 +613,8 @@ def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
     """What is wrong by the figures, the gravest first, in the words of `CURES`; () where nothing is.
 
     Pictures that neither follow the prompt nor look like the training pictures are ruined by too high a learning rate;
-    those that look like them and do not follow it are overfitted. What little was learned counts no more then.
+    those that look like them and do not follow it are overfitted. What little was learned counts no more then. Where
+    likeness was not measured, it is open whether enough was learned to be called leaking.
     """
     get, faults = figures.get, []
     bad = lambda name: name in figures and _verdict(name, figures[name]) == "bad"  # noqa: E731
@@ -560,12 +625,16 @@ def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
         faults.append("overfitted")
     if unlike and not faults:
         faults.append("wrong trigger" if get("called", 1) < CALLED else "undertrained")
-    if not unlike and (bad("leak") or bad("unrelated")):
+    learned = "gain" in figures and not unlike  # what little was learned shows without the trigger as well
+    if learned and (bad("leak") or bad("unrelated")):
         faults.append("leaking")
     return tuple(faults)
 
 
 DEAF = 0.3  # adherence below which no checkpoint is worth keeping
+DEAF_BASE = 0.005  # the bare base's own, up to which it is no measure
+NO_WAY = 0.01  # from the base's likeness to the training pictures' own, up to which there is nothing to learn
+FEWEST, MOST = 3, 300  # training pictures that say what they have in common; that are looked at
 CALLED = 0.5  # share of captions with the trigger, from where it is their word
 ARTIFACTS = ("broken", "shift", "clipped", "residue")
 ROWS = (  # figure, the guide's aspect, what it is, how it is measured, the fault whose cure helps
@@ -616,10 +685,17 @@ FALLING = (
 )  # figures of which less is better
 
 
-def lines(figures: Mapping[str, float], faults: Sequence[str]) -> tuple[Line, ...]:
-    """The checklist."""
+def lines(
+    figures: Mapping[str, float], faults: Sequence[str], otherwise: Mapping[str, tuple[str, str]] | None = None
+) -> tuple[Line, ...]:
+    """The checklist.
+
+    Args:
+        otherwise: what a figure is and how it was measured, where that is not as in ROWS.
+    """
     found = []
-    for name, aspect, what, method, fault in ROWS:
+    for name, aspect, *usual, fault in ROWS:
+        what, method = (otherwise or {}).get(name, usual)
         figure = figures.get(name)
         verdict = "not measured" if figure is None else _verdict(name, figure)
         own = "wrong trigger" if fault == "undertrained" and "wrong trigger" in faults else fault
@@ -653,14 +729,14 @@ def _page(made: Report) -> str:
 
 
 def _body(made: Report) -> str:
-    verdict = "nothing is wrong with it" if made.good else "; ".join(made.faults)
     parts = [
         f"<h1>{escape(made.name)}</h1><p>{escape(made.kind)}, trigger <b>{escape(made.trigger or 'none')}</b>, on "
-        f"{escape(made.base)}; {made.made} pictures. <b>{escape(verdict)}</b></p>",
+        f"{escape(made.base)}; {made.made} pictures. <b>{escape(made.verdict)}</b></p>",
         *(f"<p><b>{escape(fault)}</b>: {escape(CURES[fault])}</p>" for fault in made.faults),
         table([
             [f'<span style="color:{TONES[line.verdict]}">{MARKS[line.verdict]} {line.verdict}</span>',
-             escape(line.aspect), line.told, f"{escape(line.what)}<br><small>{escape(line.method)}</small>"]
+             escape(line.aspect), line.told, f"{escape(line.what)}<br><small>{escape(line.method)}</small>"
+             + (f"<br>→ {escape(line.cure)}" if line.cure else "")]
             for line in made.lines
         ], "verdict", "aspect", "figure", "what it is, how it was measured"),
     ]  # fmt: skip
@@ -670,10 +746,15 @@ def _body(made: Report) -> str:
         rows = [[escape(m.label), figure(m.validation_loss), figure(m.gain), figure(m.adherence)] for m in made.marks]
         parts += ["<h2>Checkpoints</h2>", keep, _curves(made.marks)]
         parts.append(table(rows, "checkpoint", "validation loss", "likeness", "adherence"))
+        rows = [[escape(p), *map(image, row)] for p, row in zip(made.prompts, made.steps, strict=True)]
+        parts.append(table(rows, "", *(mark.label for mark in made.marks)))
     if made.rows:
         heads = ["", *("base" if s == 0 else f"strength {s:g}" for s in STRENGTHS)]
         rows = [[escape(p), *map(image, row)] for p, row in zip(made.prompts, made.rows, strict=True)]
-        parts += ["<h2>Pictures</h2>", table(rows, *heads)]
+        parts += ["<h2>With the trigger</h2>", table(rows, *heads)]
+    if made.untriggered:
+        rows = [[escape(prompt), image(bare), image(own)] for prompt, bare, own in made.untriggered]
+        parts += ["<h2>Without the trigger</h2>", table(rows, "", "base", "strength 1")]
     if made.copies:
         rows = [[image(one), image(other), f"{cosine:.3f}"] for one, other, cosine in made.copies]
         parts += ["<h2>Too near to a training picture</h2>", table(rows, "made", "trained on", "cosine")]

@@ -45,7 +45,7 @@ from lorakit import config as configs
 from lorakit import metadata as metadatas
 from lorakit.cache import Progress
 from lorakit.config import Config
-from lorakit.live import Live, at_once, obeying, sampler
+from lorakit.live import Live, obeying, sampler
 from lorakit.prepare import Prepared
 from lorakit.train import Step
 
@@ -647,8 +647,8 @@ def compare(
                 attach=lambda models: export.inject(models, base, own), adapts=own.adapts,
                 steps=config.sample_steps, guidance=config.sample_guidance, clip_skip=config.clip_skip,
                 device=config.device, precision=config.mixed_precision, quantize=config.quantize,
-                batch=at_once(config), on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)),
-                stop=stop, loaded=loaded, folder=store,
+                on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)), stop=stop, loaded=loaded,
+                folder=store,
             )  # fmt: skip
     except KeyboardInterrupt:
         if stop and stop.is_set():

@@ -33,6 +33,7 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {
     "lcm": ("LCMScheduler", {}),  # for LoRAs and bases that were made for 4 to 8 steps, at a guidance of 1 to 2
 }
 USUAL = "dpm++_2m_karras"
+FEWEST = 16  # latents on a side of a tile
 ANCESTRAL = ("euler_a", "lcm")  # draw noise at each step
 SAMPLERS = {  # as A1111 calls them
     "euler": "Euler", "euler_a": "Euler a", "dpm++_2m_karras": "DPM++ 2M Karras", "ddim": "DDIM", "unipc": "UniPC",
@@ -88,9 +89,27 @@ def latents(
     Source: Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance).
     """
     _suits(base, size)
-    shape = (base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
+    made = [torch.empty(0, *_shape(base, size))]
+    batches = _batches(unet, base, texts, negative, seeds, size, steps, guidance, scheduler_name, batch, stop, empty)
+    for some, _ in batches:
+        made.append(some)
+        if on_picture:
+            on_picture(sum(map(len, made)))
+    return torch.cat(made)
+
+
+def _shape(base: bases.Base, size: tuple[int, int]) -> tuple[int, int, int]:
+    return base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor
+
+
+@torch.no_grad()
+def _batches(
+    unet, base: bases.Base, texts: Sequence[Text], negative: Text, seeds: Sequence[int], size: tuple[int, int],
+    steps: int, guidance: float, scheduler_name: str, batch: int, stop: threading.Event | None, empty: Text | None,
+) -> Iterator[tuple[Tensor, int]]:  # fmt: skip
+    """`latents` batch by batch; each with how many at once there was memory for."""
     lengths = [max(len(text.embeddings), len(negative.embeddings)) for text in texts]
-    finished, start = [torch.empty(0, *shape)], 0
+    start = 0
     while start < len(texts):
         end = start + 1
         while end < len(texts) and end - start < batch and lengths[end] == lengths[start]:
@@ -100,23 +119,21 @@ def latents(
         full = False
         try:
             x = _denoised(
-                unet, base, some, unwanted, seeds[start:end], shape, size, steps, guidance, scheduler_name, stop
-            )
+                unet, base, some, unwanted, seeds[start:end], _shape(base, size), size, steps, guidance,
+                scheduler_name, stop,
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not bases.out_of_memory(error) or end - start == 1:
                 raise
             full = True  # what the step allocated goes with the error
         if full:
-            batch = (end - start) // 2
+            batch = (end - start + 1) // 2
             cache.free(unet.device)
             continue
         if x is None:
             break
-        finished.append(x)
+        yield x, batch
         start = end
-        if on_picture:
-            on_picture(end)
-    return torch.cat(finished)
 
 
 def _denoised(
@@ -158,14 +175,27 @@ def _denoised(
 
 @torch.no_grad()
 def decode(vae, latents: Tensor) -> list[Image.Image]:
-    """Latents (N, C, h, w), as `latents` gives them, → RGB pictures."""
+    """Latents (N, C, h, w), as `latents` gives them, → RGB pictures; in tiles where whole ones do not fit."""
     pictures = []
     for x in latents:
         x = x[None].to(vae.device, vae.dtype) / vae.config.scaling_factor
         x = x + (getattr(vae.config, "shift_factor", None) or 0.0)
-        y = (vae.decode(x).sample[0].float().clamp(-1, 1) + 1) * 127.5
+        y = (_decoded(vae, x).float().clamp(-1, 1) + 1) * 127.5
         pictures.append(Image.fromarray(y.permute(1, 2, 0).round().byte().cpu().numpy()))
     return pictures
+
+
+def _decoded(vae, x: Tensor) -> Tensor:
+    while True:
+        try:
+            return vae.decode(x).sample[0]
+        except (RuntimeError, MemoryError) as error:
+            if not bases.out_of_memory(error) or vae.tile_latent_min_size < 2 * FEWEST:
+                raise
+        cache.free(vae.device)  # what the attempt allocated is gone with the error
+        vae.enable_tiling()
+        vae.tile_sample_min_size //= 2
+        vae.tile_latent_min_size //= 2
 
 
 @contextmanager
@@ -208,7 +238,7 @@ def stream(
     base: bases.Base, prompts: Sequence[str], variants: Sequence[Variant] = (Variant(),), *, negative: str = "",
     seeds: Sequence[int] | int = 0, size: tuple[int, int] | None = None, steps: int = 25, guidance: float = 7.0,
     scheduler_name: str = USUAL, clip_skip: int = 1, device: str = "auto", precision: str = "auto",
-    quantize: str = "none", batch: int = 4, folder: Path | None = None, stop: threading.Event | None = None,
+    quantize: str = "none", batch: int | None = None, folder: Path | None = None, stop: threading.Event | None = None,
     cells: Collection[tuple[int, int]] | None = None, loaded: adapters.Models | None = None,
 ) -> Generator[Placed, None, None]:  # fmt: skip
     """Pictures of every prompt with every variant, each as soon as it is made.
@@ -222,8 +252,10 @@ def stream(
     Args:
         seeds: one for each prompt, or the first of a row of them.
         size: (height, width) in pixels; None is the base's own.
+        precision: as for `base.compute_dtype`; "fp16", in which a CPU makes no pictures, is "auto" there.
         quantize: as for `base.load_unet`.
-        batch: pictures of one variant that are denoised together, as far as the memory goes.
+        batch: pictures of one variant that are denoised together, as far as the memory goes; None takes eight that are
+            smaller than 256 pixels, four larger ones on a card, and one elsewhere.
         folder: where text embeddings are kept; None keeps none.
         cells: which are made, as (row, column); None makes all.
         loaded: models of the base by name that are there already, without an adapter, and are used in place of loading
@@ -246,9 +278,11 @@ def stream(
     size = size or (base.resolution, base.resolution)
     _suits(base, size)
     target, stop, loaded = bases.choose_device(device), stop or threading.Event(), loaded or {}
-    dtype = bases.compute_dtype(precision, target)
+    dtype = bases.compute_dtype("auto" if (precision, target.type) == ("fp16", "cpu") else precision, target)
+    most = batch or (8 if max(size) < 256 else 4 if target.type == "cuda" else 1)
 
     def making() -> Generator[Placed, None, None]:
+        most_now = most  # comes down where there is less memory, and stays there
         with tempfile.TemporaryDirectory() as scratch:
             asked = [*prompts, negative, ""]
             plain = cache.encode_prompts(
@@ -264,20 +298,20 @@ def stream(
                 for column in columns:
                     *wanted, unwanted, empty = said[column]
                     rows = [row for row in range(len(wanted)) if cells is None or (row, column) in cells]
-                    for start in range(0, len(rows), batch):
-                        some = rows[start : start + batch]
+                    while rows:
                         with _at(adapter, variants[column].strength):
-                            found = latents(
-                                unet, base, [wanted[row] for row in some], unwanted, [seeds[row] for row in some],
-                                size=size, steps=steps, guidance=guidance, scheduler_name=scheduler_name, batch=batch,
-                                stop=stop, empty=empty,
-                            )  # fmt: skip
-                        for row, x in zip(some, found, strict=False):  # fewer where it was stopped
+                            found = next(_batches(
+                                unet, base, [wanted[row] for row in rows], unwanted, [seeds[row] for row in rows], size,
+                                steps, guidance, scheduler_name, most_now, stop, empty,
+                            ), None)  # fmt: skip
+                        if found is None:  # stopped
+                            return
+                        latent, most_now = found
+                        for row, x in zip(rows, latent, strict=False):
                             yield Placed(row, column, decode(vae, x[None])[0])
                             if stop.is_set():
                                 return
-                        if stop.is_set():
-                            return
+                        rows = rows[len(latent) :]
             if adapter:  # before the next one is loaded
                 del adapter
                 cache.free(target)

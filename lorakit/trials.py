@@ -30,6 +30,7 @@ MEASURED_BY = {  # a loss under one value says nothing against a loss under anot
     "base", "prediction_type", "zero_terminal_snr", "resolution", "loss", "huber_delta", "min_snr_gamma", "debiased",
     "mask", "unmasked_weight",
 }  # fmt: skip
+ASKED_WITH = ("clip_skip", "prediction_type", "zero_terminal_snr")  # decide what a picture looks like, too
 MOST = 4  # prompts, where none are asked for
 PATH = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?(?:[/\\][^\s'\"/\\:;,]+)+[/\\]([^\s'\"/\\:;,]+)")
 
@@ -213,11 +214,7 @@ def _runs(source: Path) -> list[Path]:
         raise FileNotFoundError(f"There is no folder {source}. Give the folders of runs.")
     if record.is_run(source):
         return [source]
-    numbers = lambda path: [  # noqa: E731 - rank=8 before rank=16
-        (0, float(part), "") if re.fullmatch(r"[\d.]*\d", part) else (1, 0.0, part)
-        for part in re.split(r"(\d+(?:\.\d+)?)", path.name)
-    ]
-    inside = sorted((path for path in source.iterdir() if path.is_dir() and record.is_run(path)), key=numbers)
+    inside = record.runs_in(source)
     if not inside:
         raise ValueError(f"{source.name} is no run and holds none: there is neither config.json nor checkpoints/.")
     return inside
@@ -336,6 +333,8 @@ def _remarks(found: Sequence[_Run], differing: dict[str, tuple]) -> list[str]:
     remarks = [f"{one.name} has no checkpoint yet" for one in found if not one.decided and not one.file]
     if odd := [name for name in differing if name in MEASURED_BY]:
         remarks.append(f"they differ in {', '.join(odd)}: their losses are measured in other ways, and do not compare")
+    if odd := [name for name in ASKED_WITH if name in differing]:
+        remarks.append(f"they differ in {', '.join(odd)}: all pictures are made with the first run's")
     if len({one.decided["held_out"] for one in found if "held_out" in one.decided}) > 1:
         remarks.append("they held out other pictures: their validation losses do not compare")
     if "rank" in differing and "alpha" not in differing:
@@ -398,7 +397,7 @@ def _pictures(
     stream = sample.stream(
         opened, prompts, list(variants.values()), seeds=own_seeds, size=side, steps=first.sample_steps,
         guidance=first.sample_guidance, clip_skip=first.clip_skip, device=device, precision=first.mixed_precision,
-        quantize=first.quantize, batch=live.at_once(first), stop=stop, folder=shared.cache, loaded=loaded,
+        quantize=first.quantize, stop=stop, folder=shared.cache, loaded=loaded,
     )  # fmt: skip
     with closing(stream):
         for row, column, picture in stream:

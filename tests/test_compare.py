@@ -92,6 +92,18 @@ def test_files_and_folders_of_files_are_candidates(folder, tmp_path):
     assert list(compare.candidates([folder, one]).paths) == ["run step 2", "run step 4", "run step 6", "one"]
     with pytest.raises(FileNotFoundError, match="There is no"):
         compare.candidates(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds neither a run nor"):
+        compare.candidates(tmp_path / "empty")
+    assert compare.candidates(at(folder, 4)).config.name == "thing"  # its run's
+    for name in ("a/rank=4", "b/rank=4", "sweep/rank=16", "sweep/rank=8"):
+        shutil.copytree(folder, tmp_path / name)
+    both = compare.candidates([tmp_path / "a" / "rank=4", tmp_path / "b" / "rank=4"])
+    assert [label for label in both.paths if "step 6" in label] == ["a/rank=4 step 6", "b/rank=4 step 6"]
+    swept = compare.candidates(tmp_path / "sweep")
+    assert list(swept.paths)[::3] == ["rank=8 step 2", "rank=16 step 2"] and len(swept.paths) == 6
+    shutil.rmtree(tmp_path / "a" / "rank=4" / "checkpoints")
+    assert list(compare.candidates(tmp_path / "a" / "rank=4").paths) == ["thing"]  # the finished file is left
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="new has no checkpoint to compare yet"):
         compare.candidates(tmp_path / "new")
@@ -198,6 +210,8 @@ def test_several_runs_are_set_side_by_side_above_the_grid(panel, folder, tmp_pat
     assert "Settings that differ" in told and "<svg" in told and str(tmp_path) not in told
     assert re.search(r"rank</td><td [^>]*>4</td><td [^>]*>8<", told) and "lowest validation loss" in told
     assert "run step 2" in panel.boxes and "other step 2" in panel.boxes
+    panel.what.value = "other step 2"
+    assert panel.name.value == "other-step-2"  # the two are not written over each other
     panel.read([folder])
     assert panel.across.value == ""
 

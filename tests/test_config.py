@@ -144,6 +144,10 @@ def test_what_worked_is_kept_and_begun_with_again(at_home):
     unlike = {name for name in Config.model_fields if getattr(again, name) != getattr(worked, name)}
     assert unlike == {"dataset", "name", "trigger", "sample_prompts", "backup", "mask", "device"}
     assert "/" not in file.read_text().replace(worked.base, "") and "sks" not in file.read_text()
+    configs.save_preset("v", Config(steps=5, base="owner/v", prediction_type="v_prediction", zero_terminal_snr=True))
+    assert preset("v").prediction_type == "v_prediction" and preset("v", "sdxl").prediction_type == "auto"
+    assert not preset("v", "sdxl").zero_terminal_snr
+    (at_home / "v.json").unlink()
     assert preset("crisp lines", "sd15").base == configs.HUB_BASES["sd15"]
     configs.save_preset("crisp lines", worked.with_(rank=8))  # its owner may change it
     assert preset("crisp lines").rank == 8

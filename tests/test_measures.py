@@ -84,6 +84,8 @@ def test_what_repeats_a_training_picture_is_nearer_than_two_of_them_and_than_the
     assert measures.too_near(training, unit([1, -1, 0, 0, 0, 0])) == pytest.approx(0.15 + 0.85 * 2**-0.5, abs=1e-6)
     alike = unit([1, 0.1, 0, 0, 0, 0], [1, 0, 0.1, 0, 0, 0], [1, 0, 0, 0.1, 0, 0])  # many sides of one thing
     assert 0.99 < alike[0] @ alike[1] < measures.too_near(alike, training) < 1
+    twice = np.concatenate([training, unit([1, 0.1, 0, 0, 0, 0])])  # one of them is there twice: no rule for the others
+    assert measures.too_near(twice, training[:1] * 0) == pytest.approx(measures.too_near(training, training[:1] * 0))
 
 
 @pytest.mark.parametrize(
@@ -114,5 +116,5 @@ def test_noise_shows_in_the_finest_detail(random):
 
 def test_pictures_of_one_colour_are_broken(random):
     noise = Image.fromarray(random.integers(0, 255, (16, 16, 3), np.uint8))
-    assert measures.broken([*plain("black", "gray"), noise, noise]) == 0.5
+    assert measures.broken([*plain("black", "red"), noise, noise]) == 0.5
     assert measures.difference([noise], [noise]) == 0 and measures.difference(plain("black"), plain("white")) == 255

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,7 +165,23 @@ def trained(small_bases, tmp_path_factory):
     return run.start(config, folder / "run", **QUIET).folder
 
 
-def test_a_run_is_judged_and_the_page_holds_all(trained, small_eyes):
+@pytest.fixture
+def telling(monkeypatch):
+    """What models with random weights say counts."""
+    monkeypatch.setattr(report, "NO_WAY", -1)
+    monkeypatch.setattr(report, "DEAF_BASE", -1)
+
+
+def test_what_the_eyes_cannot_tell_is_left_open(trained, small_eyes, monkeypatch):
+    monkeypatch.setattr(report, "NO_WAY", 9)
+    monkeypatch.setattr(report, "DEAF_BASE", 9)
+    made = report.report(trained, see=str(small_eyes), contexts=["on grass", "in snow"], say=lambda _: None)
+    assert any("follows no prompt" in text for text in made.missing)
+    assert made.recommended == f"step {int(record.best_checkpoint(trained)[0].stem[5:])}"  # by validation loss
+    assert not {"undertrained", "leaking"} & set(made.faults)
+
+
+def test_a_run_is_judged_and_the_page_holds_all(trained, small_eyes, telling):
     made = report.report(trained, see=str(small_eyes), contexts=["on grass", "in snow", "at night"], **{"say": print})
     assert made.made == 3 * 5 + (3 + 3 + 4) * 2 + 3 * 2  # the last checkpoint is the one at all strengths
     assert {line.verdict for line in made.lines} <= {"good", "doubtful", "bad"} and len(made.lines) == 16
@@ -226,12 +243,106 @@ def test_a_hub_out_of_reach_is_told_and_ends_nothing(trained, monkeypatch):
     assert any("could not be fetched" in text for text in said) and "could not be loaded" in made.missing[0]
 
 
-def test_a_file_is_judged_without_its_run(trained, small_bases, small_eyes):
+def test_a_file_is_judged_without_its_run(trained, small_bases, small_eyes, tmp_path):
     made = report.report(
-        trained / "thing.safetensors", base=str(small_bases["sd15"]), see=str(small_eyes), steps=2, device="cpu",
-        contexts=["on grass", "in snow"], say=lambda _: None,
+        shutil.copy(trained / "thing.safetensors", tmp_path), base=str(small_bases["sd15"]), see=str(small_eyes),
+        steps=2, device="cpu", contexts=["on grass", "in snow"], say=lambda _: None,
     )  # fmt: skip
     assert made.trigger == "sks" and made.marks == () and made.recommended is None
     told = {line.what: line.verdict for line in made.lines}
     assert told["way from the bare base's likeness to the training pictures' own"] == "not measured"
     assert any("give the run" in text for text in made.missing)
+
+
+def test_a_lora_without_a_trigger_is_not_called_leaking(trained, small_eyes):
+    """What is asked with the trigger and without it would be the same."""
+    asked = report.Asked.of(None, "", "style", ["a cat", "a dog"], False)
+    assert asked.prompts == ["a cat", "a dog"] and asked.bare == asked.unrelated == [] and len(asked.rows(7)) == 4
+    from lorakit import config as configs
+    from lorakit import export
+
+    config = configs.load(trained / "config.json")
+    file = trained.parent / "plain.safetensors"
+    lora = export.load(trained / "thing.safetensors")
+    export.write(replace(lora, metadata={k: v for k, v in lora.metadata.items() if "trigger" not in k}), file)
+    made = report.report(
+        file, base=config.base, see=str(small_eyes), steps=2, device="cpu", contexts=["on grass", "in snow"],
+        say=lambda _: None,
+    )  # fmt: skip
+    assert made.trigger == "" and any("no trigger is known" in text for text in made.missing)
+    assert {line.verdict for line in made.lines if line.aspect == "leakage"} == {"not measured"}
+    assert "leaking" not in made.faults and made.untriggered == () and "Without the trigger" not in made.html()
+
+
+def test_a_trigger_is_found_as_a_word_and_exchanged_for_the_class(tmp_path):
+    from lorakit import dataset
+
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("ink woman drinking at a party, sunny")
+    pictures = dataset.scan(tmp_path)
+    asked = report.Asked.of(pictures, "ink woman", "character", ["on a beach"], False, "woman")
+    assert asked.prompts == ["ink woman drinking at a party, on a beach"]
+    assert asked.bare == ["woman drinking at a party, on a beach"]
+    assert report._phrase([picture.caption for picture in pictures.pictures], "art") == "art"  # not that of "party"
+
+
+def test_a_report_says_what_is_wrong_before_it_makes_pictures(trained, monkeypatch):
+    monkeypatch.setattr(report.sample, "stream", lambda *_, **__: pytest.fail("it made pictures"))
+    with pytest.raises(FileNotFoundError, match="no model 'clipp'"):
+        report.report(trained, see="clipp")
+    with pytest.raises(ValueError, match="no kind 'person'.*character"):
+        report.report(trained, kind="person", see=None)
+
+
+def test_a_run_whose_pictures_are_gone_is_judged_by_what_is_left(trained, tmp_path):
+    from lorakit import config as configs
+
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    gone = configs.load(folder / "config.json").with_(dataset=str(tmp_path / "gone"), mixed_precision="fp16")
+    (folder / "config.json").write_text(gone.to_json())  # in half precision, too, which a CPU does not train in
+    said = []
+    made = report.report(folder, see=None, contexts=["on grass", "in snow"], say=said.append)
+    assert any("could not be read" in text for text in made.missing) and any("gone" in text for text in said)
+    assert str(tmp_path) not in made.html() and len(made.marks) == 3
+    newest = folder / "checkpoints" / "step-000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7] + b"damaged")
+    how = {"see": None, "contexts": ["on grass"], "say": said.append}
+    assert [mark.step for mark in report.report(folder, **how).marks] == [2, 4]
+    shutil.rmtree(folder / "checkpoints")  # the finished file is left
+    assert report.report(folder, **how).marks == ()
+
+
+def test_a_checkpoint_is_judged_with_the_settings_of_its_run(trained, small_eyes, telling, monkeypatch):
+    monkeypatch.chdir(trained / "checkpoints")
+    made = report.report("step-000004.safetensors", see=str(small_eyes), contexts=["on grass"], say=lambda _: None)
+    assert (made.name, made.kind, made.trigger) == ("thing-step-000004", "object", "sks") and made.marks == ()
+    assert made.lines[0].verdict != "not measured"  # its run's pictures
+    page, facts = report.save(made, trained, "thing-step-000004.report")
+    assert page.name == "thing-step-000004.report.html" and facts.is_file()
+
+
+def test_bad_lines_without_a_fault_are_told_with_their_cure(trained, small_eyes):
+    made = report.report(trained, see=str(small_eyes), contexts=["on grass", "in snow"], say=lambda _: None)
+    bad = replace(made, faults=(), lines=lines(GOOD | {"gap": 1.5}, ()))
+    assert bad.verdict == "no fault, and 1 of 16 lines that are bad" and CURES["overfitted"] in bad.html()
+    assert replace(bad, lines=lines(GOOD, ())).verdict == "nothing is wrong with it"
+    told = bad.html()
+    assert "Without the trigger" in told and told.count("<img") >= 2 * 5 + (2 + 4) * 2 + 2 * 3
+
+
+def test_a_loss_that_is_no_number_reaches_no_report(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    log = folder / "log.jsonl"
+    log.write_text(re.sub(r'("overfit_gap"|"validation_loss"): [\d.e-]+', r"\1: NaN", log.read_text()))
+    made = report.report(folder, see=None, contexts=["on grass"], say=lambda _: None)
+    assert all(mark.validation_loss is None for mark in made.marks) and "NaN" not in json.dumps(made.facts())
+
+
+def test_leaking_is_no_fault_where_likeness_was_not_measured():
+    blind = {name: value for name, value in GOOD.items() if name not in ("gain", "hits", "chance")}
+    assert diagnose(blind | {"leak": 0.95}) == ()
+    (told,) = (line for line in lines({"leak": 0.9}, (), {"leak": ("change", "by pixels")}) if line.figure)
+    assert told.verdict == "bad" and (told.what, told.method) == ("change", "by pixels")

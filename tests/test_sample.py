@@ -23,7 +23,9 @@ def encoded(base, prompts, folder):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("sd15", "ddim"), ("sd2", "ddim"), ("sdxl", "ddim"), ("sd15", "lcm"), ("sd2", "lcm")]
+    ("family", "name"),
+    [("sd15", name) for name in sample.SCHEDULERS]
+    + [("sd2", "ddim"), ("sdxl", "ddim"), ("sd2", "lcm"), ("sdxl", "euler")],
 )
 def test_latents_are_those_of_diffusers_pipeline(small_bases, tmp_path, family, name):
     import diffusers
@@ -78,6 +80,34 @@ def test_sizes_and_schedulers_that_do_not_suit_are_refused(small_bases, tmp_path
         sample.latents(unet, base, [texts[""]], texts[""], [0], size=(30, 32))
     with pytest.raises(ValueError, match="no scheduler 'dpm'.*euler"):
         sample.scheduler("dpm", base)
+
+
+def test_a_picture_without_room_is_decoded_in_tiles(small_bases, monkeypatch):
+    base = bases.open(small_bases["sd15"])
+    vae, sizes = bases.load_vae(base, torch.float32, CPU), []
+    decoder = vae.decoder.forward
+
+    def short(x, *rest, **options):
+        sizes.append(x.shape[-1])
+        if x.shape[-1] > 24:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return decoder(x, *rest, **options)
+
+    latents = torch.randn(1, base.latent_channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    (whole,) = sample.decode(vae, latents)
+    monkeypatch.setattr(vae.decoder, "forward", short)
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 64, 64 * base.vae_factor  # the small base's own are smaller
+    (tiled,) = sample.decode(vae, latents)
+    assert tiled.size == whole.size and sizes[0] == 64 and max(sizes[-4:]) <= 16
+    monkeypatch.setattr(vae.decoder, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample.decode(vae, latents)
+
+
+def test_half_precision_is_full_where_a_cpu_samples(small_bases):
+    base, how = bases.open(small_bases["sd15"]), {"steps": 2, "device": "cpu", "size": (32, 32)}
+    half, full = (sample.generate(base, ["a"], precision=precision, **how)[0][0] for precision in ("fp16", "no"))
+    assert half.tobytes() == full.tobytes()
 
 
 def test_borrowing_leaves_randomness_and_training_mode_alone(small_bases, tmp_path):
@@ -249,13 +279,13 @@ def test_what_is_stopped_leaves_no_adapter_and_no_model_behind(small_bases, monk
             raise RuntimeError("no room")
         return variant.attach(own)
 
-    def forward(unet, *rest, original=sample.latents, **options):
+    def forward(unet, *rest, original=sample._denoised, **options):
         if how == "step":  # the fourth question of ten
             asked = iter(range(20))
             unet.register_forward_pre_hook(lambda *_: stop.set() if next(asked) == 3 else None)
         return original(unet, *rest, **options)
 
-    monkeypatch.setattr(sample, "latents", forward)
+    monkeypatch.setattr(sample, "_denoised", forward)
     settings = PLAIN | {"steps": 10, "batch": 1}
     pictures = sample.stream(base, ["a", "b", "c"], [sample.Variant(attach)], stop=stop, **settings)
     if how == "attach":
@@ -343,11 +373,11 @@ def test_what_is_stopped_attaches_no_more(small_bases, monkeypatch):
     variant = with_(base, lora_for(base, 1))
     attaches = [lambda models: (attached.append(1), variant.attach(models))[1] for _ in range(3)]
 
-    def latents(*rest, original=sample.latents, **options):
+    def denoised(*rest, original=sample._denoised, **options):
         stop.set()
         return original(*rest, **options)
 
-    monkeypatch.setattr(sample, "latents", latents)
+    monkeypatch.setattr(sample, "_denoised", denoised)
     assert list(sample.stream(base, ["a"], [sample.Variant(attach) for attach in attaches], stop=stop, **PLAIN)) == []
     assert attached == [1]
 

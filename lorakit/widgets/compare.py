@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import shutil
 import threading
 import time
@@ -203,7 +204,8 @@ class Compare(widgets.VBox):
         self.told.value = note(of_run, "good") + "".join(problems)
         shown = [(f"{label}, {BEST}" if label == found.best else label, label) for label in found.paths]
         self.what.options, self.what.value = shown, found.best or list(found.paths)[-1]
-        runs = [path for source in sources if record.is_run(path := Path(source).expanduser())]
+        places = [Path(source).expanduser() for source in sources]
+        runs = [run for place in places for run in record.runs_in(place) or [place] if record.is_run(run)]
         if len(runs) > 1:
             self.across.value = trials.compare_runs(runs, pictures=False)._repr_html_()
 
@@ -324,8 +326,7 @@ class Compare(widgets.VBox):
             machine = {"device": config.device, "precision": config.mixed_precision, "quantize": config.quantize}
         prompts, seeds = zip(*asked.rows, strict=True)
         pictures = sample.stream(
-            opened, prompts, list(variants.values()), seeds=seeds, size=size, stop=stop,
-            batch=8 if max(size) < 256 else 1, **asked.settings, **machine,
+            opened, prompts, list(variants.values()), seeds=seeds, size=size, stop=stop, **asked.settings, **machine,
         )  # fmt: skip
         columns = list(variants)
         with closing(pictures):
@@ -610,9 +611,13 @@ def said(error: BaseException) -> str:
 
 
 def file_name(found: Candidates, label: str) -> str:
-    """What a candidate's file is called, without its suffix."""
-    stem = found.paths[label].name.removesuffix(".safetensors")
-    return f"{found.config.name}-{stem}" if found.config and stem.startswith("step-") else stem
+    """What a candidate's file is called, without its suffix; of several runs' checkpoints it holds the run's name."""
+    path = found.paths[label]
+    if path.parent.name != "checkpoints":
+        return path.name.removesuffix(".safetensors")
+    if len({other.parent for other in found.paths.values() if other.parent.name == "checkpoints"}) > 1:
+        return re.sub(r"[^\w.+=-]+", "-", label)
+    return f"{found.config.name}-{path.stem}" if found.config else path.stem
 
 
 def here(path: Path) -> str:
