@@ -145,6 +145,9 @@ def preset(
     family: Annotated[str | None, typer.Argument(help="sd15, sd2 or sdxl; sd15, or your own preset's base")] = None,
     dataset: Annotated[str, typer.Option(help="folder or zip with the pictures")] = "dataset",
     trigger: Annotated[str, typer.Option(help="the word that calls the LoRA up")] = "",
+    quick: Annotated[
+        bool, typer.Option(help="half the length, with what makes up for it: cosine, LoCon, EVA …")
+    ] = False,
     save_from: Annotated[
         Path | None, typer.Option(help="a run's folder or config file whose settings are kept under the name")
     ] = None,
@@ -157,7 +160,8 @@ def preset(
         file = configs.save_preset(kind, settings)
         print(f"kept      {kind} in {file.parent}: {', '.join(configs.kept(kind))}")
         return
-    print(configs.preset(kind, family).with_(dataset=dataset, trigger=trigger).to_json(), end="")
+    settings = configs.preset(kind, family).with_(dataset=dataset, trigger=trigger)
+    print((configs.quick(settings) if quick else settings).to_json(), end="")
 
 
 @app.command()

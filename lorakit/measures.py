@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 NEAREST = 1 / 3  # of the training pictures that a picture is compared with
-TWINS = 0.95  # cosine from which two training pictures are the same one
+TWINS = 0.99  # cosine from which two training pictures are the same one
 DARK, LIGHT = 4, 251  # levels of 255 from which a colour counts as clipped
 
 

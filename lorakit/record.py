@@ -223,12 +223,12 @@ def is_run(path: Path) -> bool:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The runs in a folder that is none itself, as a sweep's: rank=8 before rank=16."""
+    """The runs in a folder that is none itself and holds no LoRA, as a sweep's: rank=8 before rank=16."""
     numbers = lambda path: [  # noqa: E731
         (0, float(part), "") if re.fullmatch(r"[\d.]*\d", part) else (1, 0.0, part)
         for part in re.split(r"(\d+(?:\.\d+)?)", path.name)
     ]
-    if not folder.is_dir() or is_run(folder):
+    if not folder.is_dir() or is_run(folder) or any(folder.glob("*.safetensors")):
         return []
     return sorted((path for path in folder.iterdir() if path.is_dir() and is_run(path)), key=numbers)
 

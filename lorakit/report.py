@@ -170,7 +170,8 @@ def report(
     Raises:
         FileNotFoundError, ValueError: no such run, model or kind; nothing to judge; or a base that does not go with it.
     """
-    asked = eyes.open(see, device) if isinstance(see, str) and see != "auto" else see  # a wrong name is told at once
+    compare.candidates(source)  # what is not there, or a wrong name, is told at once
+    asked = eyes.open(see, device) if isinstance(see, str) and see != "auto" else see
     made = make(
         source, base=base, pictures=pictures, trigger=trigger, kind=kind, contexts=contexts, seed=seed, steps=steps,
         guidance=guidance, most=most, device=device, say=say, stop=stop, known=known,
@@ -180,7 +181,7 @@ def report(
 
 
 def save(made: Report, folder: str | Path, name: str = "report") -> tuple[Path, Path]:
-    """Write report.html and report.json into a folder."""
+    """Write NAME.html and NAME.json into a folder."""
     page, facts = Path(folder) / f"{name}.html", Path(folder) / f"{name}.json"
     with files.replacing(page) as partial:
         partial.write_text(made.html(), "utf-8")
@@ -212,7 +213,8 @@ class Asked:
             return cls(list(contexts), [prompting.escape(context) for context in contexts], [], [], None)
         phrase, said = _phrase(own, trigger), _saying(trigger)
         called = [prompting.escape(f"{phrase}, {context}") for context in contexts]
-        without = "" if kind == "style" else " ".join(said.sub(class_word, phrase).split())
+        own_class = "" if re.search(rf"\b{re.escape(class_word)}\b", said.sub("", phrase)) else class_word
+        without = "" if kind == "style" else " ".join(said.sub(lambda _: own_class, phrase).split())
         bare = [prompting.escape(f"{without}, {context}" if without else context) for context in contexts]
         share = sum(bool(said.search(text)) for text in own) / len(own) if any(own) else None
         return cls(list(contexts), called, bare, list(NAMED if embedded else UNRELATED), share)
@@ -267,9 +269,12 @@ def make(
         raise ValueError(f"There is no kind {kind!r}. Use one of {', '.join(CONTEXTS)}.")
     if len(found.paths) > 1 and not of_run:
         raise ValueError(f"{source.name} holds {len(found.paths)} LoRAs: give one of them.")
-    labels = [label for label, path in found.paths.items() if _sound(path, say)]
+    problems = list(found.problems)
+    labels = [label for label, path in found.paths.items() if _sound(path, problems)]
+    for problem in problems:
+        say(f"report    {problem}")
     if not labels:
-        raise ValueError(f"{source.name} holds nothing that can be judged: what is said above tells why.")
+        raise ValueError(f"{source.name} holds nothing that can be judged. {' '.join(problems)}")
     opened = base if isinstance(base, bases.Base) else compare.opened(base or usual, config)
     try:
         pictures = pictures or (prepare.scan(config) if config else None)
@@ -359,11 +364,11 @@ def _spread(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
 
 
-def _sound(path: Path, say: Callable[[str], None]) -> bool:
+def _sound(path: Path, problems: list[str]) -> bool:
     try:
         record.lora_of(path)
     except (ValueError, OSError, FloatingPointError) as error:
-        say(f"report    {error}")
+        problems.append(str(error))
         return False
     return True
 
@@ -380,7 +385,7 @@ def _phrase(own: Sequence[str], trigger: str) -> str:
 
 def _saying(trigger: str) -> re.Pattern:
     """What finds the trigger in a caption, as a word of its own."""
-    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE | re.ASCII)  # 一张sks has it, too
 
 
 def _open_eyes(
@@ -660,7 +665,7 @@ ROWS = (  # figure, the guide's aspect, what it is, how it is measured, the faul
      "a colour at its limit while another is not", "learning rate"),
     ("residue", "no artifacts", "finest detail, against base and training pictures", "mean absolute Laplacian",
      "learning rate"),
-    ("broken", "no artifacts", "share of pictures of a single colour", "spread of all pixels below 2 levels",
+    ("broken", "no artifacts", "share of pictures of a single colour", "spread of every colour below 2 levels",
      "learning rate"),
     ("rises", "strength control", "whether likeness rises with strength",
      "pairs of the five strengths that rise, less those that fall", "overfitted"),

@@ -195,6 +195,8 @@ def compare_runs(
     if pictures and first is None:
         told.append("no pictures: no run's settings can be read")
     elif pictures:
+        if odd := [name for name in ASKED_WITH if name in differing]:
+            told.append(f"they differ in {', '.join(odd)}: all pictures are made with the first run's")
         asked = tuple(product(prompts or first.sample_prompts[:MOST] or (first.trigger,), seeds))
         try:
             made = _pictures(found, first, asked, strength, base or first.base, device or first.device, say, told,
@@ -333,8 +335,6 @@ def _remarks(found: Sequence[_Run], differing: dict[str, tuple]) -> list[str]:
     remarks = [f"{one.name} has no checkpoint yet" for one in found if not one.decided and not one.file]
     if odd := [name for name in differing if name in MEASURED_BY]:
         remarks.append(f"they differ in {', '.join(odd)}: their losses are measured in other ways, and do not compare")
-    if odd := [name for name in ASKED_WITH if name in differing]:
-        remarks.append(f"they differ in {', '.join(odd)}: all pictures are made with the first run's")
     if len({one.decided["held_out"] for one in found if "held_out" in one.decided}) > 1:
         remarks.append("they held out other pictures: their validation losses do not compare")
     if "rank" in differing and "alpha" not in differing:

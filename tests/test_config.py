@@ -125,6 +125,16 @@ def test_rates_of_text_encoders():
 # ── Presets of the user's own ───────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_quick_run_is_half_as_long_and_else_what_the_preset_says():
+    for kind in ("style", "character"):
+        usual, quick = preset(kind, "sdxl"), configs.quick(preset(kind, "sdxl"))
+        unlike = {name for name in Config.model_fields if getattr(usual, name) != getattr(quick, name)}
+        assert unlike == {"steps", *configs.QUICK} and quick.steps == usual.steps // 2
+    assert configs.quick(Config(epochs=9)).epochs == 4 and configs.quick(Config(epochs=1)).steps is None
+    with pytest.raises(ValueError, match="initialisation 'eva': start_from"):
+        configs.quick(Config(steps=9, start_from="one.safetensors"))
+
+
 @pytest.fixture
 def at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))

@@ -253,6 +253,8 @@ def test_a_preset_of_ones_own_is_kept_and_printed(settings, tmp_path, monkeypatc
     assert (own["rank"], own["trigger"], own["dataset"], own["name"]) == (4, "sks", "d", "my_quick_v1")
     assert own["base"] == "stabilityai/stable-diffusion-xl-base-1.0"
     assert json.loads(told("preset", "style", "sdxl"))["rank"] == 128
+    halved = json.loads(told("preset", "style", "--quick"))
+    assert (halved["steps"], halved["initialisation"], halved["schedule"]) == (1000, "eva", "cosine")
     failed = CliRunner().invoke(app, ["preset", "style", "--save-from", str(tmp_path / "run")])
     assert "built-in preset" in str(failed.exception)
 

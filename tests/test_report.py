@@ -284,6 +284,10 @@ def test_a_trigger_is_found_as_a_word_and_exchanged_for_the_class(tmp_path):
     asked = report.Asked.of(pictures, "ink woman", "character", ["on a beach"], False, "woman")
     assert asked.prompts == ["ink woman drinking at a party, on a beach"]
     assert asked.bare == ["woman drinking at a party, on a beach"]
+    bare = lambda class_word: report.Asked.of(pictures, "ink", "object", ["a"], False, class_word).bare  # noqa: E731
+    assert bare("woman") == ["woman drinking at a party, a"]  # where the class is said already
+    assert bare("\\pen") == ["\\\\pen woman drinking at a party, a"]
+    assert report._phrase(["一张sks人的照片"], "sks") == "一张sks人的照片"
     assert report._phrase([picture.caption for picture in pictures.pictures], "art") == "art"  # not that of "party"
 
 

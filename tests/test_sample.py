@@ -99,8 +99,9 @@ def test_a_picture_without_room_is_decoded_in_tiles(small_bases, monkeypatch):
     vae.tile_latent_min_size, vae.tile_sample_min_size = 64, 64 * base.vae_factor  # the small base's own are smaller
     (tiled,) = sample.decode(vae, latents)
     assert tiled.size == whole.size and sizes[0] == 64 and max(sizes[-4:]) <= 16
-    monkeypatch.setattr(vae.decoder, "forward", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    assert np.abs(np.int16(whole) - np.int16(tiled)).mean() < 20  # of noise, so that its tiles do not meet exactly
+    monkeypatch.setattr(vae.decoder, "forward", lambda *_, **__: short(torch.zeros(1, 4, 99, 99)))
+    with pytest.raises(torch.OutOfMemoryError):  # not in the smallest tiles either
         sample.decode(vae, latents)
 
 

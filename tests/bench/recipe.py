@@ -5,7 +5,7 @@
 
 Each recipe differs from the centre in what its name says, and is compared with it on the same style, by the same seed:
 on three pairs of these first, whatever it is; on all nine where it is worth it. What is made stays in WORK and is not
-made again. "guide" has the training guide's settings and twice as many steps as all others. The subjects are none of
+made again. "guide" has the training guide's settings and twice as many steps as the centre. The subjects are none of
 those that lora_quality.py judges the demo's LoRA by, so that no recipe is chosen on its own exam.
 """
 
@@ -31,12 +31,14 @@ STEPS = 120
 CENTRE = {"learning_rate": 4e-3, "text_encoder_rate": 4e-3, "steps": STEPS}
 GUIDE = CENTRE | {"schedule": "constant", "warmup_steps": 0, "targets": "attention", "steps": 2 * STEPS}
 RATE = lambda rate: {"learning_rate": rate, "text_encoder_rate": rate}  # noqa: E731
+BEST = {"initialisation": "eva", "caption_dropout": 0.1, "timestep_sampling": "logit_normal"}  # each helped alone
 RECIPES = {
     "centre": {},
     "guide": GUIDE,
     "guide, rate 2e-3": GUIDE | RATE(2e-3),
     "guide, rate 1e-3": GUIDE | RATE(1e-3),
     "guide, half the steps": GUIDE | {"steps": STEPS},
+    "half the steps": {"steps": STEPS // 2},
     "targets attention": {"targets": "attention"},
     "rank 8": {"rank": 8, "alpha": 4},
     "rank 64": {"rank": 64, "alpha": 32},
@@ -45,6 +47,7 @@ RECIPES = {
     "text encoder as it is": {"text_encoder_rate": 0.0},
     "LoRA+ 4": {"learning_rate_ratio": 4.0},
     "LoRA+ 16": {"learning_rate_ratio": 16.0},
+    "LoRA+ 4, rate 2e-3": RATE(2e-3) | {"learning_rate_ratio": 4.0},
     "Min-SNR 5": {"min_snr_gamma": 5.0},
     "EMA 0.98": {"ema_decay": 0.98},
     "caption dropout 0.1": {"caption_dropout": 0.1},
@@ -54,6 +57,8 @@ RECIPES = {
     "logit-normal, shift 1": {"timestep_sampling": "logit_normal", "timestep_shift": 1.0},
     "constant": {"schedule": "constant_with_warmup"},
     "prior prediction": {"prior_prediction": True, "prior_weight": 0.5},
+    "the best together": BEST,
+    "the best together, half the steps": BEST | {"steps": STEPS // 2},
 }  # fmt: skip
 
 
@@ -115,19 +120,24 @@ def judged(work: Path, judge: judges.Judge) -> dict[str, dict[str, dict]]:
 
 def rows(found: dict[str, dict[str, dict]]) -> list[list]:
     """A row a recipe, by what it adds to the centre's quality on the same pairs: not all are made on the same ones."""
-    mean = lambda name, key, pairs: float(np.mean([found[name][pair][key] for pair in pairs]))  # noqa: E731
     result = []
     for name, marks in found.items():
-        pairs = [pair for pair in marks if pair in found["centre"]]
-        more = [marks[pair]["quality"] - found["centre"][pair]["quality"] for pair in pairs]
-        error = np.std(more, ddof=1) / len(more) ** 0.5 if len(more) > 1 else float("nan")
-        result.append((np.mean(more), [
-            name, " ".join(f"`{k}={json.dumps(v)}`" for k, v in RECIPES[name].items()), len(pairs),
-            f"{mean(name, 'quality', pairs):.3f}", f"{np.mean(more):+.3f} ± {error:.3f}" if name != "centre" else "",
-            f"{mean(name, 'kept', pairs):.0%}", f"{mean(name, 'leak', pairs):.2f}",
-            f"{mean(name, 'seconds', pairs) / mean('centre', 'seconds', pairs):.2f}×",
+        mean = lambda key, of, pairs=marks: float(np.mean([found[of][pair][key] for pair in pairs]))  # noqa: E731
+        more, told = more_than("centre", name, found)
+        result.append((more, [
+            name, " ".join(f"`{k}={json.dumps(v)}`" for k, v in RECIPES[name].items()), len(marks),
+            f"{mean('quality', name):.3f}", told, more_than("guide", name, found)[1], f"{mean('kept', name):.0%}",
+            f"{mean('leak', name):.2f}", f"{mean('seconds', name) / mean('seconds', 'centre'):.2f}×",
         ]))  # fmt: skip
     return [row for _, row in sorted(result, key=lambda marked: -marked[0])]
+
+
+def more_than(other: str, name: str, found: dict[str, dict[str, dict]]) -> tuple[float, str]:
+    """How much quality it adds to another's on the pairs that both have; and with the standard error, told."""
+    pairs = found[name].keys() & found[other].keys()
+    more = [found[name][pair]["quality"] - found[other][pair]["quality"] for pair in pairs]
+    error = f" ± {np.std(more, ddof=1) / len(more) ** 0.5:.3f}" if len(more) > 1 else ""
+    return float(np.mean(more)), "" if name == other else f"{np.mean(more):+.3f}{error}"
 
 
 def main() -> None:
@@ -145,8 +155,8 @@ def main() -> None:
         make(options.work, options.icons, options.recipes, pairs, options.part)
         return
     found = judged(options.work, judges.load(options.judge))
-    heads = ("recipe", "other than the centre", "pairs", "quality", "more than the centre", "subject kept",
-             "quality without the trigger", "seconds")  # fmt: skip
+    heads = ("recipe", "other than the centre", "pairs", "quality", "more than the centre", "more than the guide",
+             "subject kept", "quality without the trigger", "seconds")  # fmt: skip
     centre = " ".join(f"`{k}={json.dumps(v)}`" for k, v in CENTRE.items())
     text = (
         f"The centre is the demo's recipe with {centre}. Quality: how much of the bare base's distance to the true "
