@@ -85,10 +85,15 @@ def candidates(sources: str | Path | Sequence[str | Path]) -> Candidates:
 def _labelled(found: Sequence[tuple[str, Path]]) -> dict[str, Path]:
     """Labels that tell them apart: those that are alike with the folder that their run or file lies in, or a number."""
     labels = [label for label, _ in found]
-    place = lambda path: path.absolute().parents[2 if path.parent.name == "checkpoints" else 0].name  # noqa: E731
-    long = [f"{place(path)}/{label}" if labels.count(label) > 1 else label for label, path in found]
+    long = [f"{_place(label, path)}/{label}" if labels.count(label) > 1 else label for label, path in found]
     numbered = [f"{own} ({long[:i].count(own) + 1})" if long.count(own) > 1 else own for i, own in enumerate(long)]
     return {label: path for label, (_, path) in zip(numbered, found, strict=True)}
+
+
+def _place(label: str, path: Path) -> str:
+    """The folder of a file or of a checkpoint's run; where the label says the run already, that which the run is in."""
+    folder = path.absolute().parents[path.parent.name == "checkpoints"]
+    return (folder.parent if label.startswith(f"{folder.name} ") else folder).name
 
 
 def _config(folder: Path, problems: list[str]) -> Config | None:

@@ -102,6 +102,8 @@ def test_files_and_folders_of_files_are_candidates(folder, tmp_path):
     assert [label for label in both.paths if "step 6" in label] == ["a/rank=4 step 6", "b/rank=4 step 6"]
     shutil.copytree(folder, tmp_path / "b" / "run")  # beside files, a run is not what was asked for
     assert list(compare.candidates(tmp_path / "b").paths) == ["one", "two"]
+    alone = [tmp_path / "sweep" / run / "checkpoints" / checkpoint.name(4) for run in ("rank=8", "rank=16")]
+    assert list(compare.candidates(alone).paths) == ["rank=8/step-000004", "rank=16/step-000004"]
     swept = compare.candidates(tmp_path / "sweep")
     assert list(swept.paths)[::3] == ["rank=8 step 2", "rank=16 step 2"] and len(swept.paths) == 6
     shutil.rmtree(tmp_path / "a" / "rank=4" / "checkpoints")

@@ -616,7 +616,7 @@ def file_name(found: Candidates, label: str) -> str:
     if path.parent.name != "checkpoints":
         return path.name.removesuffix(".safetensors")
     if len({other.parent for other in found.paths.values() if other.parent.name == "checkpoints"}) > 1:
-        return re.sub(r"[^\w.+=-]+", "-", label)
+        return re.sub(r"[^\w.+=-]+", "-", label).strip("-")
     return f"{found.config.name}-{path.stem}" if found.config else path.stem
 
 
