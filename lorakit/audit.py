@@ -157,17 +157,12 @@ def of_trigger(trigger: str) -> list[Finding]:
 # ── The trigger in captions ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _whole(trigger: str) -> re.Pattern:
-    """The trigger as words of their own, whatever its capitals."""
-    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
-
-
 def _placed(captions: Mapping[str, str], trigger: str) -> list[Finding]:
     """Empty captions; those where the trigger is missing, misspelled, part of a word, or there twice."""
     empty = [name for name in captions if not captions[name]]
     found = [Finding("empty", "warning", "No caption: draft or write one.", tuple(empty))]
     if trigger:
-        times = {name: len(_whole(trigger).findall(caption)) for name, caption in captions.items()}
+        times = {name: len(edits.whole(trigger).findall(caption)) for name, caption in captions.items()}
         spelled = {name: near for name, caption in captions.items() if (near := _misspelled(caption, trigger))}
         inside = [name for name in captions if not times[name] and trigger.lower() in captions[name].lower()]
         without = [name for name in captions if captions[name] and not times[name] and name not in {*spelled, *inside}]
@@ -237,7 +232,7 @@ def _constant(
 ) -> list[Finding]:
     """What always comes with the trigger, and what is the same in all captions."""
     own, found = set(re.findall(WORD, trigger.lower())), []
-    with_trigger = [name for name in captions if trigger and _whole(trigger).search(captions[name])]
+    with_trigger = [name for name in captions if trigger and edits.whole(trigger).search(captions[name])]
     told = _shared(with_trigger, parts, words, own)
     if told:
         advice = "Right for what it is one of. What belongs to it can be left out; what does not must vary."

@@ -24,6 +24,7 @@ SUFFIXES = (".txt", ".caption")  # of caption files: where a picture has both, t
 # Faces among the booru tags, whose underscores are no spaces.
 KAOMOJI = {"0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9", ">_o", "@_@", "^_^"}
 KAOMOJI |= {"o_o", "u_u", "x_x", "|_|", "||_||"}
+LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # of scripts that part words by spaces
 
 
 def tags(caption: str) -> list[str]:
@@ -57,9 +58,17 @@ def variants(
     return tuple(found)
 
 
+def whole(trigger: str) -> re.Pattern:
+    """What finds the trigger as words of their own, whatever its capitals; Chinese, Japanese, Korean may touch it."""
+    return re.compile(rf"(?<!{LETTER}){re.escape(trigger)}(?!{LETTER})", re.IGNORECASE)
+
+
 def without_trigger(caption: str, trigger: str, class_word: str) -> str:
-    """The caption of the class: the trigger exchanged for the word of what it is one of."""
-    return caption.replace(trigger, class_word) if trigger else caption
+    """The caption of the class: the trigger exchanged for the word of what it is one of, which is not said twice."""
+    if not trigger or not whole(trigger).search(caption):
+        return caption
+    beside = rf"(?:\s+{re.escape(class_word)}(?!{LETTER}))?" if class_word else ""
+    return " ".join(re.sub(whole(trigger).pattern + beside, lambda _: class_word, caption, flags=re.IGNORECASE).split())
 
 
 # ── Many at once ────────────────────────────────────────────────────────────────────────────────────────────────────

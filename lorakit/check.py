@@ -8,7 +8,6 @@ tests/bench/check_calibration.py, which reports on the other half.
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
-from lorakit import buckets, index
+from lorakit import buckets, captions, index
 from lorakit.buckets import Fit, Rule, Size
 from lorakit.dataset import Dataset, Picture, open_picture
 from lorakit.decisions import name_of
@@ -475,7 +474,7 @@ def _variety(
 def _captions(dataset: Dataset, names: Sequence[str], trigger: str) -> tuple[dict, list[Finding]]:
     """How many captions there are of which sort, and those to look at."""
     texts, findings = [picture.caption for picture in dataset.pictures], []
-    word, often = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE), Counter(texts)
+    word, often = captions.whole(trigger), Counter(texts)
     for name, text in zip(names, texts, strict=True):
         if not text:
             findings.append(Finding(name, "caption", "warning", "no caption: write one"))

@@ -5,7 +5,6 @@ sees (`eyes`) is left open where there is none, and the report says so; the rest
 """
 
 import json
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from PIL import Image
 
 from lorakit import base as bases
 from lorakit import captions as words
-from lorakit import compare, dataset, eyes, files, measures, metadata, plots, prepare, prompting, record, sample
+from lorakit import compare, dataset, eyes, fetch, files, measures, metadata, plots, prepare, prompting, record, sample
 from lorakit.eyes import Eyes
 
 Verdict = Literal["good", "doubtful", "bad", "not measured"]
@@ -159,8 +158,8 @@ def report(
         trigger, kind: "" takes the run's, else the trigger that the file says, and a character. Without any trigger,
             leakage is left open.
         contexts: what the trigger is put into: 6 and more that differ; () takes those for the kind.
-        see: model for `eyes.open`, or one that is open; "auto" is the embedded one for the embedded base, else CLIP,
-            and does without where that cannot be had; None does without.
+        see: model for `eyes.open`, or one that is open; "auto" is the embedded one for the embedded base, else CLIP.
+            What cannot be loaded is done without, and told; None does without.
         seed: of the first picture; not one that was looked at in training.
         steps, guidance: of the sampler; None takes the run's.
         device: as `base.choose_device` takes it.
@@ -170,13 +169,13 @@ def report(
     Raises:
         FileNotFoundError, ValueError: no such run, model or kind; nothing to judge; or a base that does not go with it.
     """
-    compare.candidates(source)  # what is not there, or a wrong name, is told at once
-    asked = eyes.open(see, device) if isinstance(see, str) and see != "auto" else see
+    if isinstance(see, str) and see not in ("auto", "demo"):
+        fetch.place(see, eyes.MODELS)  # a wrong name is told before pictures are made
     made = make(
         source, base=base, pictures=pictures, trigger=trigger, kind=kind, contexts=contexts, seed=seed, steps=steps,
         guidance=guidance, most=most, device=device, say=say, stop=stop, known=known,
     )  # fmt: skip
-    seeing, missing = _open_eyes(asked, made.base == compare.DEMO, device, say)
+    seeing, missing = _open_eyes(see, made.base == compare.DEMO, device, say)
     return judge(made, seeing, missing)
 
 
@@ -211,10 +210,9 @@ class Asked:
         own = [picture.caption for picture in pictures.pictures] if pictures else []
         if not trigger:
             return cls(list(contexts), [prompting.escape(context) for context in contexts], [], [], None)
-        phrase, said = _phrase(own, trigger), _saying(trigger)
+        phrase, said = _phrase(own, trigger), words.whole(trigger)
         called = [prompting.escape(f"{phrase}, {context}") for context in contexts]
-        own_class = "" if re.search(rf"\b{re.escape(class_word)}\b", said.sub("", phrase)) else class_word
-        without = "" if kind == "style" else " ".join(said.sub(lambda _: own_class, phrase).split())
+        without = "" if kind == "style" else words.without_trigger(phrase, trigger, class_word)
         bare = [prompting.escape(f"{without}, {context}" if without else context) for context in contexts]
         share = sum(bool(said.search(text)) for text in own) / len(own) if any(own) else None
         return cls(list(contexts), called, bare, list(NAMED if embedded else UNRELATED), share)
@@ -377,15 +375,10 @@ def _phrase(own: Sequence[str], trigger: str) -> str:
     """How captions say the trigger: the most frequent of their parts that has it ("a photo of sks person")."""
     if not trigger:
         return ""
-    said = _saying(trigger)
+    said = words.whole(trigger)
     parts = Counter(part for caption in own for part in words.tags(caption) if said.search(part))
     part, times = parts.most_common(1)[0] if parts else ("", 0)
     return part if times > len(own) / 3 else trigger  # a part of one caption alone says what is on that picture
-
-
-def _saying(trigger: str) -> re.Pattern:
-    """What finds the trigger in a caption, as a word of its own."""
-    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE | re.ASCII)  # 一张sks has it, too
 
 
 def _open_eyes(
@@ -396,7 +389,7 @@ def _open_eyes(
     if see is None:
         return None, ["what needs a model that sees: it was asked to do without"]
     try:
-        return eyes.open("demo" if embedded else "clip", device), []
+        return eyes.open(("demo" if embedded else "clip") if see == "auto" else see, device), []
     except (FileNotFoundError, ValueError) as error:
         say(f"report    {error}")  # which may name a folder: not for the page
         return None, ["likeness, adherence, diversity and copies: the model that sees could not be loaded"]
@@ -412,17 +405,18 @@ def judge(made: Made, seeing: Eyes | None, missing: Sequence[str] = ()) -> Repor
         seeing: None leaves open what needs a model that sees.
         missing: what is left open, and why, to be told.
     """
-    figures, copies = _figures(made, seeing)
-    marks = _marks(made, seeing)
+    seen = Seen.of(made, seeing) if seeing else None
+    figures, copies = _figures(made, seen)
+    marks = _marks(made, seen)
     recommended, why = recommend(marks)
     if recommended is None and not why and made.best:
         recommended, why = made.best
     missing = [*made.missing, *missing]
     if len(made.training) < FEWEST:
         missing.append(f"likeness, copies and variety: give the run, or its pictures, {FEWEST} at least")
-    elif seeing and "gain" not in figures:
+    elif seen and not seen.parted:
         missing.append("likeness: the bare base's pictures are as near to the training pictures as these to each other")
-    if seeing and seeing.reads and "adherence" not in figures:
+    if seeing and seeing.reads and seen.texts is None:
         missing.append("adherence: to what judges here, the bare base follows no prompt")
     if not made.trigger:
         missing.append("leakage: no trigger is known; give it, where there is one")
@@ -430,7 +424,7 @@ def judge(made: Made, seeing: Eyes | None, missing: Sequence[str] = ()) -> Repor
     untriggered = zip(made.asked.bare + made.asked.unrelated, *(
         made.bare[end] + made.unrelated[end] for end in (0, 1)
     ), strict=True)  # fmt: skip
-    told = lines(figures, faults, _otherwise(made, seeing, figures))
+    told = lines(figures, faults, _otherwise(seen))
     rows = tuple(zip(*made.shown, strict=True))
     by_step = tuple(zip(*made.checkpoints.values(), strict=True))
     return Report(
@@ -439,33 +433,75 @@ def judge(made: Made, seeing: Eyes | None, missing: Sequence[str] = ()) -> Repor
     )  # fmt: skip
 
 
-def _figures(
-    made: Made, seeing: Eyes | None
-) -> tuple[dict[str, float], tuple[tuple[Image.Image, Image.Image, float], ...]]:
+@dataclass(frozen=True)
+class Seen:
+    """What the eyes make of the pictures: unit vectors, a row a picture."""
+
+    shown: list[np.ndarray]
+    second: list[np.ndarray]
+    bare: list[np.ndarray]  # empty without a trigger, this and the next
+    unrelated: list[np.ndarray]
+    checkpoints: dict[int, np.ndarray]
+    training: np.ndarray | None  # None where there are too few
+    texts: np.ndarray | None  # of the contexts; None where they are no measure
+
+    @classmethod
+    def of(cls, made: Made, seeing: Eyes) -> "Seen":
+        shown = [seeing.see(column) for column in made.shown]
+        pairs = [[seeing.see(column) for column in own if column] for own in (made.second, made.bare, made.unrelated)]
+        steps = {
+            step: shown[-1] if column is made.shown[-1] else seeing.see(column)
+            for step, column in made.checkpoints.items()
+        }
+        trained = seeing.see(made.training) if len(made.training) >= FEWEST else None
+        texts = seeing.read(made.asked.contexts) if seeing.reads else None
+        deaf = texts is not None and measures.adherence(shown[0], texts) <= DEAF_BASE
+        return cls(shown, *pairs, steps, trained, None if deaf else texts)
+
+    @property
+    def without(self) -> np.ndarray:
+        """All that the bare base made of prompts with the trigger."""
+        return np.concatenate([self.shown[0], self.second[0]])
+
+    @property
+    def with_it(self) -> np.ndarray:
+        """The same with the LoRA at strength 1."""
+        return np.concatenate([self.shown[-1], self.second[1]])
+
+    @property
+    def parted(self) -> bool:
+        """Whether the bare base's pictures are less like the training pictures than these are like each other."""
+        if self.training is None:
+            return False
+        plain = measures.likeness(self.without, self.training).mean()
+        return bool(measures.likeness_within(self.training).mean() - plain > NO_WAY)
+
+    def adherence(self, vectors: np.ndarray) -> float:
+        """Of pictures, against that of the bare base."""
+        return measures.adherence(vectors, self.texts) / measures.adherence(self.shown[0], self.texts)
+
+
+Copies = tuple[tuple[Image.Image, Image.Image, float], ...]
+
+
+def _figures(made: Made, seen: Seen | None) -> tuple[dict[str, float], Copies]:
     """Figure by name; and the pictures that are copies of training pictures."""
     figures = _by_pixels(made)
     said = {"gap": made.gap, "called": made.asked.called}
     figures |= {name: value for name, value in said.items() if value is not None}
-    copies: tuple = ()
-    if seeing:
-        of_strengths = [seeing.see(column) for column in made.shown]
-        second, bare, unrelated = (
-            [seeing.see(column) for column in pair if column] for pair in (made.second, made.bare, made.unrelated)
-        )
-        first, last = of_strengths[0], of_strengths[-1]
-        if made.asked.bare:
-            by_noise = max(measures.change(first, second[0]), 1e-6)
-            figures["unrelated"] = measures.change(unrelated[1], unrelated[0]) / by_noise
-            figures["leak"] = measures.change(bare[1], bare[0]) / max(measures.change(last, first), 1e-6)
-        figures["rises"] = measures.rises([measures.change(column, first) for column in of_strengths])
-        if seeing.reads and measures.adherence(first, texts := seeing.read(made.asked.contexts)) > DEAF_BASE:
+    copies: Copies = ()
+    if seen:
+        figures |= _by_change(seen)
+        if seen.texts is not None:
             figures |= {
-                f"adherence {s:g}": _adherence(v, first, texts) for s, v in zip(STRENGTHS, of_strengths, strict=True)
+                f"adherence {s:g}": seen.adherence(column) for s, column in zip(STRENGTHS, seen.shown, strict=True)
             }
             figures["adherence"] = figures["adherence 1"]
-        if len(made.training) >= FEWEST:
-            more, copies = _against_training(made, seeing, of_strengths, second, bare)
-            figures |= more
+        if seen.parted:
+            figures |= _by_likeness(seen)
+        if seen.training is not None:
+            figures["variety"] = measures.spread(seen.with_it) / max(measures.spread(seen.training), 1e-6)
+            figures["copied"], copies = _copied(made, seen)
     figures["holds"] = _holds(figures)
     return figures, copies
 
@@ -496,56 +532,52 @@ def _by_pixels(made: Made) -> dict[str, float]:
     return figures
 
 
-def _against_training(
-    made: Made, seeing: Eyes, of_strengths: list[np.ndarray], second: list[np.ndarray], bare: list[np.ndarray]
-) -> tuple[dict[str, float], tuple[tuple[Image.Image, Image.Image, float], ...]]:
-    trained = seeing.see(made.training)
-    within = measures.likeness_within(trained)
-    liked = [measures.likeness(column, trained) for column in of_strengths]
-    plain, found = (
-        np.concatenate([liked[place], measures.likeness(second[end], trained)]) for end, place in enumerate((0, -1))
-    )
+def _by_change(seen: Seen) -> dict[str, float]:
+    """What needs no training pictures."""
+    first, last = seen.shown[0], seen.shown[-1]
+    figures = {"rises": measures.rises([measures.change(column, first) for column in seen.shown])}
+    if seen.bare:
+        figures["leak"] = measures.change(*seen.bare) / max(measures.change(last, first), 1e-6)
+        figures["unrelated"] = measures.change(*seen.unrelated) / max(measures.change(first, seen.second[0]), 1e-6)
+    return figures
+
+
+def _by_likeness(seen: Seen) -> dict[str, float]:
+    """What needs training pictures that the bare base's are not like."""
+    within = measures.likeness_within(seen.training)
+    liked = [measures.likeness(column, seen.training) for column in seen.shown]
+    plain, found = (measures.likeness(column, seen.training) for column in (seen.without, seen.with_it))
     figures = {
         "gain": measures.gain(found, plain, within), "hits": measures.hits(found, plain, within),
         "chance": measures.chance(found, plain), "unevenness": measures.unevenness(found, plain, within),
         "rises": measures.rises([values.mean() for values in liked]),
     }  # fmt: skip
-    if made.asked.bare:
-        untriggered = (measures.likeness(column, trained) for column in reversed(bare))
+    if seen.bare:
+        untriggered = (measures.likeness(column, seen.training) for column in reversed(seen.bare))
         figures["leak"] = measures.leak(liked[-1], liked[0], *untriggered, within)
-    if not _parted(within, plain):
-        figures = {}
-    figures["variety"] = measures.spread(np.concatenate([of_strengths[-1], second[1]])) / max(
-        measures.spread(trained), 1e-6
-    )
-    pictures, vectors = made.shown[-1] + made.second[1], np.concatenate([of_strengths[-1], second[1]])
-    places, cosines = measures.nearest(vectors, trained)
-    taken = cosines > measures.too_near(trained, np.concatenate([of_strengths[0], second[0]]))
-    figures["copied"] = float(taken.mean())
-    return figures, tuple(
+    return figures
+
+
+def _copied(made: Made, seen: Seen) -> tuple[float, Copies]:
+    """Share of pictures that repeat a training picture; the nearest four of them."""
+    pictures = made.shown[-1] + made.second[1]
+    places, cosines = measures.nearest(seen.with_it, seen.training)
+    taken = cosines > measures.too_near(seen.training, seen.without)
+    return float(taken.mean()), tuple(
         (pictures[i], made.training[places[i]], float(cosines[i])) for i in np.argsort(-cosines)[:4] if taken[i]
     )
 
 
-def _parted(within: np.ndarray, plain: np.ndarray) -> bool:
-    """Whether the bare base's pictures are less like the training pictures than these are like each other."""
-    return within.mean() - plain.mean() > NO_WAY
-
-
-def _otherwise(made: Made, seeing: Eyes | None, figures: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+def _otherwise(seen: Seen | None) -> dict[str, tuple[str, str]]:
     """What figures are, and how they were measured, where likeness to the training pictures was not."""
-    if "gain" in figures:
+    if seen and seen.parted:
         return {}
-    how = "mean of 1 less the cosine" if seeing else "mean absolute difference of pixels"
+    how = "mean of 1 less the cosine" if seen else "mean absolute difference of pixels"
     return {
         "rises": ("whether pictures change more with strength", f"{how}, against the bare base's"),
         "leak": ("change without the trigger, against that with it", f"{how}; the same subjects and seeds"),
         "unrelated": (next(row[2] for row in ROWS if row[0] == "unrelated"), how),
     }
-
-
-def _adherence(vectors: np.ndarray, bare: np.ndarray, texts: np.ndarray) -> float:
-    return measures.adherence(vectors, texts) / max(measures.adherence(bare, texts), 1e-6)
 
 
 def _holds(figures: Mapping[str, float]) -> float:
@@ -559,25 +591,21 @@ def _holds(figures: Mapping[str, float]) -> float:
     return held
 
 
-def _marks(made: Made, seeing: Eyes | None) -> tuple[Mark, ...]:
+def _marks(made: Made, seen: Seen | None) -> tuple[Mark, ...]:
     """The checkpoints with likeness and adherence."""
-    first = seeing.see(made.shown[0]) if seeing else None
-    trained = seeing.see(made.training) if seeing and len(made.training) >= FEWEST else None
-    texts = seeing.read(made.asked.contexts) if seeing and seeing.reads else None
-    if texts is not None and measures.adherence(first, texts) <= DEAF_BASE:
-        texts = None
-    if trained is not None:
-        within, plain = measures.likeness_within(trained), measures.likeness(first, trained)
-    result = []
-    for step, column in made.checkpoints.items():
-        gain = adherence = None
-        vectors = seeing.see(column) if seeing else None
-        if trained is not None and _parted(within, plain):
-            gain = measures.gain(measures.likeness(vectors, trained), plain, within)
-        if texts is not None:
-            adherence = _adherence(vectors, first, texts)
-        result.append(Mark(f"step {step}", step, made.losses.get(step), gain, adherence))
-    return tuple(result)
+    gains, adherences = {}, {}
+    if seen and seen.parted:
+        within, plain = measures.likeness_within(seen.training), measures.likeness(seen.shown[0], seen.training)
+        gains = {
+            step: measures.gain(measures.likeness(vectors, seen.training), plain, within)
+            for step, vectors in seen.checkpoints.items()
+        }
+    if seen and seen.texts is not None:
+        adherences = {step: seen.adherence(vectors) for step, vectors in seen.checkpoints.items()}
+    return tuple(
+        Mark(f"step {step}", step, made.losses.get(step), gains.get(step), adherences.get(step))
+        for step in made.checkpoints
+    )
 
 
 def _as_trained(picture: dataset.Picture, height: int, width: int) -> Image.Image:

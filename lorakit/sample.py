@@ -186,16 +186,17 @@ def decode(vae, latents: Tensor) -> list[Image.Image]:
 
 
 def _decoded(vae, x: Tensor) -> Tensor:
+    side, factor = max(x.shape[-2:]), 2 ** (len(vae.config.block_out_channels) - 1)
     while True:
         try:
             return vae.decode(x).sample[0]
         except (RuntimeError, MemoryError) as error:
-            if not bases.out_of_memory(error) or vae.tile_latent_min_size < 2 * FEWEST:
+            if not bases.out_of_memory(error) or side < 2 * FEWEST:
                 raise
         cache.free(vae.device)  # what the attempt allocated is gone with the error
         vae.enable_tiling()
-        vae.tile_sample_min_size //= 2
-        vae.tile_latent_min_size //= 2
+        side //= 2
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * factor
 
 
 @contextmanager

@@ -35,6 +35,10 @@ def test_chance_depends_on_seed_and_words_alone():
 
 def test_the_class_takes_the_triggers_place():
     assert captions.without_trigger("a photo of sks cat, red", "sks cat", "cat") == "a photo of cat, red"
+    assert captions.without_trigger("a photo of Sks cat, red", "sks", "cat") == "a photo of cat, red"
+    assert captions.without_trigger("art at a party,  by night", "art", "\\x") == "\\x at a party, by night"
+    assert captions.without_trigger("a party,  by night", "art", "cat") == "a party,  by night"
+    assert captions.without_trigger("sks cat", "sks", "") == "cat"
 
 
 # ── Many at once ────────────────────────────────────────────────────────────────────────────────────────────────────

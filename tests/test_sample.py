@@ -96,7 +96,6 @@ def test_a_picture_without_room_is_decoded_in_tiles(small_bases, monkeypatch):
     latents = torch.randn(1, base.latent_channels, 64, 64, generator=torch.Generator().manual_seed(0))
     (whole,) = sample.decode(vae, latents)
     monkeypatch.setattr(vae.decoder, "forward", short)
-    vae.tile_latent_min_size, vae.tile_sample_min_size = 64, 64 * base.vae_factor  # the small base's own are smaller
     (tiled,) = sample.decode(vae, latents)
     assert tiled.size == whole.size and sizes[0] == 64 and max(sizes[-4:]) <= 16
     assert np.abs(np.int16(whole) - np.int16(tiled)).mean() < 20  # of noise, so that its tiles do not meet exactly

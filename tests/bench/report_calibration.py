@@ -131,7 +131,7 @@ def judged(work: Path, judge: judges.Judge) -> list[dict]:
     for file in sorted((work / "made").glob("*.npz")):
         made, fault, held = kept(file)
         style, seed = file.stem.split(" ")[:2]
-        figures, _ = report._figures(made, seeing)
+        figures, _ = report._figures(made, report.Seen.of(made, seeing))
         facts = report.judge(made, seeing).facts()
         true, plain = (held.pop(name, None) for name in ("true", "base"))
         found.append({
