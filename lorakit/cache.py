@@ -62,6 +62,21 @@ def digest(tensors: Mapping[str, Tensor], facts: dict | None = None) -> str:
     return found.hexdigest()
 
 
+def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors to be saved: on the CPU, contiguous, each with memory of its own.
+
+    safetensors refuses tensors that share memory, as bitsandbytes' optimizer states share their quantization tables.
+    A tensor that shares none is not copied.
+    """
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return found
+
+
 def _read(file: Path, say: Callable[[str], None]) -> dict[str, Tensor] | None:
     """A cached entry; None when it is missing or damaged, which only means that it is encoded again."""
     if not file.is_file():
@@ -78,6 +93,7 @@ def _read(file: Path, say: Callable[[str], None]) -> dict[str, Tensor] | None:
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = own(tensors)
     with files.replacing(file) as partial:
         save_file(tensors, partial, {"digest": digest(tensors)})
     return tensors

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit import files, optim
-from lorakit.cache import digest
+from lorakit.cache import digest, own
 from lorakit.lora import Lora
 from lorakit.train import State, Step
 
@@ -95,7 +95,7 @@ def save(path: Path, state: State, settings: dict, *, regular: bool = True, abou
 def _write(checkpoint: Checkpoint) -> Path:
     facts = {name: value for name, value in vars(checkpoint).items() if name not in ("path", "tensors")}
     facts["format"] = FORMAT
-    tensors = {k: v.to("cpu", copy=False).contiguous() for k, v in checkpoint.tensors.items()}
+    tensors = own(checkpoint.tensors)
     metadata = {"lorakit": json.dumps(facts, sort_keys=True), "digest": digest(tensors, facts)}
     with files.replacing(checkpoint.path, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         save_file(tensors, partial, metadata)

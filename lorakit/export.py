@@ -18,6 +18,7 @@ from lorakit import files, quantize
 from lorakit import metadata as metadatas
 from lorakit.adapter import Adapter
 from lorakit.base import Base
+from lorakit.cache import own
 from lorakit.lora import FAMILIES, KOHYA, PEFT, Lora, finite, kohya_name, load, opened, settings_of, usual
 
 # ── Writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -143,7 +144,8 @@ def _rounded(lora: Lora, layout: str, dtype: torch.dtype, name: str) -> dict[str
             # sd-scripts makes convolutions of these where it trains on a single file; diffusers has them linear.
             linear = layout != "kohya" and lora.family != "sd15" and module.endswith((".proj_in", ".proj_out"))
             stored = stored.flatten(1) if linear else stored
-            tensors[_key(layout, module, part, lora.family)] = stored.cpu().contiguous()
+            tensors[_key(layout, module, part, lora.family)] = stored
+    tensors = own(tensors)
     finite(tensors, name, f"Training diverged, or they exceed {dtype}: use an earlier checkpoint, or float32")
     return tensors
 

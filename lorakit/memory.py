@@ -255,7 +255,7 @@ def _build(
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(base.configs["unet"])
         nn.Module.to(unet, dtype)  # diffusers' own `to` warns about what only matters to real weights
-        for name, layer in quantize.layers(unet) if config.quantize != "none" else ():
+        for name, layer in quantize.layers(unet, config.quantize) if config.quantize != "none" else ():
             parent, _, child = name.rpartition(".")
             held = _Held(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
             held.kind = config.quantize

@@ -23,10 +23,15 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and release >= (0, 50))
 
 
-def layers(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that are held in fewer bits, by their path."""
+def layers(unet: nn.Module, kind: str) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that `hold` packs, by their path.
+
+    NF4 needs whole blocks in each row of a weight: bitsandbytes' CPU kernels read the wrong scales elsewhere. All
+    layers of SD 1.x, 2.x and SDXL have them.
+    """
     for name, module in list(unet.named_modules()):
-        if isinstance(module, nn.Linear) and ".attentions." in f".{name}":
+        within = isinstance(module, nn.Linear) and ".attentions." in f".{name}"
+        if within and (kind != "nf4" or module.in_features % BLOCK == 0):
             yield name, module
 
 
@@ -51,7 +56,7 @@ def hold(unet: nn.Module, kind: str, device: torch.device) -> nn.Module:
         raise ImportError(
             f"quantize {kind!r} needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or use 'none'."
         ) from error
-    for name, layer in layers(unet):
+    for name, layer in layers(unet, kind):
         form = {"bias": layer.bias is not None, "device": "meta"}
         if kind == "nf4":
             held = bnb.nn.Linear4bit(
@@ -64,6 +69,9 @@ def hold(unet: nn.Module, kind: str, device: torch.device) -> nn.Module:
             held = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, **form)
             weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         held.compute_dtype = layer.weight.dtype
+        # On processors with AVX512-BF16, bitsandbytes 0.50 repacks an NF4 weight for good at the first product without
+        # gradients: it fails where a side is no multiple of 32 or 64, rounds to bf16, and passes no gradient on.
+        held.support_avx512bf16_for_cpu = False
         # Lengths that DoRA's file gives are of the weight as other programs have it, not of the packed one.
         held.register_buffer("column_norm", column_norm(layer.weight.to(device)), persistent=False)
         held.weight, held.bias = weight.to(device), layer.bias
