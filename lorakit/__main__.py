@@ -13,6 +13,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )  # fmt: skip
 
+MISSING = 3  # exit status of a run that finished, with something missing
+
 Dtype = Annotated[str, typer.Option(help="fp16, bf16 or fp32")]
 Layout = Annotated[str, typer.Option("--format", help="kohya, peft or diffusers")]
 
@@ -47,7 +49,10 @@ def train(
     fork: Annotated[Path | None, typer.Option(help="begin where the run in this folder is")] = None,
     backup: Annotated[str | None, typer.Option(help="second place: a folder, or hub:owner/name")] = None,
 ) -> None:
-    """Train a LoRA, or go on with a run that was cut."""
+    """Train a LoRA, or go on with a run that was cut.
+
+    Exit status: 0 finished, 3 finished with something missing, 130 stopped, 1 an error.
+    """
     from lorakit import config as configs
     from lorakit.run import start
 
@@ -58,8 +63,10 @@ def train(
 
 
 def finish(result) -> None:
+    """Print where the file is; exit with 3 where something else is missing, with 130 where the run was stopped."""
     if result.lora:
-        print(f"done      {result.lora}")
+        print(f"done      {result.lora}" + ", with what is missing above" * bool(result.missing))
+        sys.exit(MISSING if result.missing else 0)
     elif result.steps < result.total:
         sys.exit(130)
 
@@ -252,6 +259,8 @@ def sweep(
     print(made.describe())
     if stop.is_set():
         sys.exit(130)
+    if made.missing:
+        sys.exit(MISSING)
 
 
 def _value(text: str):
@@ -282,6 +291,8 @@ def compare(
     )  # fmt: skip
     page, _ = trials.save(made, out)
     print(json.dumps(made.facts(), indent=2, ensure_ascii=False) if as_json else f"{made.describe()}\nlook at {page}")
+    if made.missing:
+        sys.exit(MISSING)
 
 
 @app.command()

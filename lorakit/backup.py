@@ -195,16 +195,22 @@ class Copier:
             told, self._told = self._told, []
         return told
 
-    def close(self, patience: float) -> None:
-        """Let what is waiting be copied, for so many seconds; then say what is there."""
+    def close(self, patience: float) -> str | None:
+        """Let what is waiting be copied, for so many seconds; then say what is there.
+
+        Returns:
+            Why not everything is there; None where it is.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(patience)
         if self._thread.is_alive():
             self._say(f"not done after {patience:g} s: the second place is behind")
-        elif self.newest is not None and not self.failed:
+            return f"not done after {patience:g} s"
+        if self.newest is not None and not self.failed:
             self._say(f"all at the second place up to step {self.newest}, read back and verified")
+        return self.failed
 
     def _say(self, text: str) -> None:
         with self._changed:

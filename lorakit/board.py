@@ -6,6 +6,7 @@ which takes seconds and memory, and puts the machine's name into the file's.
 
 import io
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -34,9 +35,14 @@ class Board:
         number = len(list(folder.glob("events.out.tfevents.*")))
         self.file = (folder / f"events.out.tfevents.{number:06d}").open("xb")
         self._records = RecordWriter(self.file)
-        self._write(file_version="brain.Event:2")
-        self._write(step=resumed_at + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-        self.flush()
+        try:
+            self._write(file_version="brain.Event:2")
+            self._write(step=resumed_at + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+            self.flush()
+        except OSError:
+            with suppress(OSError):
+                self.close()
+            raise
 
     def _write(self, **values) -> None:
         event = self._event.Event(**({"wall_time": time.time()} | values))

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,8 +85,8 @@ def obeying(
 
 
 def sampler(
-    unet, state: train.State, prepared: Prepared, config: Config, folder: Path, live: Live, say: Callable[[str], None],
-    on_board: board.Board | None = None,
+    unet, state: train.State, prepared: Prepared, config: Config, folder: Path, live: Live, say: record.Console,
+    log: record.Log,
 ) -> Callable[[Step], None]:  # fmt: skip
     """A listener that samples prompts every so many steps and when asked. A failure is said and never ends training."""
 
@@ -114,11 +115,12 @@ def sampler(
                 guidance=config.sample_guidance, scheduler_name=sample.USUAL, clip_skip=config.clip_skip,
                 model=prepared.base.name, loras=[(config.name, 1.0)],
             )  # fmt: skip
-            for prompt, picture in zip(prompts, pictures, strict=True):
-                if on_board:
-                    on_board.picture(step.number, prompt, picture)
         except Exception as error:  # anything, a full disk or card too: the LoRA matters more than its preview
             say(f"samples   none at step {step.number}: {type(error).__name__}: {error}")
+            say.failed("samples", error, step.number)
+            return
+        for prompt, picture in zip(prompts, pictures, strict=True):
+            log.draw(partial(board.Board.picture, step=step.number, name=prompt, picture=picture))
 
     def _said(prompts: Sequence[str]) -> list[cache.Text]:
         """The prompts' embeddings; of new ones made on the CPU, because the card is full of training."""

@@ -8,7 +8,8 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,23 +22,67 @@ from lorakit.config import Config
 from lorakit.lora import Lora
 from lorakit.train import State, Step
 
+ON_BOARD, LAST_LINES = "curves in TensorBoard", "last lines of log.jsonl"  # what may be missing at the end
+
+
+@dataclass
+class Console:
+    """Where a run's words go, and the list of what it could not make."""
+
+    show: Callable[[str], None]
+    failures: dict[str, tuple[list[int], str]] = field(default_factory=dict)  # what → steps, the last one's reason
+
+    def __call__(self, text: str) -> None:
+        with suppress(OSError):  # a terminal that was closed
+            self.show(text)
+
+    def failed(self, what: str, error: Exception | str, step: int | None = None) -> None:
+        """Note that something could not be made, and why."""
+        steps, _ = self.failures.get(what, ([], ""))
+        steps += [] if step is None or step in steps else [step]
+        text = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
+        self.failures[what] = steps, (text.splitlines() or [""])[0]
+
+    def made(self, what: str) -> None:
+        """Note that something was made after all."""
+        self.failures.pop(what, None)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """A line for each thing that could not be made: what, at which steps, and why."""
+        return tuple(f"{what}{_at(steps)}: {why}" for what, (steps, why) in self.failures.items())
+
+    def end(self) -> tuple[str, ...]:
+        """Say what is missing, as a run's last lines."""
+        for text in self.missing:
+            self(f"missing   {text}")
+        return self.missing
+
+
+def _at(steps: Sequence[int]) -> str:
+    """The steps at which something failed, in a few words."""
+    if len(steps) < 2:
+        return "".join(f" of step {step}" for step in steps)
+    few = ", ".join(map(str, steps)) if len(steps) <= 5 else f"{steps[0]} to {steps[-1]}, {len(steps)} of them"
+    return f" of steps {few}"
+
 
 class Log:
     """A listener that writes log.jsonl, a line a step; losses are fetched from the device in tens, or every 2 seconds.
 
     Args:
         names: of the pictures, to tell which ones a skipped step saw.
-        on_board: draws the same curves in TensorBoard, where that is installed.
         losses: gets each step's, by its number.
         expected: digest of the file up to `resumed_at`, where one was kept.
+
+    Its `board` draws the same curves in TensorBoard, where that is installed.
     """
 
     def __init__(
         self, file: Path, resumed_at: int, names: Sequence[str], show: Callable[[Step, float], None],
-        say: Callable[[str], None], on_board: board.Board | None, losses: dict[int, float],
-        expected: str | None = None,
+        say: Console, losses: dict[int, float], expected: str | None = None,
     ):  # fmt: skip
-        self.file, self.names, self.show, self.say, self.board = file, names, show, say, on_board
+        self.file, self.names, self.show, self.say, self.board = file, names, show, say, None
         self.waiting, self.unwritten, self.losses, self.marks = [], "", losses, {}
         self.began = time.monotonic()
         damaged = lambda text: say(f"log       {text}")  # noqa: E731
@@ -67,9 +112,11 @@ class Log:
         try:
             files.append(self.file, self.unwritten)
             self.unwritten = ""
+            self.say.made(LAST_LINES)
         except OSError as error:
             self.say(f"log       not written: {error}. Training goes on")
-        self._draw(lambda board: board.flush())
+            self.say.failed(LAST_LINES, error)
+        self.draw(lambda board: board.flush())
 
     def _line(self, step: Step, seconds: float, loss: float, finite: bool) -> dict:
         line = {"step": step.number, "loss": round(loss, 6), "learning_rate": step.learning_rate}
@@ -78,22 +125,25 @@ class Log:
             seen = line["skipped"] = sorted({self.names[i] for i in step.examples})
             self.say(f"skipped   step {step.number}: loss or gradients not finite; it saw {', '.join(seen)}")
         curves = {k: v for k, v in line.items() if isinstance(v, float) and k != "seconds"}
-        self._draw(lambda board: board.figures(step.number, **curves))
+        self.draw(lambda board: board.figures(step.number, **curves))
         return line
 
-    def _draw(self, how: Callable[[board.Board], None]) -> None:
+    def draw(self, how: Callable[[board.Board], None]) -> None:
         """Draw on the board, where there is one and as long as its file can be written."""
         try:
             if self.board:
                 how(self.board)
         except OSError as error:
+            with suppress(OSError):
+                self.board.close()
             self.board = None
             self.say(f"board     no more curves in TensorBoard: {error}. They are in log.jsonl")
+            self.say.failed(ON_BOARD, error)
 
     def close(self) -> None:
         """Flush, and write no more."""
         self.flush()
-        self._draw(lambda board: board.close())
+        self.draw(lambda board: board.close())
 
 
 class Keeper:
@@ -108,7 +158,7 @@ class Keeper:
 
     def __init__(
         self, folder: Path, state: State, settings: dict, config: Config, about: Callable[[int], dict], log: Log,
-        copier: backup.Copier | None, say: Callable[[str], None],
+        copier: backup.Copier | None, say: Console,
     ):  # fmt: skip
         self.folder, self.checkpoints, self.state, self.settings = folder, folder / "checkpoints", state, settings
         self.config, self.about, self.log, self.copier, self.say = config, about, log, copier, say
@@ -120,6 +170,8 @@ class Keeper:
             self.save(regular)
         except OSError as error:
             self.say(f"save      step {self.state.step} is not saved: {error}. Training goes on")
+            if regular:
+                self.say.failed("checkpoint", error, self.state.step)
         self.listen()
 
     def save(self, regular: bool) -> None:

@@ -47,6 +47,7 @@ from lorakit.cache import Progress
 from lorakit.config import Config
 from lorakit.live import Live, obeying, sampler
 from lorakit.prepare import Prepared
+from lorakit.record import Console
 from lorakit.train import Step
 
 PATIENCE = 600  # seconds that the end of a run waits for the second place
@@ -66,6 +67,7 @@ class Result:
     lora: Path | None  # the finished file; None when the run was stopped before its end
     comparison: Path | None  # base and strengths side by side
     best: Path | None = None  # the checkpoint nearest to the lowest validation loss, where pictures are held out
+    missing: tuple[str, ...] = ()  # what could not be made, and why: a line each
 
 
 @dataclass
@@ -140,13 +142,18 @@ def _as_of_now(saved: dict) -> dict:
     return json.loads(Config(steps=1).model_dump_json(exclude=unlike)) | saved
 
 
-def _same(saved: dict, wanted: dict, folder: Path) -> None:
-    """Refuse to go on with other settings than a run was begun with."""
-    changed = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
-    if changed:
-        raise ValueError(
-            f"{folder.name} was begun with other settings: "
-            + "; ".join(f"{k} was {saved.get(k)!r}, is now {wanted.get(k)!r}" for k in changed)
+class OtherSettings(ValueError):
+    """A folder holds a run that was begun with other settings.
+
+    Attributes:
+        changed: setting → what the run has, and what was asked for now.
+    """
+
+    def __init__(self, run: str, changed: dict[str, tuple]):
+        self.changed = changed
+        super().__init__(
+            f"{run} was begun with other settings: "
+            + "; ".join(f"{name} was {before!r}, is now {now!r}" for name, (before, now) in changed.items())
             + ". Put them back to go on, or name another folder for a new run: an empty one, or with --fork one that "
             "goes on from this run's newest checkpoint with the new settings."
         )
@@ -156,7 +163,7 @@ def is_finished(config: Config, folder: Path, prepared: Prepared) -> bool:
     """Whether a folder holds this very run, at its last step and with its file.
 
     Raises:
-        ValueError: a run that was begun with other settings.
+        OtherSettings: a run that was begun with other settings.
     """
     saved = checkpoint.newest(folder / "checkpoints", lambda _: None)
     if saved is None:
@@ -169,7 +176,11 @@ def is_finished(config: Config, folder: Path, prepared: Prepared) -> bool:
 def _known(saved: checkpoint.Checkpoint, config: Config, folder: Path, prepared: Prepared) -> None:
     """Refuse to go on with a run that these settings do not come down to."""
     if saved.settings not in [prepare.settings(above, prepared) for above in plan.ladder(config)]:
-        _same(saved.settings, prepare.settings(prepared.config, prepared), folder)
+        before, now = saved.settings, prepare.settings(prepared.config, prepared)
+        names = sorted(before.keys() | now.keys())
+        changed = {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+        if changed:
+            raise OtherSettings(folder.name, changed)
 
 
 def claim(folder: Path) -> None:
@@ -218,6 +229,7 @@ def start(
 
     Raises:
         BlockingIOError: the folder is in use.
+        OtherSettings: it holds a run of other settings.
         ValueError, FileNotFoundError, OSError, FloatingPointError: what is wrong and what to do.
 
     Of several processes (`accelerate launch`) every one calls this; each batch is shared out among them, and the first
@@ -230,17 +242,12 @@ def start(
             f"set it to {team.size} or a multiple, with as much less gradient_accumulation_steps."
         )
     keep = shared or Shared()
-
-    def tell(text: str) -> None:
-        with suppress(OSError):  # a terminal that was closed
-            say(text)
-
     try:
         if not team.first:
-            return _start(config, folder, lambda _: None, False, live, (), None, team, keep)
+            return _start(config, folder, Console(lambda _: None), False, live, (), None, team, keep)
         claim(folder)
         with files.claimed(folder):
-            return _start(config, folder, tell, progress, live, listeners, fork and Path(fork), team, keep)
+            return _start(config, folder, Console(say), progress, live, listeners, fork and Path(fork), team, keep)
     finally:
         if shared:
             shared.restore()
@@ -249,7 +256,7 @@ def start(
 
 
 def _start(
-    config: Config, folder: Path, say: Callable[[str], None], progress: bool | Progress, live: Live,
+    config: Config, folder: Path, say: Console, progress: bool | Progress, live: Live,
     listeners: Sequence[Callable[[Step], None]], fork: Path | None, team: processes.Team, keep: Shared,
 ) -> Result:  # fmt: skip
     """`start`, in a folder that is this run's alone."""
@@ -335,8 +342,8 @@ def _start(
         _draw(say, "loss.png", lambda: _draw_loss(folder, config))
         _finish(copier, say)
         say(f"stopped   at step {state.step} of {total}, saved. Start again to go on from there.")
-        done = [losses[step] for step in sorted(losses)]
-        return Result(folder, config, state.step, total, done, None, None, record.best_checkpoint(folder)[0])
+        done, best = [losses[step] for step in sorted(losses)], record.best_checkpoint(folder)[0]
+        return Result(folder, config, state.step, total, done, None, None, best, say.end())
 
     thumbnail = record.thumbnail(folder / "samples" / f"step-{total:06d}")
     with state.evaluated():
@@ -357,13 +364,16 @@ def _start(
     prompts, told = list(live.prompts or prepared.prompts), {"progress": progress, "stop": live.stop}
     here = {"loaded": keep.loaded, "store": keep.cache or folder / "cache"}
     comparison = _draw(say, sheet.name, lambda: compare(prepared.base, lora, prompts, config, sheet, **told, **here))
+    if live.stop.is_set() and not comparison:
+        say.failed(sheet.name, "stopped")
     if comparison:
         say(f"look      {sheet.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
     if copier:
         made = [path for path in (lora, comparison) if path]
         copier.put(total, {f"{path.stem}-step-{total:06d}{path.suffix}": path for path in made})
         _finish(copier, say)
-    return Result(folder, config, total, total, [losses[step] for step in sorted(losses)], lora, comparison, best)
+    done = [losses[step] for step in sorted(losses)]
+    return Result(folder, config, total, total, done, lora, comparison, best, say.end())
 
 
 def _ready(
@@ -462,12 +472,14 @@ def _room(prepared: Prepared, folder: Path, say: Callable[[str], None]) -> None:
         )
 
 
-def _finish(copier: backup.Copier | None, say: Callable[[str], None]) -> None:
+def _finish(copier: backup.Copier | None, say: Console) -> None:
     """Wait for the second place to have all that it shall, and say whether it has."""
     if copier:
-        copier.close(PATIENCE)
+        why = copier.close(PATIENCE)
         for text in copier.told():
             say(text)
+        if why:
+            say.failed("copies at the second place", why)
 
 
 def _telling(
@@ -548,7 +560,7 @@ def _hopeless(error: Exception, config: Config) -> str:
 
 def _drain(
     unet, prepared: Prepared, state: train.State, config: Config, folder: Path, decided: dict,
-    at: Callable[[int], dict[str, str]], total: int, say: Callable[[str], None], progress: bool | Progress,
+    at: Callable[[int], dict[str, str]], total: int, say: Console, progress: bool | Progress,
     live: Live, listeners: Sequence[Callable[[Step], None]], losses: dict[int, float], team: processes.Team,
     copier: backup.Copier | None, kept: str | None,
 ) -> None:  # fmt: skip
@@ -566,23 +578,23 @@ def _drain(
                 line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
                 line.update(step.number - line.n)
 
-        on_board = _board(folder / "tensorboard", state.step, say)
-        log = record.Log(folder / "log.jsonl", state.step, prepared.names, show, say, on_board, losses, kept)
+        log = record.Log(folder / "log.jsonl", state.step, prepared.names, show, say, losses, kept)
         about = lambda step: {"family": prepared.base.family, "metadata": at(step)}  # noqa: E731
         keeper = record.Keeper(folder, state, decided, config, about, log, copier, say)
-        keep = checkpoint.every(config.save_every, config.save_minutes, keeper)
-        own = [  # the log before what saves it, and wishes before the state is saved that has them
-            log, obeying(live, state, prepared, config, keeper, log, folder / "STOP", say, team), keep,
-            sampler(unet, state, prepared, config, folder, live, say, on_board),
-        ]  # fmt: skip
-        if prepared.held_out:
-            own_pictures = [picture for picture in prepared.pictures if not picture.prior]
-            judge = evaluate.every(
-                config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
-                config, lambda mark: log.marks.setdefault(mark.step, {}).update(mark.facts()),
-            )  # fmt: skip
-            own.insert(1, judge)
         try:
+            log.board = _board(folder / "tensorboard", state.step, say)
+            keep = checkpoint.every(config.save_every, config.save_minutes, keeper)
+            own = [  # the log before what saves it, and wishes before the state is saved that has them
+                log, obeying(live, state, prepared, config, keeper, log, folder / "STOP", say, team), keep,
+                sampler(unet, state, prepared, config, folder, live, say, log),
+            ]  # fmt: skip
+            if prepared.held_out:
+                own_pictures = [picture for picture in prepared.pictures if not picture.prior]
+                judge = evaluate.every(
+                    config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
+                    config, lambda mark: log.marks.setdefault(mark.step, {}).update(mark.facts()),
+                )  # fmt: skip
+                own.insert(1, judge)
             train.run(loop, *own, *listeners, stop=live.stop, team=team)
             if state.step < total:  # at its end there is the finished file, which needs less room
                 keeper.stopped()
@@ -596,23 +608,25 @@ def _drain(
             keeper.listen()
 
 
-def _board(folder: Path, resumed_at: int, say: Callable[[str], None]) -> board.Board | None:
+def _board(folder: Path, resumed_at: int, say: Console) -> board.Board | None:
     try:
         return board.Board(folder, resumed_at)
     except OSError as error:
         say(f"board     no curves in TensorBoard: {error}. They are in log.jsonl")
+        say.failed(record.ON_BOARD, error)
         return None
     except ImportError:
         say("board     tensorboard is not installed: the curves are in log.jsonl alone")
         return None
 
 
-def _draw(say: Callable[[str], None], what: str, how: Callable[[], Path | None]) -> Path | None:
+def _draw(say: Console, what: str, how: Callable[[], Path | None]) -> Path | None:
     """A picture of the run; what stands in its way is said, and undoes nothing."""
     try:
         return how()
     except Exception as error:  # a full disk or card too
         say(f"look      no {what}: {type(error).__name__}: {error}")
+        say.failed(what, error)
         return None
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import product
 from pathlib import Path
@@ -85,6 +85,7 @@ class Trials:
     columns: tuple[str, ...] = ()  # of the pictures: the bare base, and runs
     rows: tuple[tuple[Image.Image | None, ...], ...] = field(default=(), repr=False)
     made: str = ""  # how the pictures were
+    missing: tuple[str, ...] = ()  # what could not be made, and why: a line each
 
     @property
     def curves(self) -> list[plots.Curve]:
@@ -192,6 +193,7 @@ def compare_runs(
     differing = _differing(found)
     told += _remarks(found, differing)
     first, made = next((one.config for one in found if one.config), None), _Pictures()
+    missing: tuple[str, ...] = ()
     if pictures and first is None:
         told.append("no pictures: no run's settings can be read")
     elif pictures:
@@ -205,8 +207,10 @@ def compare_runs(
             if isinstance(error, RuntimeError) and not bases.out_of_memory(error):
                 raise
             told.append(f"no pictures: {str(error) or type(error).__name__}")
+            missing = (_public(told[-1], found),)
     public = tuple(dict.fromkeys(_public(text, found) for text in told))
-    return Trials(tuple(map(_trial, found)), differing, public, made.asked, made.columns, made.rows, made.made)
+    trials = tuple(map(_trial, found))
+    return Trials(trials, differing, public, made.asked, made.columns, made.rows, made.made, missing)
 
 
 def _runs(source: Path) -> list[Path]:
@@ -458,7 +462,7 @@ def sweep(
     _claim(folder)
     with files.claimed(folder):
         try:
-            said = _train_all(runs, shared, folder, say, progress, stop)
+            said, missing = _train_all(runs, shared, folder, say, progress, stop)
             folders = [folder / name for name in runs if record.is_run(folder / name)]
             if stop.is_set():
                 return compare_runs(folders, pictures=False) if folders else Trials((), {})
@@ -466,6 +470,7 @@ def sweep(
                 folders, prompts=prompts or said, seeds=seeds, strength=strength, pictures=pictures, say=say, stop=stop,
                 shared=shared,
             )  # fmt: skip
+            made = replace(made, told=(*made.told, *missing), missing=(*missing, *made.missing))
             say(f"look      {save(made, folder)[0].name}: what differs, curves, figures and pictures side by side")
             return made
         finally:
@@ -560,33 +565,40 @@ def _standing(
 def _train_all(
     runs: dict[str, Config], shared: run.Shared, folder: Path, say: Callable[[str], None], progress: bool | Progress,
     stop: threading.Event,
-) -> list[str]:  # fmt: skip
-    """Every run that is not finished, one after the other, until it is stopped. Returns prompts to compare with."""
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """Train every run that is not finished, one after the other, until it is stopped.
+
+    Returns:
+        Prompts to compare with, and what the runs could not make.
+    """
     prompts: list[str] = []
+    missing: list[str] = []
     try:
         files.sweep(folder)
         finished, prompts = _standing(runs, shared, folder, say, progress, stop)
         for place, (name, own) in enumerate(runs.items(), 1):
             if name not in finished and not stop.is_set():
                 say(f"sweep     {name}, {place} of {len(runs)}")
-                _train(own, folder / name, shared, say, progress, stop)
+                missing += _train(own, folder / name, shared, say, progress, stop)
     except KeyboardInterrupt:
         if not stop.is_set():
             raise
-    return prompts
+    return prompts, missing
 
 
 def _train(
     config: Config, folder: Path, shared: run.Shared, say: Callable[[str], None], progress: bool | Progress,
     stop: threading.Event,
-) -> None:  # fmt: skip
-    """One run of a sweep. One that diverges is told and ends none of the others: that is a result as well."""
+) -> list[str]:  # fmt: skip
+    """Train one run of a sweep, and return what it could not make. One that diverges ends none of the others."""
     try:
         result = run.start(config, folder, say=say, progress=progress, live=live.Live(stop), shared=shared)
         if result.steps < result.total:
             stop.set()  # by a file named STOP too
+        return [f"{folder.name}: {text}" for text in result.missing]
     except FloatingPointError as error:
         say(f"sweep     {folder.name} is given up: {error}")
+        return [f"{folder.name}: {error}"]
 
 
 def _far(runs: dict[str, Config], folder: Path) -> str:

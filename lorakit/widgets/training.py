@@ -139,7 +139,9 @@ class Training(widgets.VBox):
             self.head.value, self.bar.bar_style = note(told, "bad"), "danger"
         elif result.lora:
             told = f"done: {result.lora.name}, {result.total} steps in {_span(seconds)}"
-            self.head.value, self.bar.bar_style, self.bar.value = note(told, "good"), "success", 1
+            told = "\n".join([told, *(f"missing: {text}" for text in result.missing)])
+            tone, style = ("warning", "warning") if result.missing else ("good", "success")
+            self.head.value, self.bar.bar_style, self.bar.value = note(told, tone), style, 1
         else:
             told = f"stopped at step {result.steps} of {result.total}, saved. Run the cell again to go on from there."
             self.head.value, self.bar.bar_style = note(told, "warning"), "warning"
