@@ -4,26 +4,61 @@ import gc
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-# At most two threads, fewer where processes test side by side. The commands that tests call read the variable.
-THREADS = min(2, max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
-torch.set_num_threads(THREADS)
-os.environ["OMP_NUM_THREADS"] = str(THREADS)
+try:
+    import torch
+except ModuleNotFoundError:  # the Pythons that only have what needs no torch
+    torch = None
+
+# One thread: models are so small that a second one waits more than it computes, and more still beside other processes.
+# The commands that tests call read the variable.
+os.environ["OMP_NUM_THREADS"] = "1"
+if torch:
+    torch.set_num_threads(1)
+# What comes with torch, or is not asked for without it.
+WITH_TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tensorboard"}
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--all", action="store_true", help="also what needs a browser, another Python or many minutes")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out tests marked `host` unless --all asks for them, or their file is named."""
+    named = {Path(argument.partition("::")[0]).name for argument in config.args}
+    out = [] if config.getoption("--all") else [i for i in items if i.get_closest_marker("host")]
+    out = [item for item in out if item.path.name not in named]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Without torch, a file that imports it is skipped."""
+    report = yield
+    if torch is None and report.failed:
+        missing = [name for name in WITH_TORCH if f"No module named '{name}'" in str(report.longrepr)]
+        if missing:
+            report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {missing[0]}")
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_to_collect_in_libraries():
-    """Looking through their half million objects takes a third of a second, and every run collects several times."""
-    import diffusers  # noqa: F401
-    import peft  # noqa: F401
-    import transformers  # noqa: F401
+def _libraries_are_imported():
+    if torch:
+        import diffusers  # noqa: F401
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_to_collect_in_libraries(_libraries_are_imported):
+    """Looking through their half million objects takes a third of a second, and every run collects several times."""
     gc.collect()
     gc.freeze()
 
@@ -70,8 +105,8 @@ def write_base(folder: Path, family: str = "sd15", prediction_type: str = "epsil
         UNet2DConditionModel(
             sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
             cross_attention_dim=32 if family == "sdxl" else 16,
-            down_block_types=("DownBlock2D" if family == "sdxl" else "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D" if family == "sdxl" else "CrossAttnUpBlock2D"), **form,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[:: 1 if family == "sdxl" else -1],
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[:: 1 if family == "sdxl" else -1], **form,
         ).save_pretrained(folder / "unet")  # fmt: skip
         AutoencoderKL(
             block_out_channels=(8, 8, 16), down_block_types=["DownEncoderBlock2D"] * 3, sample_size=32,
@@ -87,15 +122,19 @@ def write_base(folder: Path, family: str = "sd15", prediction_type: str = "epsil
 @pytest.fixture(scope="session")
 def small_bases(tmp_path_factory) -> dict[str, Path]:
     """family -> folder of a small base with random weights; "sd2" predicts v."""
+    pytest.importorskip("torch")
     root = tmp_path_factory.mktemp("bases")
     kinds = {"sd15": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
     return {family: write_base(root / family, family, kind) for family, kind in kinds.items()}
 
 
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A dataset in kohya's form: two sizes, six pictures, two repeats."""
-    folder = tmp_path / "pictures" / "2_sks thing"
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """A dataset in kohya's form: two sizes, six pictures, two repeats. To read; `pictures` is a copy."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("drawn") / "pictures" / "2_sks thing"
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for number in range(6):
@@ -106,6 +145,29 @@ def pictures(tmp_path) -> Path:
 
 
 @pytest.fixture
+def pictures(drawn, tmp_path) -> Path:
+    """A dataset of the test's own."""
+    return Path(shutil.copytree(drawn, tmp_path / "pictures"))
+
+
+def run_settings(base: Path, dataset: Path):
+    """A run of a second on a small base."""
+    from lorakit.config import Config
+
+    return Config(
+        base=str(base), dataset=str(dataset), name="thing", trigger="sks thing", resolution=32,
+        bucket_step=8, rank=4, alpha=2, batch_size=2, steps=6, learning_rate=1e-3, save_every=3, sample_every=100,
+        sample_prompts=("sks thing",), sample_steps=2, device="cpu", mixed_precision="no",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def settings(small_bases, pictures):
+    """A run of a second on the small SD 1.5 base."""
+    return run_settings(small_bases["sd15"], pictures)
+
+
+@pytest.fixture
 def ready(settings, tmp_path):
     """The run of `settings`, prepared."""
     from loops import prepared
@@ -113,13 +175,29 @@ def ready(settings, tmp_path):
     return prepared(settings, tmp_path)
 
 
-@pytest.fixture
-def settings(small_bases, pictures):
-    """A run of seconds on the small SD 1.5 base."""
-    from lorakit.config import Config
+@pytest.fixture(scope="session")
+def finished(small_bases, drawn, tmp_path_factory):
+    """The run of `settings`, trained once: its Result, and the lines that it said. To read, not to change."""
+    from lorakit import run
 
-    return Config(
-        base=str(small_bases["sd15"]), dataset=str(pictures), name="thing", trigger="sks thing", resolution=32,
-        bucket_step=8, rank=4, alpha=2, batch_size=2, steps=6, learning_rate=1e-3, save_every=3, sample_every=100,
-        sample_prompts=("sks thing",), sample_steps=2, device="cpu", mixed_precision="no",
-    )  # fmt: skip
+    said: list[str] = []
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return run.start(run_settings(small_bases["sd15"], drawn), folder, say=said.append, progress=False), said
+
+
+@pytest.fixture
+def trained(finished, tmp_path):
+    """A copy of that run's folder, for the test to change: its Result."""
+    result, _ = finished
+    folder = Path(shutil.copytree(result.folder, tmp_path / "run"))
+    here = {name: folder / path.relative_to(result.folder)
+            for name in ("lora", "comparison") if (path := getattr(result, name))}  # fmt: skip
+    return replace(result, folder=folder, **here)
+
+
+@pytest.fixture
+def weights_only(monkeypatch):
+    """Runs end without the sheet and the figure, which take half of so short a run: the test is about other things."""
+    from lorakit import run
+
+    monkeypatch.setattr(run, "_draw", lambda *_: None)

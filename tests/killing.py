@@ -12,18 +12,25 @@ from safetensors.torch import load_file
 from lorakit import checkpoint, record
 from lorakit.config import Config
 
+OF_8_BITS = 128  # rank from which on 8-bit optimizers hold states of the small base in 8 bits: 4,096 weights a tensor
 SLICES = 8  # that a checkpoint is written in, each a moment to be killed at
 # Everything heavy is imported once; each process is forked from there and begins within milliseconds.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["lorakit.run", "diffusers", "transformers", "peft", "lorakit.sample"])
+processes.set_forkserver_preload([
+    "lorakit.run", "peft", "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip", "tensorboard.summary.writer.record_writer",
+])  # fmt: skip
 
 
 def child(settings: str, folder: str, at: int | None, told: str) -> None:
     """Train. Every write, sync and rename counts; before number `at` the process is gone without a word."""
+    import gc
+
     import torch
 
     from lorakit import files, run
 
+    gc.freeze()  # every run looks through what is imported several times
     torch.set_num_threads(1)
     count = 0
 
@@ -95,6 +102,11 @@ def nothing_lost(before: dict[int, bool], folder: Path, save_every: int) -> dict
         told = record.describe(folder)
         assert not told["problems"], told["problems"]
     return after
+
+
+def has_8_bits(saved: checkpoint.Checkpoint) -> bool:
+    """Whether a checkpoint's optimizer state holds numbers of 8 bits."""
+    return any(key.startswith("optimizer.") and tensor.dtype.itemsize == 1 for key, tensor in saved.tensors.items())
 
 
 def same_weights(a: Path, b: Path) -> bool:

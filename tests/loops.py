@@ -1,17 +1,22 @@
 """What tests of the loop begin with: everything prepared, then UNet, state and loop."""
 
+from unittest import mock
+
 import torch
+from said import QUIET
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import prepare, train
+from lorakit import memory, plan, prepare, train
 
 CPU = torch.device("cpu")
 
 
 def prepared(settings, folder):
-    """The run's pictures and texts, encoded into a folder."""
-    return prepare.run(settings, folder / "prepared", say=lambda _: None, progress=False)
+    """The run's pictures and texts, encoded into a folder. Its memory is not predicted: that takes a second."""
+    nothing = dict.fromkeys(memory.Prediction.__dataclass_fields__, 0)
+    with mock.patch.object(plan, "predict", lambda *_, size, **__: memory.Prediction(**nothing | {"size": size})):
+        return prepare.run(settings, folder / "prepared", **QUIET)
 
 
 def begin(settings, ready):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from PIL import Image
+from said import line, names, naming
 
 from lorakit import audit, dataset
 from lorakit.base import FAMILIES, tokenize
@@ -22,29 +23,32 @@ def found(captions, trigger="", kind="object", **settings):
 
 
 def told(trigger):
-    return "\n".join(f"{finding.severity} {finding.message}" for finding in audit.of_trigger(trigger))
+    return [f"{finding.severity} {finding.message}" for finding in audit.of_trigger(trigger)]
 
 
 @pytest.mark.parametrize("word", ["dog", "emma", "teapot", "trombone", "bluedog", "sunflower"])
 def test_ordinary_words_are_known_by_the_vocabulary(word):
-    assert audit.ordinary(word) and f"warning '{word}' is made of ordinary words" in told(word)
+    assert audit.ordinary(word) and line(told(word), "warning", word)
 
 
 @pytest.mark.parametrize("word", ["sks", "ohwx", "txcl", "zwx", "xyzzy", "vrtx"])
 def test_rare_words_pass(word):
-    assert not audit.ordinary(word) and "warning" not in told(word) + told(f"{word} dog")
+    assert not audit.ordinary(word)
+    assert {finding.severity for text in (word, f"{word} dog") for finding in audit.of_trigger(text)} == {"info"}
 
 
 def test_the_split_is_the_tokenizers():
-    assert "'txcl' is read as tx·cl, 2 of 75 tokens" in told("txcl")
-    assert "info 'qzvxkjwpt' is read as" in told("qzvxkjwpt")
+    assert line(told("txcl"), "txcl", "tx·cl", 2, 75)
+    assert line(told("qzvxkjwpt"), "info", "qzvxkjwpt", 75)
 
 
 def test_a_weapon_signs_digits_and_capitals_are_told():
-    assert "also a Soviet rifle" in told("sks dog")
-    assert "'ohwx_1' is read as ohwx·_·1" in told("ohwx_1") and "has signs or digits" in told("ohwx_1")
-    assert "'Ohwx' and 'ohwx' are the same" in told("Ohwx")
-    assert told("ohwx") == "info 'ohwx' is read as ohwx, 1 of 75 tokens"
+    (plain,) = told("ohwx")
+    assert names(plain, "info", "ohwx", 1, 75)
+    assert line(told("sks dog"), "sks", audit.KNOWN["sks"])
+    split, spelled = told("ohwx_1")
+    assert names(split, "ohwx_1", "ohwx·_·1") and names(spelled, "info", "ohwx_1")
+    assert line(told("Ohwx"), "Ohwx", "ohwx")
 
 
 # ── The trigger in captions ─────────────────────────────────────────────────────────────────────────────────────────
@@ -66,7 +70,7 @@ def test_a_trigger_that_no_caption_has_is_serious():
 @pytest.mark.parametrize("near", ["ohwz man", "owhx man", "ohwxx man", "ohw man", "ohwxman", "ohwx-man"])
 def test_a_slip_in_the_trigger_is_found(near):
     [finding] = found({"1": "ohwx man", "2": f"a photo of {near}, smiling"}, "ohwx man")["trigger_misspelled"]
-    assert finding.names == ("2",) and finding.message.startswith(f"{near!r} is nearly 'ohwx man'")
+    assert finding.names == ("2",) and names(finding.message, repr(near), "'ohwx man'")
 
 
 def test_ordinary_words_are_no_slips():
@@ -109,7 +113,7 @@ VARIED = {"1": "sks dog, red collar, grass", "2": "sks dog, snow, red collar", "
 
 def test_what_always_comes_with_the_trigger_is_absorbed():
     kinds = found(VARIED | {"4": "grass, wide view"}, "sks")
-    assert kinds["absorbed"][0].message.startswith("Always with 'sks', which so absorbs it: dog, red collar. ")
+    assert names(kinds["absorbed"][0].message, "sks", "dog, red collar") and "grass" not in kinds["absorbed"][0].message
     assert "unvaried" not in kinds
 
 
@@ -117,7 +121,7 @@ def test_what_never_varies_is_told_once():
     kinds = found(VARIED, "sks")
     assert "absorbed" in kinds and "unvaried" not in kinds
     [finding] = found(VARIED)["unvaried"]
-    assert finding.message.startswith("In every caption: red collar, sks dog. ")
+    assert names(finding.message, "red collar, sks dog")
 
 
 def test_the_same_caption_is_told_with_its_pictures():
@@ -151,22 +155,23 @@ def test_a_dataset_is_audited_by_the_names_of_its_pictures(tmp_path):
     assert [f.names for f in result.findings if f.kind == "without_trigger"] == [("5_dog/2.png",)]
     facts = json.loads(json.dumps(result.facts()))
     assert facts["captions"] == 2 and facts["findings"][0]["kind"] == "trigger"
-    text = result.describe().splitlines()
-    assert text[0].startswith("2 captions, ") and text[1].startswith("warning  No 'ohwx', ")
+    first, worst, *_ = result.describe().splitlines()
+    assert names(first, 2, len(result.findings)) and names(worst, "warning", "ohwx", "5_dog/2.png")
 
 
 def test_a_report_stays_short():
-    text = audit.audit({str(i): f"{i} " + "very " * 80 for i in range(50)}).describe()
-    assert text.count("of which 75 are read") == 5 and "45 more of kind too_long" in text
+    lines = audit.audit({str(i): f"{i} " + "very " * 80 for i in range(50)}).describe().splitlines()
+    assert sum(names(text, "warning", 75) for text in lines) == 5 and line(lines, 45, "too_long")
 
 
 def test_no_captions_are_no_trouble():
     assert audit.audit({}, "ohwx").captions == 0
-    assert found({"1": ""}) == {"empty": [audit.Finding("empty", "warning", "No caption: draft or write one.", ("1",))]}
+    ((kind, [finding]),) = found({"1": ""}).items()
+    assert (kind, finding.severity, finding.names) == ("empty", "warning", ("1",))
 
 
 def test_unknown_kinds_and_families_are_refused():
-    with pytest.raises(ValueError, match="kinds are character"):
+    with pytest.raises(ValueError, match=naming("person", *audit.KINDS)):
         audit.audit({}, kind="person")
-    with pytest.raises(ValueError, match="families are sd15"):
+    with pytest.raises(ValueError, match=naming("flux", *audit.FAMILIES)):
         audit.audit({}, family="flux")

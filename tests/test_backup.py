@@ -7,12 +7,13 @@ import threading
 import hubserver
 import huggingface_hub
 import pytest
+from conftest import run_settings
 from killing import same_weights
+from said import QUIET, line, names, naming
 
 from lorakit import backup, checkpoint, plots, run
 from lorakit.live import Live
 
-QUIET = {"say": lambda _: None, "progress": False}
 TOKEN = "hf_" + "s" * 34
 
 
@@ -23,9 +24,24 @@ def away(settings, tmp_path):
 
 
 def stopped_at(step, settings, folder, **more):
-    stop = threading.Event()
-    stops = [lambda s: stop.set() if s.number == step else None]
-    return run.start(settings, folder, live=Live(stop), listeners=stops, **({**QUIET} | more))
+    live = Live()
+    stops = [lambda s: live.stop.set() if s.number == step else None]
+    return run.start(settings, folder, live=live, listeners=stops, **(QUIET | more))
+
+
+@pytest.fixture(scope="module")
+def stopped(small_bases, drawn, tmp_path_factory):
+    """A folder with a run that was stopped at step 5, and the drive with its copies. To read, not to change."""
+    root = tmp_path_factory.mktemp("stopped")
+    settings = run_settings(small_bases["sd15"], drawn)
+    stopped_at(5, settings.with_(save_every=2, keep_states=2, backup=str(root / "drive")), root / "run")
+    return root
+
+
+@pytest.fixture
+def copies(stopped, tmp_path):
+    """The copies of that run, at the place of `away`: the folder."""
+    return shutil.copytree(stopped / "drive", tmp_path / "drive") / "run"
 
 
 def test_what_is_there_after_a_run(away, tmp_path):
@@ -37,50 +53,49 @@ def test_what_is_there_after_a_run(away, tmp_path):
     assert not checkpoint.read(there["step-000002.weights.safetensors"]).whole
     assert checkpoint.read_whole(there["step-000006.safetensors"]).step == 6
     assert same_weights(there["thing-step-000006.safetensors"], result.lora)
-    assert [line["step"] for line in plots.read_log(there["log-000006.jsonl"])] == [1, 2, 3, 4, 5, 6]
-    assert any("all at the second place up to step 6, read back and verified" in line for line in said)
+    assert there["comparison-step-000006.png"].read_bytes() == result.comparison.read_bytes()
+    assert [entry["step"] for entry in plots.read_log(there["log-000006.jsonl"])] == [1, 2, 3, 4, 5, 6]
+    assert line(said, "backup", 6)
     assert not any("drive" in file.read_text(errors="replace") for file in there.values())  # no path of this machine
 
 
-def test_a_machine_that_is_gone_is_gone_on_from_there(away, settings, tmp_path):
-    whole = run.start(settings, tmp_path / "whole", **QUIET)
-    stopped_at(5, away, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
+@pytest.mark.usefixtures("weights_only", "copies")
+def test_a_machine_that_is_gone_is_gone_on_from_there(away, finished, tmp_path):
     said = []
     result = run.start(away, tmp_path / "run", say=said.append, progress=False)
-    assert any("step 5 comes from the second place" in line for line in said)
-    assert any("resume    at step 5" in line for line in said)
+    assert line(said, "resume", 5, checkpoint.name(5))
     assert result.steps == 6 and len(result.losses) == 1
-    assert same_weights(result.lora, whole.lora)
-    assert [line["step"] for line in plots.read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert same_weights(result.lora, finished[0].lora)
+    assert [entry["step"] for entry in plots.read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_damaged_copy_is_passed_over_for_an_older_one(away, tmp_path):
-    stopped_at(5, away, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    newest = tmp_path / "drive" / "run" / "state-000005.safetensors"  # between two regular ones
+@pytest.mark.usefixtures("weights_only")
+def test_a_damaged_copy_is_passed_over_for_an_older_one(away, copies, tmp_path):
+    newest = copies / "state-000005.safetensors"  # between two regular ones
     newest.write_bytes(newest.read_bytes()[:-100])
     said = []
     assert run.start(away, tmp_path / "run", say=said.append, progress=False).steps == 6
-    assert any("step-000005.safetensors cannot be read" in line and "at the second place" in line for line in said)
-    assert any("resume    at step 4" in line for line in said)
+    assert line(said, "resume", "step-000005.safetensors")
+    assert line(said, "resume", 4, checkpoint.name(4))
 
 
-def test_what_is_here_and_newer_is_not_fetched(away, tmp_path):
-    stopped_at(3, away, tmp_path / "run")
-    said = []
-    run.start(away, tmp_path / "run", say=said.append, progress=False)
-    assert not any("comes from the second place" in line for line in said)
+@pytest.mark.usefixtures("weights_only", "copies")
+def test_what_is_here_and_newer_is_not_fetched(away, stopped, tmp_path, monkeypatch):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    fetched = []
+    monkeypatch.setattr(backup.Folder, "get", lambda self, name, path: fetched.append(name))
+    assert run.start(away, tmp_path / "run", **QUIET).steps == 6
+    assert fetched == []
 
 
+@pytest.mark.usefixtures("copies")
 def test_another_run_of_the_same_name_is_not_mixed_up_with_this_one(away, tmp_path):
-    stopped_at(3, away, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    with pytest.raises(ValueError, match="run was begun with other settings: rank was 4, is now 8"):
-        run.start(away.with_(rank=8), tmp_path / "run", **QUIET)
+    with pytest.raises(ValueError, match=naming("run", "seed", 42, 43)):
+        run.start(away.with_(seed=43), tmp_path / "run", **QUIET)
     assert not checkpoint.paths(tmp_path / "run" / "checkpoints")
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_place_that_fails_is_told_and_training_goes_on(away, tmp_path, monkeypatch):
     put, failed, healed = backup.Folder.put, threading.Event(), threading.Event()
 
@@ -99,17 +114,17 @@ def test_a_place_that_fails_is_told_and_training_goes_on(away, tmp_path, monkeyp
     said = []
     result = run.start(away, tmp_path / "run", say=said.append, progress=False, listeners=[heal])
     assert result.lora
-    assert any("is not at the second place: [Errno 28] the drive is full. Training goes on" in line for line in said)
-    assert any("works again, step 6 is at the second place" in line for line in said)
+    assert line(said, "backup", "the drive is full")
+    assert any(names(text, "backup", 6) and not names(text, "the drive is full") for text in said)
     assert (tmp_path / "drive" / "run" / "step-000006.safetensors").exists()
 
 
 def test_a_copy_that_arrives_otherwise_is_noticed(tmp_path, monkeypatch):
-    (tmp_path / "a").write_bytes(b"what was sent")
+    (tmp_path / "sent").write_bytes(b"what was sent")
     place = backup.place(str(tmp_path / "drive"), "run")
     monkeypatch.setattr(backup.shutil, "copyfile", lambda source, target: target.write_bytes(b"what arrived."))
-    with pytest.raises(OSError, match="a did not arrive as it was sent"):
-        place.put(tmp_path / "a", "a")
+    with pytest.raises(OSError, match=naming("log-000001.jsonl")):
+        place.put(tmp_path / "sent", "log-000001.jsonl")
     assert place.names() == []
 
 
@@ -126,7 +141,7 @@ def test_a_slow_place_gets_the_latest(tmp_path):
         copier.put(step, {backup.names(step, True, False): b"state %d" % step})
         assert reached.wait(10)
     copier.close(0.01)
-    assert "not done after 0.01 s" in copier.told()[0]
+    assert line(copier.told(), "backup", "0.01 s")
     go.set()
     copier.close(10)
     assert sorted(copier.place.names()) == ["state-000001.safetensors", "state-000003.safetensors"]
@@ -135,19 +150,19 @@ def test_a_slow_place_gets_the_latest(tmp_path):
 
 @pytest.mark.parametrize("reference", ["hub:name", "hub:a/b/c", "hub:"])
 def test_a_repository_needs_its_owner(reference):
-    with pytest.raises(ValueError, match="write it as 'hub:owner/name'"):
+    with pytest.raises(ValueError, match=naming(repr(reference), "hub:owner/name")):
         backup.place(reference, "run")
 
 
 def test_a_file_is_no_place(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is a file. Name a folder"):
-        backup.place(str(tmp_path / "file"), "run")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=naming("notes.txt")):
+        backup.place(str(tmp_path / "notes.txt"), "run")
 
 
-def test_the_hub_is_a_place_too(settings, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("weights_only")
+def test_the_hub_is_a_place_too(settings, finished, tmp_path, monkeypatch):
     """The hub's own client, and a stand-in of the hub on this computer."""
-    whole = run.start(settings, tmp_path / "whole", **QUIET)
     settings = settings.with_(save_every=2, keep_states=2, backup="hub:somebody/runs")
     with hubserver.running(TOKEN) as hub:
         hub.used_by(monkeypatch, tmp_path / "hub-cache")
@@ -158,8 +173,8 @@ def test_the_hub_is_a_place_too(settings, tmp_path, monkeypatch):
         assert "run/state-000005.safetensors" in hub.files["somebody/runs"], said
         shutil.rmtree(tmp_path / "run")
         result = run.start(settings, tmp_path / "run", say=said.append, progress=False)
-        assert any("step 5 comes from the second place" in line for line in said)
-        assert same_weights(result.lora, whole.lora)
+        assert line(said, "resume", 5) and len(result.losses) == 1
+        assert same_weights(result.lora, finished[0].lora)
         names = {name for name in hub.files["somebody/runs"] if name.startswith("run/st")}
         assert names == {  # step 4 is not here any more, to make its weights of: it stays whole
             f"run/{name}.safetensors" for name in ("step-000002.weights", "step-000004", "state-000005", "step-000006")
@@ -169,6 +184,6 @@ def test_the_hub_is_a_place_too(settings, tmp_path, monkeypatch):
         hub.down = True
         said.clear()
         stopped_at(1, settings, tmp_path / "run", say=said.append)
-    assert any("the second place cannot be read" in line for line in said)
-    assert any("step 1 is not at the second place" in line for line in said)
-    assert not any(TOKEN in line for line in said)
+    assert line(said, "resume", 503)  # what the place holds cannot be read
+    assert line(said, "backup", 1, 503)
+    assert not any(TOKEN in text for text in said)

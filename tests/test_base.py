@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from said import naming
 
 from lorakit import base as bases
 
@@ -35,28 +36,25 @@ def test_the_noise_schedule_is_the_bases_own(small_bases):
     assert float(alphas[0]) == pytest.approx(1 - 0.00085)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("model.ckpt", "is a pickle.*safetensors"), ("model.safetensors", "no whole safetensors file.*Download it again")],
-)
-def test_files_are_refused_with_the_way_out(tmp_path, name, message):
+@pytest.mark.parametrize(("name", "named"), [("model.ckpt", ("pickle", ".safetensors")), ("model.safetensors", (1,))])
+def test_files_are_refused_with_the_way_out(tmp_path, name, named):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(name, *named)):
         bases.open(tmp_path / name)
 
 
 def test_what_is_no_base_is_explained(tmp_path, small_bases):
-    with pytest.raises(FileNotFoundError, match="no base 'nowhere'"):
+    with pytest.raises(FileNotFoundError, match=naming("nowhere", "demo")):
         bases.open("nowhere")
-    with pytest.raises(ValueError, match="not a Stable Diffusion base: it has no unet, vae"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "unet", "vae", "scheduler")):
         bases.open(tmp_path)
     twin = shutil.copytree(small_bases["sd15"], tmp_path / "inpainting")
     config = json.loads((twin / "unet" / "config.json").read_text())
     (twin / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
-    with pytest.raises(ValueError, match="takes 9 channels.*inpainting"):
+    with pytest.raises(ValueError, match=naming(twin, 9, 4)):
         bases.open(twin)
     (twin / "unet" / "config.json").write_text("{ cut")
-    with pytest.raises(ValueError, match="unet/config.json of the base is damaged"):
+    with pytest.raises(ValueError, match=naming("unet/config.json")):
         bases.open(twin)
 
 
@@ -67,14 +65,14 @@ def test_an_unreachable_hub_id_says_so(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match="'owner/model'.*no route to host.*HF_TOKEN"):
+    with pytest.raises(FileNotFoundError, match=naming("owner/model", "no route to host", "HF_TOKEN")):
         bases.open("owner/model")
 
 
 def test_pickled_weights_are_never_loaded(tmp_path, small_bases):
     twin = shutil.copytree(small_bases["sd15"], tmp_path / "pickled")
     (twin / "unet" / "diffusion_pytorch_model.safetensors").rename(twin / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"only the pickle diffusion_pytorch_model\.bin"):
+    with pytest.raises(FileNotFoundError, match=naming("unet", "diffusion_pytorch_model.bin")):
         bases.load_unet(bases.open(twin), torch.float32, CPU)
 
 
@@ -132,7 +130,7 @@ def test_devices_and_dtypes(monkeypatch):
     assert bases.choose_device("cpu") == CPU
     assert bases.compute_dtype("auto", CPU) == torch.float32
     assert bases.compute_dtype("bf16", CPU) == torch.bfloat16
-    with pytest.raises(ValueError, match="does not train on a CPU"):
+    with pytest.raises(ValueError, match=naming("fp16", "bf16", "no")):
         bases.compute_dtype("fp16", CPU)
     # A T4 (7.5) claims bf16, which it only emulates
     card = torch.device("cuda")
@@ -143,7 +141,7 @@ def test_devices_and_dtypes(monkeypatch):
 
 def test_a_device_that_is_not_there_is_refused():
     missing = next(d for d in ("mps", "cuda") if d != bases.choose_device().type)
-    with pytest.raises(ValueError, match=f"device '{missing}' cannot be used"):
+    with pytest.raises(ValueError, match=naming(missing, torch.__version__)):
         bases.choose_device(missing)
 
 
@@ -194,7 +192,7 @@ def test_the_files_that_hold_a_component(tmp_path, small_bases):
     where = {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}
     index.write_text(json.dumps({"weight_map": where}))
     (folder / "one.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="unet/ of base lacks two.safetensors. Copy or fetch it again"):
+    with pytest.raises(FileNotFoundError, match=naming("unet", "two.safetensors")):
         bases.weight_files(base, "unet")
     (folder / "two.safetensors").write_bytes(b"")
     assert bases.weight_files(base, "unet") == [folder / "one.safetensors", folder / "two.safetensors"]

@@ -1,7 +1,9 @@
 import socket
+import sys
 
 import pytest
 from PIL import Image
+from said import QUIET, line
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -50,19 +52,20 @@ def test_no_name_of_the_machine_is_in_it(tmp_path):
     assert socket.gethostname().encode() not in file.read_bytes()
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_run_writes_the_curves_of_its_log_and_its_samples(settings, tmp_path):
-    run.start(settings.with_(sample_every=3), tmp_path / "run", say=lambda _: None, progress=False)
+    run.start(settings.with_(steps=4, sample_every=2), tmp_path / "run", **QUIET)
     events = read(tmp_path / "run" / "tensorboard")
     log = plots.read_log(tmp_path / "run" / "log.jsonl")
-    assert [step for step, _ in curve(events, "loss")] == [line["step"] for line in log]
-    assert [value for _, value in curve(events, "loss")] == pytest.approx([line["loss"] for line in log], abs=1e-6)
-    assert [image.step for image in events.Tensors("sks thing")] == [3, 6]
+    assert [step for step, _ in curve(events, "loss")] == [entry["step"] for entry in log]
+    assert [value for _, value in curve(events, "loss")] == pytest.approx([entry["loss"] for entry in log], abs=1e-6)
+    assert [image.step for image in events.Tensors("sks thing")] == [2, 4]
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_run_without_tensorboard_is_not_ended_by_that(settings, tmp_path, monkeypatch):
-    def missing(*_):
-        raise ImportError("tensorboard")
-
-    monkeypatch.setattr(board, "Board", missing)
-    result = run.start(settings, tmp_path / "run", say=lambda _: None, progress=False)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)  # fails to import, as where it is not installed
+    said = []
+    result = run.start(settings.with_(steps=1), tmp_path / "run", say=said.append, progress=False)
     assert result.lora and not (tmp_path / "run" / "tensorboard").exists()
+    assert line(said, "tensorboard", "log.jsonl")

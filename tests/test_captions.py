@@ -2,6 +2,7 @@
 
 import pytest
 from PIL import Image
+from said import names, naming
 
 from lorakit import captions, dataset
 
@@ -54,8 +55,9 @@ def test_the_guides_template_is_put_on_once():
 
 @pytest.mark.parametrize("form, wrong", [("{subject}, {caption}", "subject"), ("{trigger}, {caption}", "trigger")])
 def test_a_form_that_cannot_be_filled_is_refused(form, wrong):
-    with pytest.raises(ValueError, match=f"nothing is known of {wrong}"):
+    with pytest.raises(ValueError, match=naming(repr(form))) as caught:
         captions.template({"1": "a dog"}, form)
+    assert names(str(caught.value).replace(form, ""), wrong)
 
 
 def test_plain_text_is_replaced_as_it_stands():
@@ -71,8 +73,9 @@ def test_patterns_may_name_groups():
 
 @pytest.mark.parametrize("find, by", [("a(", "b"), ("a", r"\1"), ("a", r"\g<x>"), ("", "b")])
 def test_a_broken_pattern_is_explained(find, by):
-    with pytest.raises(ValueError, match="cannot be used|no text to find"):
+    with pytest.raises(ValueError) as caught:
         captions.replace({"1": "a"}, find, by, regex=True)
+    assert not find or names(str(caught.value), repr(find), repr(by))
 
 
 def test_tags_are_edited_behind_those_that_are_kept():
@@ -86,8 +89,9 @@ def test_the_preview_shows_what_changes_alone():
     before = {"1": "a dog", "2": "a cat", "3": "a dog"}
     found = captions.changes(before, captions.replace(before, "dog", "wolf"))
     assert [change.name for change in found] == ["1", "3"]
-    assert captions.preview(found, most=1) == "2 captions would change:\n1\n  - a dog\n  + a wolf\n… and 1 more"
-    assert captions.preview([]) == "0 captions would change"
+    title, *lines, last = captions.preview(found, most=1).splitlines()
+    assert names(title, 2) and lines == ["1", "  - a dog", "  + a wolf"] and names(last, 1)
+    assert names(captions.preview([]), 0)
 
 
 # ── Written and undone ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -129,13 +133,13 @@ def test_an_edit_is_undone_to_the_byte(odd):
     assert not [name for name in contents(odd) if name not in {path.name for path in written}]
     assert sorted(captions.undo(odd)) == sorted(written)
     assert contents(odd) == before
-    with pytest.raises(ValueError, match="nothing to undo"):
+    with pytest.raises(ValueError, match=naming("set")):
         captions.undo(odd)
 
 
 def test_edits_are_undone_one_by_one_and_those_of_one_name_together(odd):
-    states, names = [contents(odd)], ["5_dog/crlf.png", "5_dog/bom.png", "5_dog/none.png"]
-    for edit, batches in (("a", [names]), ("b", [names[:1], names[1:]])):
+    states, pictures = [contents(odd)], ["5_dog/crlf.png", "5_dog/bom.png", "5_dog/none.png"]
+    for edit, batches in (("a", [pictures]), ("b", [pictures[:1], pictures[1:]])):
         for some in batches:
             old = captions.of(dataset.scan(odd))
             captions.write([captions.Change(name, old[name], f"{edit}, {old[name]}") for name in some], odd, edit=edit)
@@ -151,13 +155,13 @@ def test_a_hand_edit_is_neither_overwritten_nor_undone(odd):
     found = captions.changes(old, captions.template(old, trigger="sks"))
     (odd / "5_dog" / "bom.txt").write_text("by hand", encoding="utf-8")
     before = contents(odd)
-    with pytest.raises(ValueError, match="edited meanwhile: 5_dog/bom.png"):
+    with pytest.raises(ValueError, match=naming("5_dog/bom.png")):
         captions.write(found, odd)
     assert contents(odd) == before
     captions.write([change for change in found if "bom" not in change.name], odd)
     (odd / "5_dog" / "none.txt").write_text("by hand", encoding="utf-8")
     before = contents(odd)
-    with pytest.raises(ValueError, match=r"edited after they were written: none\.txt"):
+    with pytest.raises(ValueError, match=naming("none.txt")):
         captions.undo(odd)
     assert contents(odd) == before
 
@@ -182,7 +186,7 @@ def test_captions_are_written_all_or_none(odd, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         captions.write(found, odd)
     assert contents(odd) == before
-    with pytest.raises(ValueError, match="nothing to undo"):
+    with pytest.raises(ValueError, match=naming("set")):
         captions.undo(odd)
 
 
@@ -210,5 +214,5 @@ def test_the_caption_file_that_is_there_is_used(tmp_path):
         (tmp_path / name).write_text("x", encoding="utf-8")
     found = captions.caption_files(["a.png", "b.png", "\u00e9.png", "new.jpg"], tmp_path)
     assert [path.name for path in found.values()] == ["a.TXT", "b.caption", "e\u0301.txt", "new.txt"]
-    with pytest.raises(ValueError, match=r"a.png and a.jpg share the caption a.TXT: rename one"):
+    with pytest.raises(ValueError, match=naming("a.png", "a.jpg", "a.TXT")):
         captions.caption_files(["a.png", "a.jpg"], tmp_path)

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from said import names, naming
 
 from lorakit import config as configs
 from lorakit.config import Config, preset
@@ -28,7 +29,7 @@ def test_every_preset_agrees_with_the_guide():
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'landscape'.*character, clothing, object, style.*sd15, sd2, sdxl"):
+    with pytest.raises(ValueError, match=naming("landscape", *(name for key in configs.PRESETS for name in key))):
         preset("landscape")
 
 
@@ -47,31 +48,29 @@ def test_all_problems_are_told_together_with_the_nearest_name(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"steps": 5, "learning_rat": 1, "rank": 0}))
     with pytest.raises(ValueError) as caught:
         configs.load(tmp_path / "c.json")
-    message = str(caught.value)
-    assert "'learning_rat', did you mean 'learning_rate'?" in message
-    assert "rank = 0" in message
+    assert names(str(caught.value), "learning_rat", "learning_rate", "rank", 0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"steps": None}, "set one of them"),
-        ({"steps": 3, "epochs": 2}, "set one of them"),
-        ({"resolution": 500}, "use 448 or 512"),
-        ({"warmup_steps": 10}, "constant_with_warmup"),
-        ({"warmup_steps": 2.5, "schedule": "cosine"}, "neither a whole number nor a share"),
-        ({"optimizer": "prodigy"}, "rate that optimizer 'prodigy' finds by itself.*use 1.0"),
-        ({"optimizer": "adamw_schedulefree", "schedule": "cosine"}, "needs no schedule"),
-        ({"optimizer": "adamw_schedulefree", "ema_decay": 0.99}, "averages the weights itself"),
-        ({"debiased": True}, "two weightings of one loss"),
-        ({"min_bucket_side": 576}, "min_bucket_side 576 and max_bucket_side None leave out the resolution 512: widen"),
-        ({"max_bucket_side": 448}, "min_bucket_side None and max_bucket_side 448 leave out"),
-        ({"bucket_rule": "nearest"}, "no_upscale"),
-        ({"min_timestep": 500, "max_timestep": 400}, "min_timestep 500 is not below max_timestep 400"),
+        ({"steps": None}, ("steps", "epochs")),
+        ({"steps": 3, "epochs": 2}, ("steps", 3, "epochs", 2)),
+        ({"resolution": 500}, ("resolution", 500, 448, 512)),
+        ({"warmup_steps": 10}, ("warmup_steps", "constant", "constant_with_warmup")),
+        ({"warmup_steps": 2.5, "schedule": "cosine"}, ("warmup_steps", 2.5)),
+        ({"optimizer": "prodigy"}, ("optimizer", "prodigy", "learning_rate", 0.0001, 1.0)),
+        ({"optimizer": "adamw_schedulefree", "schedule": "cosine"}, ("adamw_schedulefree", "schedule", "cosine")),
+        ({"optimizer": "adamw_schedulefree", "ema_decay": 0.99}, ("adamw_schedulefree", "ema_decay")),
+        ({"debiased": True}, ("debiased", "min_snr_gamma")),
+        ({"min_bucket_side": 576}, ("min_bucket_side", 576, "max_bucket_side", "resolution", 512)),
+        ({"max_bucket_side": 448}, ("min_bucket_side", "max_bucket_side", 448, "resolution", 512)),
+        ({"bucket_rule": "nearest"}, ("bucket_rule", "nearest", "kohya", "no_upscale", "least_crop")),
+        ({"min_timestep": 500, "max_timestep": 400}, ("min_timestep", 500, "max_timestep", 400)),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_contradict_each_other_are_refused(changes, named):
+    with pytest.raises(ValueError, match=naming(*named)):
         preset("style").with_(**changes)
 
 
@@ -85,13 +84,13 @@ def test_length_is_counted_kohyas_way():
 
 
 def test_a_missing_or_broken_file_is_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config file"):
+    with pytest.raises(FileNotFoundError, match=naming("none.json")):
         configs.load(tmp_path / "none.json")
     (tmp_path / "c.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match=naming("c.json")):
         configs.load(tmp_path / "c.json")
     (tmp_path / "c.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match=naming("c.json", "list")):
         configs.load(tmp_path / "c.json")
 
 
@@ -113,12 +112,12 @@ def test_rates_of_text_encoders():
     assert settings.with_(text_encoder_rate=1e-5).text_rates(both) == {"text_encoder": 1e-5, "text_encoder_2": 1e-5}
     assert settings.with_(text_encoder_rate=1e-5, text_encoder_2_rate=0).text_rates(both) == {"text_encoder": 1e-5}
     assert settings.with_(text_encoder_2_rate=1e-5).text_rates(both) == {"text_encoder_2": 1e-5}
-    with pytest.raises(ValueError, match="nothing would be trained"):
+    with pytest.raises(ValueError, match=naming("train_unet")):
         settings.with_(train_unet=False)
     prodigy = {"optimizer": "prodigy", "learning_rate": 1.0}
     assert settings.with_(text_encoder_rate=1.0, **prodigy).optimizer == "prodigy"
     for changes in ({"text_encoder_rate": 0.5}, {"block_rates": {"mid_block": 0.5}}, {"learning_rate_ratio": 4}):
-        with pytest.raises(ValueError, match="finds one rate for all"):
+        with pytest.raises(ValueError, match=naming("prodigy", "learning_rate", "learning_rate_ratio", "block_rates")):
             settings.with_(**prodigy, **changes)
 
 
@@ -131,7 +130,7 @@ def test_a_quick_run_is_half_as_long_and_else_what_the_preset_says():
         unlike = {name for name in Config.model_fields if getattr(usual, name) != getattr(quick, name)}
         assert unlike == {"steps", *configs.QUICK} and quick.steps == usual.steps // 2
     assert configs.quick(Config(epochs=9)).epochs == 4 and configs.quick(Config(epochs=1)).steps is None
-    with pytest.raises(ValueError, match="initialisation 'eva': start_from"):
+    with pytest.raises(ValueError, match=naming("initialisation", "eva", "start_from")):
         configs.quick(Config(steps=9, start_from="one.safetensors"))
 
 
@@ -184,15 +183,16 @@ def test_a_class_that_the_base_is_asked_for_is_not_kept(at_home):
 
 @pytest.mark.parametrize("name", ["", " a", "a/b", "../a", "a.", "a\\b", ".a", "x" * 65, "a\nb"])
 def test_what_is_no_name_is_refused(at_home, name):
-    with pytest.raises(ValueError, match="cannot be called"):
+    with pytest.raises(ValueError, match=naming(repr(name))):
         configs.save_preset(name, Config(steps=5))
     assert not at_home.exists()
 
 
 def test_built_in_presets_stay_what_they_are(at_home):
     for name in ("style", "Style"):
-        with pytest.raises(ValueError, match="is a built-in preset"):
+        with pytest.raises(ValueError, match=naming(name)):
             configs.save_preset(name, Config(steps=5))
+    assert not at_home.exists()
     at_home.mkdir(parents=True)
     (at_home / "style.json").write_text('{"steps": 1}')
     assert preset("style").steps == 2000 and configs.own_presets() == []
@@ -201,19 +201,19 @@ def test_built_in_presets_stay_what_they_are(at_home):
 def test_a_preset_that_is_damaged_or_out_of_date_is_told_in_words(at_home):
     file = configs.save_preset("mine", Config(steps=5))
     file.write_text("{")
-    with pytest.raises(ValueError, match="Your preset 'mine' cannot be read: .*Save it anew"):
+    with pytest.raises(ValueError, match=naming("mine", "line 1 column 2")):
         preset("mine")
     file.write_text("[]")
-    with pytest.raises(ValueError, match="it holds a list"):
+    with pytest.raises(ValueError, match=naming("mine", "list")):
         preset("mine")
     file.write_text('{"steps": 5, "learning_rat": 1, "rank": 0}')
-    with pytest.raises(ValueError, match="'mine' is not valid.*rank = 0.*'learning_rat', did you mean 'learning_rate'"):
+    with pytest.raises(ValueError, match=naming("mine", "rank", 0, "learning_rat", "learning_rate")):
         preset("mine")
-    with pytest.raises(ValueError, match="no preset 'other' of your own. There is mine"):
+    with pytest.raises(ValueError, match=naming("other", "mine")):
         configs.kept("other")
-    with pytest.raises(ValueError, match="your own: mine"):
+    with pytest.raises(ValueError, match=naming("other", "mine", "style")):
         preset("other")
-    with pytest.raises(ValueError, match="on 'sd3'"):
+    with pytest.raises(ValueError, match=naming("mine", "sd3", "sdxl")):
         preset("mine", "sd3")
 
 

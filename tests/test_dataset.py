@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
+from said import line, names, naming
 
 from lorakit import dataset, index
 
@@ -41,12 +42,16 @@ def noise(suffix: str) -> bytes:
     return file.getvalue()
 
 
-def names(found: dataset.Dataset) -> list[str]:
+def paths(found: dataset.Dataset) -> list[str]:
     return [picture.path.relative_to(found.root).as_posix() for picture in found.pictures]
 
 
 def reasons(found: dataset.Dataset, left_out: bool) -> dict[str, str]:
     return {problem.path.name: problem.reason for problem in found.problems if problem.left_out is left_out}
+
+
+def described(found: dataset.Dataset) -> list[str]:
+    return found.describe().splitlines()
 
 
 # Folders
@@ -58,7 +63,7 @@ def test_kohyas_tree(tmp_path):
     draw(tmp_path / "5_sks cat" / "2.jpg", BLUE, (10, 20))
     draw(tmp_path / "2_a_dog" / "deep" / "1.webp", BLUE)
     found = dataset.scan(tmp_path)
-    assert names(found) == ["2_a_dog/deep/1.webp", "5_sks cat/1.png", "5_sks cat/2.jpg"]
+    assert paths(found) == ["2_a_dog/deep/1.webp", "5_sks cat/1.png", "5_sks cat/2.jpg"]
     assert [p.repeats for p in found.pictures] == [2, 5, 5]
     assert [p.group for p in found.pictures] == ["2_a_dog/deep", "5_sks cat", "5_sks cat"]
     assert [p.caption for p in found.pictures] == ["a_dog", "a photo of sks cat", "sks cat"]
@@ -66,9 +71,9 @@ def test_kohyas_tree(tmp_path):
     assert (found.pictures[2].width, found.pictures[2].height) == (10, 20)
     assert found.pictures[1].digest == hashlib.sha256(cat.read_bytes()).hexdigest()
     assert found.problems == () and len(found) == 3 and found.epoch_size == 12
-    text = found.describe()
-    assert text.startswith("3 pictures = 12 per epoch")
-    assert "5_sks cat: 2 × 5" in text and "folder 'sks cat' × 1" in text and ".txt × 1" in text
+    lines = described(found)
+    assert names(lines[0], 3, 12) and line(lines, "5_sks cat", "2 × 5")
+    assert line(lines, "folder", "'sks cat' × 1", ".txt × 1")
 
 
 def test_a_flat_folder_and_one_that_is_named_with_repeats(tmp_path):
@@ -76,10 +81,10 @@ def test_a_flat_folder_and_one_that_is_named_with_repeats(tmp_path):
     draw(tmp_path / "10_sks" / "a.png")
     (flat,) = dataset.scan(tmp_path / "flat").pictures
     assert (flat.repeats, flat.caption, flat.caption_source, flat.group) == (1, "", "none", "")
-    assert "none × 1" in dataset.scan(tmp_path / "flat").describe()
+    assert line(described(dataset.scan(tmp_path / "flat")), "none × 1")
     (named,) = dataset.scan(str(tmp_path / "10_sks")).pictures
     assert (named.repeats, named.caption, named.caption_source, named.group) == (10, "sks", "folder", "")
-    assert dataset.scan(tmp_path / "10_sks").describe().startswith("1 picture × 10 repeats = 10 per epoch")
+    assert names(described(dataset.scan(tmp_path / "10_sks"))[0], 1, 10)
 
 
 def test_arguments_stand_in_for_folder_names(tmp_path):
@@ -88,7 +93,7 @@ def test_arguments_stand_in_for_folder_names(tmp_path):
     found = dataset.scan(tmp_path, repeats=3, caption=" sks\n style ")
     assert [(p.caption, p.caption_source) for p in found.pictures] == [("sks style", "given"), ("own", ".txt")]
     assert found.epoch_size == 6
-    with pytest.raises(ValueError, match="repeats=0"):
+    with pytest.raises(ValueError, match=naming("repeats", 0)):
         dataset.scan(tmp_path, repeats=0)
 
 
@@ -98,9 +103,10 @@ def test_repeats_by_folder(tmp_path):
     found = dataset.scan(tmp_path, repeats={"dogs": 3, "5_cat/deep": 2})
     assert {p.group: p.repeats for p in found.pictures} == {"": 1, "5_cat": 5, "5_cat/deep": 2, "dogs": 3}
     assert {p.repeats for p in dataset.scan(tmp_path, repeats={"": 4}).pictures} == {4}
-    with pytest.raises(ValueError, match="repeats names a folder 'dog'.*Did you mean 'dogs'"):
+    with pytest.raises(ValueError, match=naming("repeats", "'dog'")) as caught:
         dataset.scan(tmp_path, repeats={"dog": 3})
-    with pytest.raises(ValueError, match="repeats=0"):
+    assert str(caught.value).count("'dogs'") == 2  # in the list of what is there, and as the nearest
+    with pytest.raises(ValueError, match=naming("repeats", 0)):
         dataset.scan(tmp_path, repeats={"dogs": 0})
 
 
@@ -130,15 +136,15 @@ def test_a_date_is_no_number_of_repeats_and_0_leaves_out(tmp_path):
     draw(tmp_path / "0_off" / "1.png", BLUE)
     found = dataset.scan(tmp_path)
     assert [(p.repeats, p.caption) for p in found.pictures] == [(1, "")]
-    assert "read as a date" in reasons(found, left_out=False)["2024_holiday"]
-    assert "0 repeats" in reasons(found, left_out=True)["1.png"]
+    assert reasons(found, left_out=False).keys() == {"2024_holiday"}
+    assert names(reasons(found, left_out=True)["1.png"], 0)
 
 
 def test_the_order_is_natural_and_always_the_same(tmp_path):
     for i, name in enumerate(("c/1.png", "10.png", "2.png", "B.png", "a2.png", "a10.png", "c/10.png", "c/9.png")):
         draw(tmp_path / name, (i, 0, 0))
     expected = ["2.png", "10.png", "a2.png", "a10.png", "B.png", "c/1.png", "c/9.png", "c/10.png"]
-    assert names(dataset.scan(tmp_path)) == expected
+    assert paths(dataset.scan(tmp_path)) == expected
     assert dataset.scan(tmp_path) == dataset.scan(tmp_path)
 
 
@@ -175,7 +181,7 @@ def test_hidden_files_and_other_systems_litter_are_passed_over(tmp_path):
         draw(tmp_path / name, BLUE)
     write(tmp_path / "Thumbs.db", b"x")
     found = dataset.scan(tmp_path)
-    assert names(found) == ["a.png"] and found.problems == ()
+    assert paths(found) == ["a.png"] and found.problems == ()
 
 
 def test_nothing_is_written_into_the_folder(tmp_path):
@@ -218,7 +224,7 @@ def test_a_caption_that_is_not_utf8_is_read_and_reported(tmp_path):
     write(tmp_path / "a.txt", "café – été".encode("cp1252"))
     found = dataset.scan(tmp_path)
     assert found.pictures[0].caption == "café – été"
-    assert "not UTF-8" in reasons(found, left_out=False)["a.txt"]
+    assert names(reasons(found, left_out=False)["a.txt"], "UTF-8", "'café – été'")
 
 
 def test_all_lines_of_a_caption_count(tmp_path):
@@ -243,8 +249,8 @@ def test_captions_that_differ_are_reported_and_txt_wins(tmp_path):
     assert captions == [("one", ".txt"), ("same", ".txt"), ("only", ".caption")]
     notes = reasons(found, left_out=False)
     assert set(notes) == {"0.caption", "2.txt"}
-    assert ".caption says 'two', and .txt, which is used, something else" in notes["0.caption"]
-    assert "an empty caption: 'only' (.caption) is used" in notes["2.txt"]
+    assert names(notes["0.caption"], ".caption", "'two'", ".txt")
+    assert names(notes["2.txt"], "'only'", ".caption")
 
 
 def test_an_empty_caption_is_treated_as_missing_and_said(tmp_path):
@@ -252,19 +258,20 @@ def test_an_empty_caption_is_treated_as_missing_and_said(tmp_path):
     write(tmp_path / "4_sks" / "a.txt", " \n")
     found = dataset.scan(tmp_path)
     assert (found.pictures[0].caption, found.pictures[0].caption_source) == ("sks", "folder")
-    assert "an empty caption: 'sks' (folder) is used. Write one" in reasons(found, left_out=False)["a.txt"]
+    assert names(reasons(found, left_out=False)["a.txt"], "'sks'", "folder")
 
 
 def test_what_stands_in_for_missing_captions_is_said_by_name(tmp_path):
     write(draw(tmp_path / "a.png").with_suffix(".txt"), "a cat")
     draw(tmp_path / "3_sks" / "b.png", BLUE)
     draw(tmp_path / "c.png", (0, 1, 0))
-    told = dataset.scan(tmp_path).describe()
-    assert "2 without a caption of their own:" in told
-    assert "  3_sks/b.png: 'sks' (folder) is used" in told and "  c.png: none is used" in told
-    assert "  c.png: 'thing' (given) is used" in dataset.scan(tmp_path, caption="thing").describe()
+    lines = described(dataset.scan(tmp_path))
+    assert line(lines, "c.png", "none")
+    first = lines.index(line(lines, "3_sks/b.png", "'sks'", "folder"))
+    assert names(lines[first - 1], 2)
+    assert line(described(dataset.scan(tmp_path, caption="thing")), "c.png", "'thing'", "given")
     (tmp_path / "a.txt").unlink()
-    assert "of their own" not in dataset.scan(tmp_path).describe()  # of no picture: one line says it
+    assert ".png" not in dataset.scan(tmp_path).describe()  # where all lack one, no picture is named
 
 
 def test_lost_captions_shared_stems_and_copies_are_reported(tmp_path):
@@ -276,15 +283,18 @@ def test_lost_captions_shared_stems_and_copies_are_reported(tmp_path):
     found = dataset.scan(tmp_path)
     assert [picture.caption for picture in found.pictures] == ["shared", "shared", ""]
     notes = reasons(found, left_out=False)
-    assert "without a picture" in notes["gone.txt"]
-    assert "a.jpg" in notes["a.png"] and "same picture as a.png" in notes["copy.png"]
-    assert reasons(found, left_out=True) == {} and "3 to look at:" in found.describe()
+    assert notes.keys() == {"gone.txt", "a.png", "copy.png"}
+    assert names(notes["a.png"], "a.jpg") and names(notes["copy.png"], "a.png")
+    title, *listed = described(found)[-4:]
+    assert reasons(found, left_out=True) == {} and names(title, 3)
+    assert [text.split(":")[0].strip() for text in listed] == ["a.png", "copy.png", "gone.txt"]
 
 
 # Hugging Face's metadata
 
 
 def describe(folder: Path, rows: list[dict], name: str = "metadata.jsonl") -> Path:
+    """Write a metadata file."""
     if name.endswith(".csv"):
         lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
     else:
@@ -302,7 +312,7 @@ def test_metadata_files_give_captions(tmp_path, name, column):
     found = dataset.scan(tmp_path)
     said = {p.path.name: (p.caption, p.caption_source) for p in found.pictures}
     assert said == {"a.png": ("a, cat", name), "кот.png": ("a kот", name), "bare.png": ("", "none")}
-    assert found.problems == () and f"{name} × 2" in found.describe()
+    assert found.problems == () and line(described(found), f"{name} × 2")
 
 
 def test_metadata_keeps_lines_and_survives_what_is_no_text(tmp_path):
@@ -320,7 +330,7 @@ def test_the_nearest_metadata_file_counts_and_the_other_is_reported(tmp_path):
     describe(tmp_path / "train", [{"file_name": "a.png", "text": "near"}])
     found = dataset.scan(tmp_path)
     assert found.pictures[0].caption == "near"
-    assert "described twice" in reasons(found, left_out=False)["a.png"]
+    assert names(reasons(found, left_out=False)["a.png"], "metadata.jsonl")
 
 
 def test_a_caption_file_goes_before_metadata_and_a_conflict_is_reported(tmp_path):
@@ -332,20 +342,21 @@ def test_a_caption_file_goes_before_metadata_and_a_conflict_is_reported(tmp_path
     found = dataset.scan(tmp_path)
     assert [p.caption for p in found.pictures] == ["own", "same", "described"]
     notes = reasons(found, left_out=False)
-    assert set(notes) == {"0.png", "2.txt"} and "metadata.jsonl says 'other', and .txt, which is used" in notes["0.png"]
+    assert set(notes) == {"0.png", "2.txt"} and names(notes["0.png"], "metadata.jsonl", "'other'", ".txt")
 
 
 def test_metadata_that_is_wrong_is_reported_and_never_followed(tmp_path):
     draw(tmp_path / "secret.png", BLUE)
     draw(tmp_path / "set" / "a.png")
-    rows = [{"file_name": name, "text": "x"} for name in ("gone.png", "../secret.png", str(tmp_path / "secret.png"))]
+    wrong = ["gone.png", "../secret.png", str(tmp_path / "secret.png")]
+    rows = [{"file_name": name, "text": "x"} for name in wrong]
     file = describe(tmp_path / "set", [*rows, {"text": "no name"}, {"file_name": "a.png", "text": "a cat"}])
     write(file, file.read_bytes() + b"[1, 2]\n")
     found = dataset.scan(tmp_path / "set")
     assert [(p.path.name, p.caption) for p in found.pictures] == [("a.png", "a cat")]
-    told = [problem.reason for problem in found.problems]
-    assert sum("which is not there, or not in its folder" in reason for reason in told) == 4
-    assert any(reason.startswith("cannot be read after 5 rows") for reason in told)
+    unread, *refused = [problem.reason for problem in found.problems]
+    assert names(unread, 5)  # rows before the one that is no row
+    assert all(names(reason, repr(name)) for reason, name in zip(refused, [*wrong, "None"], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +366,7 @@ def test_metadata_that_is_nothing_of_the_kind_does_not_cost_the_pictures(tmp_pat
     draw(tmp_path / "a.png")
     for name in ("metadata.jsonl", "metadata.csv"):
         write(tmp_path / name, contents)
-    assert names(dataset.scan(tmp_path)) == ["a.png"]
+    assert paths(dataset.scan(tmp_path)) == ["a.png"]
 
 
 # sd-scripts' dataset TOML
@@ -409,12 +420,10 @@ def test_a_dataset_toml(tmp_path):
         ("dogs", "1.png", 2, "a dog", ".tags"),
     ]
     told = {problem.path.name: problem.reason for problem in found.problems}
-    assert "not read by sd-scripts" in told["10_more"] and "regularisation pictures" in told["reg"]
+    assert told.keys() == {"10_more", "2.txt", "reg", "set.toml"}
     settings = [problem.reason for problem in found.problems if problem.path.name == "set.toml"]
-    assert {line.partition(":")[0] for line in settings} == {
-        "face_crop_aug_range=[1.0, 2.0]", "resolution=768", "shuffle_caption=True"
-    }  # fmt: skip
-    assert any("`resolution`" in line for line in settings) and any("`shuffle_captions`" in line for line in settings)
+    assert len(settings) == 3 and line(settings, "face_crop_aug_range", "[1.0, 2.0]")
+    assert line(settings, "resolution", 768) and line(settings, "shuffle_caption", "True", "shuffle_captions")
     (prior,) = dataset.scan(tmp_path / "sets" / "set.toml", regularisation=True).pictures
     assert (prior.path.parent.name, prior.caption, prior.repeats) == ("reg", "cat", 2)
     assert dataset.scan(tmp_path / "sets" / "set.toml", repeats=1, caption="x").pictures[0].caption == "x"
@@ -424,9 +433,10 @@ def test_a_dataset_toml_names_what_it_cannot_use(tmp_path):
     text = TOML.replace('"../dogs"', '"dosg"').replace('"cats"', '"cats"\n  metadata_file = "meta.json"')
     found = dataset.scan(write_toml(tmp_path, text.replace('"reg"', '"cats/"').replace("is_reg = true", "")))
     assert len(found) == 2
-    told = "\n".join(problem.reason for problem in found.problems)
-    assert "dosg does not exist" in told and "named twice in set.toml" in told
-    assert "metadata_file=meta.json: its captions are not read" in told
+    told = [f"{problem.path.name}: {problem.reason}" for problem in found.problems]
+    assert [text for text in told if text.startswith("dosg: ")]
+    assert [text for text in told if text.startswith("cats: ") and names(text, "set.toml")]  # named twice
+    assert line(told, "metadata_file", "meta.json")
 
 
 @pytest.mark.parametrize(
@@ -437,14 +447,15 @@ def test_a_dataset_toml_names_what_it_cannot_use(tmp_path):
              "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'cats'\nnum_repeats = 'many'"]
 )  # fmt: skip
 def test_a_toml_that_is_no_dataset(tmp_path, text):
-    with pytest.raises(ValueError, match="set.toml is (no dataset TOML of sd-scripts|not valid TOML)"):
+    with pytest.raises(ValueError, match=naming("set.toml")):
         dataset.scan(write_toml(tmp_path, text))
 
 
 def test_a_toml_without_usable_folders_says_why(tmp_path):
     text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'cast'"
-    with pytest.raises(ValueError, match="no picture to train on(.|\n)*cast does not exist(.|\n)*Did you mean 'cats'"):
+    with pytest.raises(ValueError, match=naming("set.toml", "cast")) as caught:
         dataset.scan(write_toml(tmp_path, text))
+    assert str(caught.value).count("'cats'") == 2  # in the list of what is there, and as the nearest
 
 
 # What is left out
@@ -463,24 +474,20 @@ def test_every_picture_left_out_is_named_with_a_reason(tmp_path):
     write(tmp_path / "more.zip", b"x")
     Image.new("F", (4, 4)).save(tmp_path / "float.tiff")
     found = dataset.scan(tmp_path)
-    assert names(found) == ["good.png"] and reasons(found, left_out=False) == {}
+    assert paths(found) == ["good.png"] and reasons(found, left_out=False) == {}
     said = reasons(found, left_out=True)
     assert set(said) == {path.name for path in tmp_path.iterdir()} - {"good.png", "drawing.txt"}
-    assert all("cannot be decoded" in said[name] for name in ("cut_jpg.jpg", "cut_png.png", "cut_webp.webp"))
-    assert "no known white" in said["float.tiff"]
-    assert "0 bytes" in said["empty.png"]
-    assert all("not a picture" in said[name] for name in ("page.png", "script.png"))
-    assert ".PSD files are not read: save it as PNG or JPEG" in said["drawing.PSD"]
-    assert "an archive in the folder is not read" in said["more.zip"]
-    assert (
-        "9 left out:" in found.describe()
-        and "  cut_jpg.jpg: cannot be decoded (image file is trunc" in found.describe()
-    )
+    assert all(names(said[name], "truncated") for name in ("cut_jpg.jpg", "cut_png.png"))  # what Pillow says of them
+    assert said["page.png"] == said["script.png"] and len(set(said.values())) == len(said) - 1
+    assert names(said["float.tiff"], "F") and names(said["empty.png"], 0)
+    assert names(said["drawing.PSD"], ".PSD", "PNG", "JPEG")
+    title, *listed = described(found)[-10:]
+    assert names(title, 9) and line(listed, "cut_jpg.jpg", "image file is truncated")
 
 
 def test_a_name_may_lie_about_the_format(tmp_path):
     draw(tmp_path / "really_png.jpg", format="PNG")
-    assert names(dataset.scan(tmp_path)) == ["really_png.jpg"]
+    assert paths(dataset.scan(tmp_path)) == ["really_png.jpg"]
 
 
 def test_too_many_pixels_or_bytes(tmp_path, monkeypatch):
@@ -490,9 +497,10 @@ def test_too_many_pixels_or_bytes(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = dataset.scan(tmp_path)
-    assert names(found) == ["a.png"] and "too many pixels" in reasons(found, left_out=True)["b.png"]
+    assert paths(found) == ["a.png"] and names(reasons(found, left_out=True)["b.png"], 1600)
     monkeypatch.setattr(dataset, "GiB", 10)
-    with pytest.raises(ValueError, match="too large for a picture"):
+    size = (tmp_path / "a.png").stat().st_size
+    with pytest.raises(ValueError, match=naming("a.png", f"{size / 10:.1f} GiB")):
         dataset.scan(tmp_path)
 
 
@@ -508,12 +516,12 @@ def test_links(tmp_path):
     (inside.parent / "loop.png").symlink_to("loop.png")
     os.mkfifo(inside.parent / "pipe.png")
     found = dataset.scan(inside.parent)
-    assert names(found) == ["a.png", "within.png"]
+    assert paths(found) == ["a.png", "within.png"]
     said = reasons(found, left_out=True)
     assert set(said) == {"out.png", "out", "up", "broken.png", "loop.png", "pipe.png"}
-    assert all("out of the folder" in said[name] for name in ("out", "out.png"))
+    assert names(said["out"], tmp_path / "outside") and names(said["out.png"], "../outside/secret.png")
     (tmp_path / "link").symlink_to(inside.parent)  # the folder itself may be one
-    assert names(dataset.scan(tmp_path / "link")) == names(found)
+    assert paths(dataset.scan(tmp_path / "link")) == paths(found)
 
 
 def test_a_long_list_of_problems_is_cut_short(tmp_path):
@@ -521,33 +529,37 @@ def test_a_long_list_of_problems_is_cut_short(tmp_path):
     for i in range(30):
         write(tmp_path / f"bad{i}.png", b"x")
     found = dataset.scan(tmp_path)
-    assert len(found.problems) == 30 and "… and 21 more" in found.describe()
+    title, *listed, last = described(found)[-11:]
+    assert len(found.problems) == 30 and names(title, 30) and names(last, 21)
+    assert [text.split(":")[0].strip() for text in listed] == [f"bad{i}.png" for i in range(9)]
     assert [p.path.name for p in found.problems[:3]] == ["bad0.png", "bad1.png", "bad2.png"]
 
 
 def test_a_missing_folder_says_what_is_near(tmp_path):
     draw(tmp_path / "dataset" / "a.png")
-    with pytest.raises(FileNotFoundError, match=r"datset.* does not exist.*holds 'dataset'\. Did you mean 'dataset'\?"):
-        dataset.scan(tmp_path / "datset")
-    with pytest.raises(FileNotFoundError, match="Did you mean 'dataset'"):
-        dataset.scan(tmp_path / "data-set" / "5_cat")
+    for missing in (tmp_path / "datset", tmp_path / "data-set" / "5_cat"):
+        with pytest.raises(FileNotFoundError, match=naming(missing)) as caught:
+            dataset.scan(missing)
+        assert str(caught.value).count("'dataset'") == 2  # in the list of what is there, and as the nearest
 
 
 def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
-    with pytest.raises(ValueError, match="no picture to train on; it holds no files"):
+    with pytest.raises(ValueError, match=naming(tmp_path)):
         dataset.scan(tmp_path)
     for i in range(3):
         write(tmp_path / f"{i}.pdf", b"x")
     write(tmp_path / "bad.png", b"x")
-    with pytest.raises(ValueError, match=r"holds 4 files \(\.pdf × 3, \.png × 1\)\.\n  bad\.png: not a picture"):
+    with pytest.raises(ValueError) as caught:
         dataset.scan(tmp_path)
+    first, *listed = str(caught.value).replace(str(tmp_path), "").splitlines()
+    assert names(first, 4, ".pdf × 3", ".png × 1") and line(listed, "bad.png")
 
 
 def test_many_pictures_show_a_bar_and_few_do_not(tmp_path, capsys):
     for i in range(201):
         draw(tmp_path / f"{i}.bmp", (i, 0, 0), (1, 1))
     assert dataset.scan(tmp_path).epoch_size == 201
-    assert "reading" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, 201)
     (tmp_path / "0.bmp").unlink()
     dataset.scan(tmp_path)
     assert capsys.readouterr().err == ""
@@ -753,7 +765,7 @@ def test_camera_raw_is_developed(tmp_path):
     turned = np.asarray(dataset.open_picture(upright)).astype(int)
     assert np.abs(turned - np.rot90(pixels, -1)).max() <= 2
     write(tmp_path / "cut.dng", dng()[:900])
-    assert "cannot be decoded" in reasons(dataset.scan(tmp_path), left_out=True)["cut.dng"]
+    assert reasons(dataset.scan(tmp_path), left_out=True).keys() == {"cut.dng"}
 
 
 def test_the_raw_of_a_picture_is_left_out(tmp_path):
@@ -761,7 +773,8 @@ def test_the_raw_of_a_picture_is_left_out(tmp_path):
     write(tmp_path / "1.nef", dng())
     found = dataset.scan(tmp_path)
     assert [(p.path.name, p.caption) for p in found.pictures] == [("1.jpg", "a cat")]
-    assert reasons(found, left_out=True) == {"1.nef": "the camera raw of 1.jpg, which is used"}
+    assert reasons(found, left_out=True).keys() == {"1.nef"}
+    assert names(reasons(found, left_out=True)["1.nef"], "1.jpg")
 
 
 def test_a_missing_library_is_named_for_each_picture(tmp_path, monkeypatch):
@@ -773,8 +786,8 @@ def test_a_missing_library_is_named_for_each_picture(tmp_path, monkeypatch):
     write(tmp_path / "d.dng", dng())
     draw(tmp_path / "good.png")
     said = reasons(dataset.scan(tmp_path), left_out=True)
-    assert "pip install 'pillow-heif'" in said["a.heic"] and "pip install 'pillow-heif'" in said["b.jpg"]
-    assert "pip install 'pillow>=11.3'" in said["c.avif"] and "pip install 'rawpy'" in said["d.dng"]
+    assert names(said["a.heic"], "pillow-heif") and names(said["b.jpg"], "pillow-heif")
+    assert names(said["c.avif"], "pillow>=11.3") and names(said["d.dng"], "rawpy")
     dataset._formats.cache_clear()
 
 
@@ -860,11 +873,11 @@ def test_a_picture_that_changed_after_the_scan_is_noticed(tmp_path):
     path = draw(tmp_path / "a.png")
     (picture,) = dataset.scan(tmp_path).pictures
     draw(path, BLUE)
-    with pytest.raises(ValueError, match="changed since it was scanned: scan again"):
+    with pytest.raises(ValueError, match=naming("a.png", "fresh")):
         dataset.open_picture(picture)
     assert dataset.open_picture(path).getpixel((0, 0)) == BLUE
     write(path, b"x")
-    with pytest.raises(ValueError, match=r"a\.png: not a picture"):
+    with pytest.raises(ValueError, match=naming("a.png")):
         dataset.open_picture(path)
 
 
@@ -912,7 +925,7 @@ def test_a_change_that_keeps_size_and_time_is_read_again(tmp_path, decoded):
         assert second.digest == hashlib.sha256(file.read_bytes()).hexdigest() != first.digest
     (third,) = dataset.scan(tmp_path / "set", cache=tmp_path / "cache", fresh=True).pictures
     assert dataset.open_picture(third).getpixel((0, 0)) == BLUE
-    with pytest.raises(ValueError, match="changed since"):
+    with pytest.raises(ValueError, match=naming("a.bmp", "fresh")):
         dataset.open_picture(first)
 
 
@@ -945,7 +958,8 @@ def test_pictures_left_out_are_looked_at_again(tmp_path, decoded):
     draw(tmp_path / "set" / "a.png")
     write(tmp_path / "set" / "bad.png", b"x")
     for _ in range(2):
-        assert "not a picture" in reasons(dataset.scan(tmp_path / "set", cache=tmp_path / "cache"), True)["bad.png"]
+        found = dataset.scan(tmp_path / "set", cache=tmp_path / "cache")
+        assert paths(found) == ["a.png"] and reasons(found, left_out=True).keys() == {"bad.png"}
     assert sorted(decoded) == ["a.png", "bad.png", "bad.png"]
 
 

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from loops import CPU, prepared
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
 from lorakit import config as configs
 from lorakit import demo, prepare, train
-
-CPU = torch.device("cpu")
 
 
 def test_the_base_is_small_and_an_ordinary_folder():
@@ -44,14 +43,14 @@ def test_the_demo_keeps_the_style_presets_rank_and_alpha():
 @pytest.mark.no_cover
 def test_the_loss_falls_on_the_demo(tmp_path):
     """In a short run, on the same noise and timesteps for the bare base and for what was learned."""
-    settings = demo.config(steps=80)
-    ready = prepare.run(settings, tmp_path, say=lambda _: None, progress=False)
+    settings = demo.config(steps=20, warmup_steps=2)
+    ready = prepared(settings, tmp_path)
     unet = bases.load_unet(ready.base, torch.float32, CPU)
     adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
     state = train.start(adapter, settings, CPU, torch.float32)
     train.run(train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings))
     alphas, probe = ready.base.alphas_cumprod(), settings.with_(seed=1)
-    items = [train.batch(ready.pictures, ready.texts, range(30), step, 0, probe) for step in range(4)]
+    items = [train.batch(ready.pictures, ready.texts, range(30), step, 0, probe) for step in range(2)]
 
     def loss() -> float:
         with torch.no_grad():

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ import readers
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from said import names, naming
 
 from lorakit import adapter as adapters
 from lorakit import config as configs
-from lorakit import export, files
+from lorakit import export, files, lora
 from lorakit import metadata as metadatas
 from lorakit.base import Base
 from lorakit.dataset import Dataset, Picture
@@ -23,8 +26,13 @@ from lorakit.dataset import Dataset, Picture
 TEXT = 12  # width of the twins' text embeddings
 
 
-def narrow_unet(family: str):
-    """The family's UNet with its real blocks and depth, a few channels wide, each level of another width."""
+def narrow_unet(family: str, whole: bool = True):
+    """The family's UNet, a few channels wide, each level of another width.
+
+    Args:
+        whole: with the family's real blocks and depth; else SDXL's transformers have one or two blocks, and the others
+            have two levels of one layer.
+    """
     from diffusers import UNet2DConditionModel
 
     common = {"sample_size": 8, "norm_num_groups": 4, "cross_attention_dim": TEXT, "attention_head_dim": 2}
@@ -33,11 +41,17 @@ def narrow_unet(family: str):
         return UNet2DConditionModel(
             block_out_channels=(4, 8, 12), up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            use_linear_projection=True, transformer_layers_per_block=(1, 2, 10),
+            use_linear_projection=True, transformer_layers_per_block=(1, 2, 10) if whole else (1, 1, 2),
             addition_embed_type="text_time", addition_time_embed_dim=2, projection_class_embeddings_input_dim=20,
             **common,
         )  # fmt: skip
-    return UNet2DConditionModel(block_out_channels=(4, 8, 12, 16), use_linear_projection=family == "sd2", **common)
+    common |= {"use_linear_projection": family == "sd2"}
+    if whole:
+        return UNet2DConditionModel(block_out_channels=(4, 8, 12, 16), **common)
+    return UNet2DConditionModel(
+        block_out_channels=(8, 12), layers_per_block=1, **common,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
 
 
 def a_base(family: str, unet, prediction_type: str = "epsilon") -> Base:
@@ -49,8 +63,8 @@ def a_base(family: str, unet, prediction_type: str = "epsilon") -> Base:
 class Twin:
     """A UNet with an adapter of random weights, and the same UNet bare."""
 
-    def __init__(self, family: str, targets: str = "attention", rank: int = 4, **changes):
-        self.family, self.bare = family, narrow_unet(family).eval()
+    def __init__(self, family: str, targets: str = "attention", rank: int = 4, whole: bool = False, **changes):
+        self.family, self.bare = family, narrow_unet(family, whole).eval()
         self.unet = copy.deepcopy(self.bare)
         self.base = a_base(family, self.bare)
         self.adapter = adapters.inject(self.unet, rank, 3.0, targets, conv_rank=2, conv_alpha=0.3, **changes)
@@ -61,22 +75,38 @@ class Twin:
             weight.data = weight.data * (1 + 0.3 * noise) if name.endswith("dora_scale") else noise * size
 
 
+KINDS = {
+    "dora": {"algorithm": "dora"},
+    "loha": {"algorithm": "loha"},
+    "lokr": {"algorithm": "lokr", "rank": 1},
+    "lokr of a factor": {"algorithm": "lokr", "rank": 1, "factor": 2},
+    "lokr of four": {"algorithm": "lokr", "rank": 1, "decompose_both": True},
+    "lokr of two": {"algorithm": "lokr", "rank": 64},
+}
+
+
+@cache
+def twin_of(family: str, kind: str = "lora", targets: str = "attention", whole: bool = False) -> Twin:
+    """A twin for all tests of a process: to read, not to change."""
+    return Twin(family, targets, whole=whole, **KINDS.get(kind, {}))
+
+
 WITHOUT_COVERAGE = pytest.param("sdxl", marks=pytest.mark.no_cover)  # tracing its 722 modules takes as long again
 
 
-@pytest.fixture(scope="module", params=["sd15", "sd2", WITHOUT_COVERAGE])
+@pytest.fixture(params=["sd15", "sd2", WITHOUT_COVERAGE])
 def twin(request):
-    return Twin(request.param)
+    """With the family's real blocks and depth; SDXL's with convolutions, too."""
+    return whole_twin(request.param)
 
 
-@pytest.fixture(scope="module")
+def whole_twin(family: str) -> Twin:
+    return twin_of(family, targets="attention+conv" if family == "sdxl" else "attention", whole=True)
+
+
+@pytest.fixture
 def sd15():
-    return Twin("sd15")
-
-
-@pytest.fixture(scope="module")
-def sdxl_with_convolutions():
-    return Twin("sdxl", "attention+conv")
+    return twin_of("sd15")
 
 
 @torch.no_grad()
@@ -115,69 +145,80 @@ def test_known_names():
         ("mid_block.resnets.1.time_emb_proj", "sdxl", "middle_block_2_emb_layers_1"),
     ]:  # fmt: skip
         assert export.kohya_name(module, family) == f"lora_unet_{name}"
-    with pytest.raises(ValueError, match="no module of a Stable Diffusion UNet"):
+    with pytest.raises(ValueError, match=naming("down_blocks.0.attentions.0.to_q")):
         export.kohya_name("down_blocks.0.attentions.0.to_q", "sd15")
 
 
 def test_the_file_has_the_canonical_names_and_shapes(twin, tmp_path):
     tensors = load_file(export.save(twin.adapter, twin.base, tmp_path / "a.safetensors"))
-    names = readers.attention_names(twin.family)
-    assert len(names) == {"sd15": 192, "sd2": 192, "sdxl": 722}[twin.family]
+    modules, wide = readers.attention_names(twin.family), set()
+    assert len(modules) == {"sd15": 192, "sd2": 192, "sdxl": 722}[twin.family]
+    if twin.family == "sdxl":
+        modules |= readers.sdxl_convolution_names()
+        wide = {name for name in readers.sdxl_convolution_names() if not name.endswith("emb_layers_1")}
+        assert len(modules) == 788
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
-    assert tensors.keys() == {f"{name}.{part}" for name in names for part in parts}
-    assert all(tensors[f"{name}.alpha"].shape == () and tensors[f"{name}.alpha"] == 3 for name in names)
-    convolutions = {key for key, tensor in tensors.items() if tensor.ndim == 4}
+    assert tensors.keys() == {f"{name}.{part}" for name in modules for part in parts}
+    assert all(tensors[f"{name}.alpha"].shape == () for name in modules)
+    kernels = {key.split(".")[0]: tensor.shape[2:] for key, tensor in tensors.items() if key.endswith("down.weight")}
+    narrow = {name for name, kernel in kernels.items() if max(kernel, default=1) == 1}
+    assert all(tensors[f"{name}.alpha"] == 3 for name in narrow)
     if twin.family == "sd15":  # its projections are 1×1 convolutions
-        assert {key.split(".")[0][-8:].strip("_") for key in convolutions} == {"proj_in", "proj_out"}
-        assert len(convolutions) == 2 * 32
-    else:
-        assert not convolutions
+        wide = {name for name in modules if name.endswith(("_proj_in", "_proj_out"))}
+        assert len(wide) == 32 and narrow == modules
+    assert {key for key, tensor in tensors.items() if tensor.ndim == 4} == {f"{n}.{p}" for n in wide for p in parts[:2]}
     assert all(tensor.dtype == torch.float16 for key, tensor in tensors.items() if not key.endswith("alpha"))
 
 
-@pytest.mark.parametrize("dtype, precision", [(torch.float32, 1e-5), (torch.float16, 1e-3)])
-def test_an_independent_reader_gets_the_same_pictures(twin, tmp_path, dtype, precision):
+@pytest.mark.parametrize(
+    "dtype, precision, most", [(torch.float32, 1e-5, 1e-6), (torch.float16, 1e-3, 1e-3), (torch.bfloat16, 1e-2, 1e-2)]
+)
+@pytest.mark.parametrize("family", ["sd15", "sd2", WITHOUT_COVERAGE])
+def test_an_independent_reader_gets_the_same_pictures(family, tmp_path, dtype, precision, most):
+    """And `prove` finds no fault."""
+    twin = whole_twin(family) if dtype == torch.float32 else twin_of(family)
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=dtype)
     merged = copy.deepcopy(twin.bare)
     assert readers.merge(path, merged, twin.family) == len(twin.adapter.layers)
     wanted = answer(twin.unet, twin.family)
     assert distance(answer(merged, twin.family), wanted) < precision
     assert distance(answer(twin.bare, twin.family), wanted) > 0.1  # or the test says nothing
+    proof = export.prove(path, twin.adapter, twin.base)
+    assert proof.modules == len(twin.adapter.layers) and proof.error < most and proof.worst in twin.adapter.layers
+    assert names(proof.describe(), proof.modules, f"{proof.error:.2%}")
 
 
-def test_convolutions_too(sdxl_with_convolutions, tmp_path):
-    twin = sdxl_with_convolutions
+def test_convolutions_too(tmp_path):
+    twin = twin_of("sdxl", targets="attention+conv")
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
-    names = readers.attention_names("sdxl") | readers.sdxl_convolution_names()
-    assert len(names) == 788 and readers.updates(path).keys() == names
     tensors, metadata, _ = readers.read(path)
     down = tensors["lora_unet_input_blocks_3_0_op.lora_down.weight"]
     assert down.shape == (2, 4, 3, 3) and tensors["lora_unet_input_blocks_3_0_op.lora_up.weight"].shape == (4, 2, 1, 1)
     assert tensors["lora_unet_input_blocks_3_0_op.alpha"].item() == torch.tensor(0.3).item()  # no dtype rounds it
     assert metadata["ss_network_dim"] == "4" and metadata["ss_network_alpha"] == "3"
     assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "0.3"}
-    merged = copy.deepcopy(twin.bare)
-    assert readers.merge(path, merged, "sdxl") == 788
-    assert distance(answer(merged, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
     assert export.describe(path)["kind"] == "LoCon" and export.describe(path)["rank"] == [2, 4]
-    loaded = export.inject(unet := copy.deepcopy(twin.bare), twin.base, path)
-    assert loaded.targets == "attention+conv" and distance(answer(unet, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
+    assert read_back(twin, path).targets == "attention+conv"
 
 
-KINDS = {
-    "dora": {"algorithm": "dora"},
-    "loha": {"algorithm": "loha"},
-    "lokr": {"algorithm": "lokr", "rank": 1},
-    "lokr of a factor": {"algorithm": "lokr", "rank": 1, "factor": 2},
-    "lokr of four": {"algorithm": "lokr", "rank": 1, "decompose_both": True},
-    "lokr of two": {"algorithm": "lokr", "rank": 64},
-}
+def read_back(twin: Twin, path: Path) -> adapters.Adapter:
+    """A file's LoRA, put into a bare UNet and taken out again."""
+    unet = copy.deepcopy(twin.bare)
+    again = export.inject(unet, twin.base, path)
+    assert list(again.layers) == list(twin.adapter.layers)
+    assert again.ranks == twin.adapter.ranks and again.alphas == pytest.approx(twin.adapter.alphas)
+    assert same(again.state(), twin.adapter.state())
+    assert distance(answer(unet, twin.family), answer(twin.unet, twin.family)) < 1e-5
+    adapters.eject(unet)
+    bare = twin.bare.state_dict()
+    assert all(torch.equal(weight, bare.pop(key)) for key, weight in unet.state_dict().items()) and not bare
+    return again
 
 
 @pytest.mark.no_cover
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_algorithm_says_the_same_in_every_program(kind, tmp_path):
-    twin = Twin("sd15", "attention+conv", **KINDS[kind])
+    twin = twin_of("sd15", kind, "attention+conv")
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
     for strength in (1.0, 0.4):
         merged = copy.deepcopy(twin.bare)
@@ -200,7 +241,7 @@ def test_every_algorithm_says_the_same_in_every_program(kind, tmp_path):
 
 def test_lengths_are_not_rounded(tmp_path):
     """In half precision they would lose more than is learned."""
-    twin = Twin("sd15", algorithm="dora")
+    twin = twin_of("sd15", "dora", "attention+conv")
     tensors = load_file(export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.bfloat16))
     for module, layer in twin.adapter.layers.items():
         name = export.kohya_name(module, "sd15")
@@ -219,7 +260,7 @@ def test_every_division_of_lokr_is_read_back(factor, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_lokr_as_others_divide_it(rank, tmp_path):
     """Small matrices of any shape, no two alike, in either order, whole or not."""
-    twin, tensors, generator = Twin("sd15"), {}, torch.Generator().manual_seed(0)
+    twin, tensors, generator = twin_of("sd15"), {}, torch.Generator().manual_seed(0)
     for number, (module, layer) in enumerate(twin.adapter.layers.items()):
         out, inner = layer.get_base_layer().weight.shape[:2]
         m, n = (1, 2, 4)[number % 3], (4, 1, 2)[number % 3]
@@ -233,7 +274,7 @@ def test_lokr_as_others_divide_it(rank, tmp_path):
         tensors[f"{name}.alpha"] = torch.tensor(0.5)
     save_file(tensors, tmp_path / "a.safetensors")
     merged = copy.deepcopy(twin.bare)
-    assert readers.merge(tmp_path / "a.safetensors", merged, "sd15") == 192
+    assert readers.merge(tmp_path / "a.safetensors", merged, "sd15") == len(twin.adapter.layers)
     adapter = export.inject(unet := copy.deepcopy(twin.bare), twin.base, tmp_path / "a.safetensors")
     assert distance(answer(unet, "sd15"), answer(merged, "sd15")) < 1e-4
     assert all(weight.requires_grad for weight in adapter.parameters())
@@ -241,38 +282,31 @@ def test_lokr_as_others_divide_it(rank, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_going_on_from_a_file_of_another_alpha(kind, tmp_path):
-    twin = Twin("sd15", **KINDS[kind])
+    twin = twin_of("sd15", kind, "attention+conv")
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
-    rank, alpha = KINDS[kind].get("rank", 4), 5.0
-    given = {key: value for key, value in KINDS[kind].items() if key != "rank"}
-    adapter = adapters.inject(unet := copy.deepcopy(twin.bare), rank, alpha, **given)
+    given = {"rank": 4, "alpha": 5.0, "targets": "attention+conv", "conv_rank": 2, "conv_alpha": 0.5} | KINDS[kind]
+    adapter = adapters.inject(unet := copy.deepcopy(twin.bare), **given)
     export.begin_from(adapter, twin.base, path)
     assert distance(answer(unet, "sd15"), answer(twin.unet, "sd15")) < 1e-5
-    other = adapters.inject(copy.deepcopy(twin.bare), rank, alpha)
-    with pytest.raises(ValueError, match="set algorithm to it"):
-        export.begin_from(other, twin.base, path)
+    with pytest.raises(ValueError, match=naming("a.safetensors", adapter.algorithm, "lora")):
+        export.begin_from(twin_of("sd15").adapter, twin.base, path)
 
 
 def test_lengths_of_rows_are_refused(tmp_path):
-    twin = Twin("sd15", algorithm="dora")
+    twin = twin_of("sd15", "dora", "attention+conv")
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors")
     tensors, metadata, _ = readers.read(path)
     tensors = {key: t.flatten()[:, None].contiguous() if "dora" in key else t for key, t in tensors.items()}
     save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match="lengths are those of rows"):
+    with pytest.raises(ValueError, match=naming("a.safetensors", "DoRA")):
         export.load(path)
 
 
-def test_read_back_into_a_bare_unet(twin, tmp_path):
-    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
-    unet = copy.deepcopy(twin.bare)
-    again = export.inject(unet, twin.base, path)
-    assert list(again.layers) == list(twin.adapter.layers)
-    assert again.ranks == twin.adapter.ranks and again.alphas == twin.adapter.alphas
-    assert same(again.state(), twin.adapter.state())
-    adapters.eject(unet)
-    bare = twin.bare.state_dict()
-    assert all(torch.equal(weight, bare.pop(key)) for key, weight in unet.state_dict().items()) and not bare
+@pytest.mark.parametrize("family", ["sd15", "sd2"])
+def test_read_back_into_a_bare_unet(family, tmp_path):
+    """SDXL's is read back above, with convolutions."""
+    twin = twin_of(family)
+    read_back(twin, export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32))
 
 
 def test_diffusers_reads_it_with_its_true_alpha(sd15, tmp_path):
@@ -291,36 +325,46 @@ def test_diffusers_reads_it_with_its_true_alpha(sd15, tmp_path):
     assert distance(answer(pipeline.unet, "sd15"), answer(sd15.bare, "sd15")) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
-def test_diffusers_reads_the_other_families(family, tmp_path):
+def test_diffusers_gives_every_module_its_own_name(twin, tmp_path):
+    """In its whole depth. What diffusers then makes of the modules is in test_layouts."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
 
-    twin = Twin(family)
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
-    pipeline = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    pipeline = StableDiffusionXLPipeline if twin.family == "sdxl" else StableDiffusionPipeline
     state, alphas = pipeline.lora_state_dict(path, unet_config=twin.bare.config)[:2]
-    pipeline.load_lora_into_unet(state, alphas, twin.bare)
-    assert distance(answer(twin.bare, family), answer(twin.unet, family)) < 1e-5
+    wanted = {}
+    for key, weight in twin.adapter.state().items():
+        module, _, part = key.rpartition(".")
+        wanted[f"unet.{module}.{ {'down': 'lora_A', 'up': 'lora_B'}[part] }.weight"] = weight
+    assert same(convert_unet_state_dict_to_peft(state), wanted)
+    assert sorted(alphas.values()) == pytest.approx(sorted(twin.adapter.alphas.values()))
 
 
 # ── Text encoders ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LAYERS = {"sd15": {"text_encoder": 12}, "sd2": {"text_encoder": 23}, "sdxl": {"text_encoder": 12, "text_encoder_2": 32}}
+FEW_LAYERS = {"sd15": {"text_encoder": 4}, "sdxl": {"text_encoder": 4, "text_encoder_2": 12}}  # 1 begins as 11 does
 TEXT_MODULES = {"sd15": 72, "sd2": 138, "sdxl": 264}
 
 
 class TextTwin:
-    """Text encoders as deep as the family's, a few numbers wide, with and without an adapter; the UNet beside them."""
+    """Text encoders a few numbers wide, with and without an adapter; a narrow UNet beside them.
 
-    def __init__(self, family: str, **changes):
+    Args:
+        whole: as deep as the family's.
+    """
+
+    def __init__(self, family: str, whole: bool = False, **changes):
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-        twin = Twin(family)
-        self.family, self.base, self.bare = family, twin.base, {"unet": twin.bare}
+        self.family, self.bare = family, {"unet": narrow_unet(family, whole=False).eval()}
+        self.base = a_base(family, self.bare["unet"])
         torch.manual_seed(0)
-        for place, (which, layers) in enumerate(LAYERS[family].items()):
+        depths = (LAYERS if whole else FEW_LAYERS)[family]
+        for place, (which, layers) in enumerate(depths.items()):
             kind = CLIPTextModelWithProjection if place else CLIPTextModel
-            width = TEXT // len(LAYERS[family])
+            width = TEXT // len(depths)
             config = CLIPTextConfig(
                 vocab_size=20, hidden_size=width, intermediate_size=10, num_hidden_layers=layers, num_attention_heads=2,
                 projection_dim=width, eos_token_id=19, bos_token_id=18,
@@ -343,76 +387,61 @@ def said(models: dict, family: str) -> torch.Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-@pytest.fixture(scope="module", params=["sd15", "sd2", WITHOUT_COVERAGE])
-def text_twin(request):
-    return TextTwin(request.param)
+@pytest.fixture(scope="module")
+def text_twin():
+    return TextTwin("sdxl")
 
 
-def test_a_file_with_text_encoders(text_twin, tmp_path):
-    twin, family = text_twin, text_twin.family
+@pytest.mark.parametrize("family", ["sd15", "sd2", WITHOUT_COVERAGE])
+def test_a_file_with_text_encoders(family, tmp_path):
+    twin = TextTwin(family, whole=True)
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
-    names = readers.attention_names(family) | readers.text_names(family)
-    assert readers.updates(path).keys() == names and len(readers.text_names(family)) == TEXT_MODULES[family]
+    modules = set(readers.updates(path))
+    assert len(modules) == len(twin.adapter.layers) and len(readers.text_names(family)) == TEXT_MODULES[family]
+    assert modules - readers.attention_names(family) == readers.text_names(family)
     merged = copy.deepcopy(twin.bare)
-    assert readers.merge(path, merged["unet"], family, text=merged) == len(twin.adapter.layers) == len(names)
+    assert readers.merge(path, merged["unet"], family, text=merged) == len(modules)
     assert distance(said(merged, family), said(twin.models, family)) < 1e-5
     assert distance(answer(merged["unet"], family), answer(twin.models["unet"], family)) < 1e-5
     assert distance(said(twin.bare, family), said(twin.models, family)) > 0.1  # or the test says nothing
     assert export.prove(path, twin.adapter, twin.base).error < 1e-6
-    lora = export.load(path)
-    assert lora.family == family and set(lora.adapts) == set(twin.models)
-    again = export.inject(models := copy.deepcopy(twin.bare), twin.base, lora)
-    assert torch.equal(said(models, family), said(twin.models, family))
-    assert same(again.state(), twin.adapter.state())
-    adapters.eject(models)
-    assert torch.equal(said(models, family), said(twin.bare, family))
+    read = export.load(path)
+    assert read.family == family and set(read.adapts) == set(twin.models)
+    weights = {f"{module}.{part}": weight for module, parts in read.parts.items() for part, weight in parts.items()}
+    assert same(weights, twin.adapter.state()) and {alpha for _, alpha in read.modules.values()} == {3.0}
     told = export.describe(path)
-    assert (told["text_encoder"], told["modules"]) == (TEXT_MODULES[family], len(names))
+    assert (told["text_encoder"], told["modules"]) == (TEXT_MODULES[family], len(modules))
 
 
 def test_a_part_of_the_models_takes_its_part_of_the_file(text_twin, tmp_path):
-    twin = text_twin
+    twin, family = text_twin, text_twin.family
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
     bare = copy.deepcopy(twin.bare)
     unet = export.inject(bare.pop("unet"), twin.base, path)
     texts = export.inject(bare, twin.base, path)
     assert list(unet.models) == ["unet"] and texts.models == bare
-    assert torch.equal(said(bare, twin.family), said(twin.models, twin.family))
-    assert unet.layers.keys() | texts.layers.keys() == twin.adapter.layers.keys()
+    assert torch.equal(said(bare, family), said(twin.models, family))
+    assert torch.equal(answer(unet.models["unet"], family), answer(twin.models["unet"], family))
+    assert same(unet.state() | texts.state(), twin.adapter.state())
+    adapters.eject(bare)
+    assert torch.equal(said(bare, family), said(twin.bare, family))
 
 
-@pytest.mark.no_cover
-def test_text_encoders_alone_tell_their_family(tmp_path):
-    twin = TextTwin("sdxl")
-    bare = {which: model for which, model in copy.deepcopy(twin.bare).items() if which != "unet"}
-    adapter = adapters.inject(bare, 2, 2)
-    path = export.save(adapter, twin.base, tmp_path / "a.safetensors")
+def test_text_encoders_alone_tell_their_family(text_twin, tmp_path):
+    own = export.of(text_twin.adapter, text_twin.base)
+    texts = {module: entry for module, entry in own.modules.items() if adapters.which(module) != "unet"}
+    path = export.write(replace(own, modules=texts), tmp_path / "a.safetensors")
     assert export.load(path).family == "sdxl" and export.load(path).adapts == ("text_encoder", "text_encoder_2")
-    with pytest.raises(ValueError, match="adapts text_encoder and text_encoder_2 alone and not unet"):
-        export.inject(twin.bare["unet"], twin.base, path)
+    with pytest.raises(ValueError, match=naming("a.safetensors", "text_encoder", "text_encoder_2", "unet")):
+        export.inject(text_twin.bare["unet"], text_twin.base, path)
+    assert not hasattr(text_twin.bare["unet"], "peft_config")
 
 
-@pytest.mark.no_cover
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_diffusers_reads_text_encoders(family, tmp_path):
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    twin = TextTwin(family)
-    path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
-    pipeline = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
-    state, alphas = pipeline.lora_state_dict(path, unet_config=twin.bare["unet"].config)[:2]
-    for which in LAYERS[family]:
-        pipeline.load_lora_into_text_encoder(state, alphas, twin.bare[which], prefix=which)
-    assert distance(said(twin.bare, family), said(twin.models, family)) < 1e-5
-
-
-@pytest.mark.no_cover
-def test_text_encoders_in_diffusers_own_names(tmp_path):
+def test_text_encoders_in_diffusers_own_names(text_twin, tmp_path):
     from diffusers import StableDiffusionXLPipeline
     from peft import get_peft_model_state_dict
 
-    twin = TextTwin("sdxl")
-    states = {}
+    twin, states = text_twin, {}
     for which, model in twin.models.items():  # the second encoder's as newer transformers name them
         inner = model if which == "unet" else getattr(model, "text_model", model)
         state = get_peft_model_state_dict(inner, adapter_name="default")
@@ -421,8 +450,8 @@ def test_text_encoders_in_diffusers_own_names(tmp_path):
     StableDiffusionXLPipeline.save_lora_weights(
         tmp_path, states["unet"], states["text_encoder"], states["text_encoder_2"], weight_name="a.safetensors"
     )
-    lora = export.load(tmp_path / "a.safetensors")
-    assert lora.modules.keys() == twin.adapter.layers.keys() and lora.family == "sdxl" and not lora.aside
+    read = export.load(tmp_path / "a.safetensors")
+    assert read.modules.keys() == twin.adapter.layers.keys() and read.family == "sdxl" and not read.aside
 
 
 def test_alphas_of_text_encoders_from_diffusers_metadata(tmp_path):
@@ -432,28 +461,19 @@ def test_alphas_of_text_encoders_from_diffusers_metadata(tmp_path):
     settings = {"text_encoder.lora_alpha": 4, "text_encoder.alpha_pattern": {layers[1]: 16}}
     metadata = {"lora_adapter_metadata": json.dumps(settings)}
     save_file(tensors, tmp_path / "a.safetensors", metadata)
-    lora = export.load(tmp_path / "a.safetensors")
-    assert [alpha for _, alpha in lora.modules.values()] == [4, 16] and lora.family == "sd15"
+    read = export.load(tmp_path / "a.safetensors")
+    assert [alpha for _, alpha in read.modules.values()] == [4, 16] and read.family == "sd15"
     metadata |= {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}  # CLIP-L is in both families
     save_file(tensors, tmp_path / "b.safetensors", metadata)
     assert export.load(tmp_path / "b.safetensors").family == "sdxl"
 
 
 def test_a_layer_no_text_encoder_has_is_refused():
-    with pytest.raises(ValueError, match="no module of a text encoder"):
+    with pytest.raises(ValueError, match=naming("text_encoder.text_projection")):
         export.kohya_name("text_encoder.text_projection", "sdxl")
 
 
 # ── Proof ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
-def test_a_good_file_is_proven(twin, tmp_path, dtype, most):
-    proof = export.prove(
-        export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=dtype), twin.adapter, twin.base
-    )
-    assert proof.modules == len(twin.adapter.layers) and proof.error < most and proof.worst in twin.adapter.layers
-    assert f"all {proof.modules} modules" in proof.describe()
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-4, 1e2])
@@ -472,7 +492,7 @@ def test_rounding_alone_never_fails_the_proof(sd15, tmp_path, size):
 
 
 def test_a_fresh_adapter_is_proven_as_well(tmp_path):
-    unet = narrow_unet("sd15")
+    unet = narrow_unet("sd15", whole=False)
     adapter, base = adapters.inject(unet, 2, 2), a_base("sd15", unet)
     assert export.prove(export.save(adapter, base, tmp_path / "a.safetensors"), adapter, base).error == 0
 
@@ -481,7 +501,7 @@ def test_a_fresh_adapter_is_proven_as_well(tmp_path):
 def test_a_wrong_file_is_caught(sd15, tmp_path, fault):
     path = export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors")
     tensors, metadata, _ = readers.read(path)
-    first, second = (f"lora_unet_down_blocks_0_attentions_{j}_transformer_blocks_0_attn1_to_q" for j in (0, 1))
+    first, second = (f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_{x}" for x in "qk")
     if fault == "alpha":
         tensors[f"{first}.alpha"] *= 1.1
     elif fault == "swapped":
@@ -496,9 +516,10 @@ def test_a_wrong_file_is_caught(sd15, tmp_path, fault):
         for part in ("lora_down.weight", "lora_up.weight", "alpha"):
             tensors[f"lora_unet_conv_in.{part}"] = tensors[f"lora_unet_mid_block_attentions_0_proj_in.{part}"].clone()
     save_file(tensors, path, metadata)
-    with pytest.raises(
-        RuntimeError, match="does not hold this LoRA" if "ing" in fault or "super" in fault else "differs"
-    ):
+    known = len(sd15.adapter.layers)
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1" + ("" if fault == "swapped" else ".to_q")
+    what = {"missing": (known - 1, known, module), "superfluous": (known + 1, known, "conv_in")}.get(fault, (module,))
+    with pytest.raises(RuntimeError, match=naming("a.safetensors", *what)):
         export.prove(path, sd15.adapter, sd15.base)
 
 
@@ -566,9 +587,10 @@ def test_metadata_of_a_run(sd15, tmp_path):
     assert not re.search(r"anna|nowhere|private", json.dumps(written))
     told = export.describe(tmp_path / "a.safetensors")
     assert told == {
-        "file": "a.safetensors", "kind": "LoRA", "family": "sd15", "modules": 192, "text_encoder": 0, "rank": [4],
-        "alpha": [3.0], "dtype": ["float16"], "bytes": (tmp_path / "a.safetensors").stat().st_size,
-        "base": "somebody/sd15-twin", "trigger": "sks cat", "steps": "120", "hash": "verified",
+        "file": "a.safetensors", "kind": "LoRA", "family": "sd15", "modules": len(sd15.adapter.layers),
+        "text_encoder": 0, "rank": [4], "alpha": [3.0], "dtype": ["float16"],
+        "bytes": (tmp_path / "a.safetensors").stat().st_size, "base": "somebody/sd15-twin",
+        "trigger": "sks cat", "steps": "120", "hash": "verified",
     }  # fmt: skip
 
 
@@ -613,9 +635,9 @@ def test_the_family_is_said_without_a_run_too(sd15, tmp_path, family, prediction
     assert export.load(tmp_path / "a.safetensors").family == family
 
 
-@pytest.mark.parametrize("rank", [4, 256])  # below and above the 1 MiB where the older hash begins
+@pytest.mark.parametrize("rank", [4, 512])  # below and above the 1 MiB where the older hash begins
 def test_hashes(rank, tmp_path):
-    unet = narrow_unet("sd15")
+    unet = narrow_unet("sd15", whole=False)
     adapter = adapters.inject(unet, rank, 1)
     path = export.save(adapter, a_base("sd15", unet), tmp_path / "a.safetensors", metadata={"ss_x": 'ü\n"\\', "y": "z"})
     metadata = readers.read(path)[1]
@@ -625,7 +647,7 @@ def test_hashes(rank, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    assert export.describe(path)["hash"].startswith("does not match")
+    assert export.describe(path)["hash"] not in ("verified", "none")
 
 
 def test_the_same_adapter_gives_the_same_bytes(sd15, tmp_path):
@@ -642,7 +664,7 @@ def test_the_same_adapter_gives_the_same_bytes(sd15, tmp_path):
     ],
 )  # fmt: skip
 def test_nothing_private_goes_into_a_file(sd15, tmp_path, value):
-    with pytest.raises(ValueError, match="metadata ss_training_comment holds a path or token of this machine"):
+    with pytest.raises(ValueError, match=naming("ss_training_comment")):
         export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors", metadata={"ss_training_comment": value})
     assert os.listdir(tmp_path) == []
 
@@ -657,7 +679,7 @@ def test_ordinary_text_is_not_taken_for_private(sd15, tmp_path, value):
 
 
 def test_metadata_must_be_strings(sd15, tmp_path):
-    with pytest.raises(TypeError, match="ss_steps is 5; readers expect strings alone: give '5'"):
+    with pytest.raises(TypeError, match=naming("ss_steps", 5)):
         export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors", metadata={"ss_steps": 5})
 
 
@@ -672,35 +694,28 @@ def test_a_full_disk_leaves_nothing(sd15, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match=f"no room for a.safetensors .*{whole:,} bytes are needed"):
+    with pytest.raises(OSError, match=naming("a.safetensors", f"{whole:,}")):
         export.save(sd15.adapter, sd15.base, tmp_path / "a.safetensors")
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("value, dtype", [(math.nan, torch.float32), (70000.0, torch.float16)])
-def test_spoilt_weights_are_not_written(tmp_path, value, dtype):
-    twin = Twin("sd15")
-    twin.adapter.parameters()[7].data.view(-1)[0] = value
-    with pytest.raises(
-        FloatingPointError, match="1 weights are NaN or infinite.*use an earlier checkpoint, or float32"
-    ):
-        export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=dtype)
+def test_spoilt_weights_are_not_written(sd15, tmp_path, value, dtype):
+    own = export.of(sd15.adapter, sd15.base)
+    parts = own.parts["mid_block.attentions.0.proj_in"]
+    parts["up"] = parts["up"].clone()
+    parts["up"].view(-1)[0] = value
+    key = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"
+    with pytest.raises(FloatingPointError, match=naming("a.safetensors", 1, key, dtype, "float32")):
+        export.write(own, tmp_path / "a.safetensors", dtype=dtype)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("name, layout", [("a.safetensors", "lycoris"), ("a.pt", "kohya")])
-def test_unknown_layouts_are_refused(sd15, tmp_path, name, layout):
-    with pytest.raises(
-        ValueError, match="layout '(lycoris' is unknown|kohya' is written as a file that ends in .safetensors)"
-    ):
-        export.save(sd15.adapter, sd15.base, tmp_path / name, layout=layout)
 
 
 # ── Files that others made ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_sdxl_in_diffusers_naming_without_alpha_and_with_text_encoders(sdxl_with_convolutions, tmp_path):
-    twin, path = sdxl_with_convolutions, tmp_path / "a.safetensors"
+def test_sdxl_in_diffusers_naming_without_alpha_and_with_text_encoders(tmp_path):
+    twin, path = twin_of("sdxl", targets="attention+conv"), tmp_path / "a.safetensors"
     tensors = {}
     for key, weight in twin.adapter.state().items():
         module, part = key.rsplit(".", 1)
@@ -710,11 +725,15 @@ def test_sdxl_in_diffusers_naming_without_alpha_and_with_text_encoders(sdxl_with
     tensors |= {f"{text}.lora_down.weight": torch.ones(2, 3), f"{text}.lora_up.weight": torch.ones(3, 2)}
     tensors |= {"bundle_emb.ohwx.string_to_param.*": torch.ones(2, 3)}
     save_file(tensors, path)
-    lora = export.load(path)
-    assert lora.family == "sdxl" and len(lora.modules) == 789 and lora.adapts == ("text_encoder_2", "unet")
-    assert list(lora.aside) == ["bundle_emb.ohwx.string_to_param.*"]
-    assert all(alpha == parts["down"].shape[0] for parts, alpha in lora.modules.values())
-    export.inject(unet := copy.deepcopy(twin.bare), twin.base, lora)
+    read = export.load(path)
+    assert (
+        read.family == "sdxl"
+        and len(read.modules) == len(twin.adapter.layers) + 1
+        and read.adapts == ("text_encoder_2", "unet")
+    )
+    assert list(read.aside) == ["bundle_emb.ohwx.string_to_param.*"]
+    assert all(alpha == parts["down"].shape[0] for parts, alpha in read.modules.values())
+    export.inject(unet := copy.deepcopy(twin.bare), twin.base, read)
     assert distance(answer(unet, "sdxl"), answer(twin.unet, "sdxl")) < 1e-5
     assert export.describe(path)["text_encoder"] == 1 and export.describe(path)["hash"] == "none"
 
@@ -728,10 +747,10 @@ def test_what_diffusers_saves(sd15, tmp_path, rslora):
     StableDiffusionPipeline.save_lora_weights(
         tmp_path, get_peft_model_state_dict(sd15.unet, adapter_name="default"), unet_lora_adapter_metadata=settings
     )
-    lora = export.load(tmp_path / "pytorch_lora_weights.safetensors")
-    assert lora.modules.keys() == sd15.adapter.layers.keys()
-    assert {alpha for _, alpha in lora.modules.values()} == {3.0 * (2 if rslora else 1)}  # √rank is 2
-    down, up = lora.parts["mid_block.attentions.0.proj_in"].values()
+    read = export.load(tmp_path / "pytorch_lora_weights.safetensors")
+    assert read.modules.keys() == sd15.adapter.layers.keys()
+    assert {alpha for _, alpha in read.modules.values()} == {3.0 * (2 if rslora else 1)}  # √rank is 2
+    down, up = read.parts["mid_block.attentions.0.proj_in"].values()
     assert torch.equal(down, sd15.adapter.state()["mid_block.attentions.0.proj_in.down"])
     assert torch.equal(up, sd15.adapter.state()["mid_block.attentions.0.proj_in.up"])
 
@@ -750,30 +769,30 @@ def test_dotted_keys(tmp_path, down, up):
     processor = "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out"
     tensors = {down: torch.ones(2, 16), up: torch.ones(16, 2)}
     save_file({k.format(module, processor=processor): t for k, t in tensors.items()}, tmp_path / "a.safetensors")
-    lora = export.load(tmp_path / "a.safetensors")
-    assert list(lora.modules) == [module] and lora.modules[module][1] == 2 and lora.family is None
+    read = export.load(tmp_path / "a.safetensors")
+    assert list(read.modules) == [module] and read.modules[module][1] == 2 and read.family is None
 
 
 def test_projections_of_either_shape_fit(tmp_path):
     """sd-scripts makes convolutions of SD 2's linear projections when it trains on a single checkpoint file."""
-    twin = Twin("sd2")
+    twin = twin_of("sd2")
     path = export.save(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
     tensors, metadata, _ = readers.read(path)
     for key, tensor in tensors.items():
         if "_proj_" in key and "attentions" in key and tensor.ndim == 2 and "ff" not in key:
             tensors[key] = tensor[..., None, None]
     save_file(tensors, path, metadata)
-    export.inject(twin.bare, twin.base, path)
-    assert distance(answer(twin.bare, "sd2"), answer(twin.unet, "sd2")) < 1e-5
+    export.inject(unet := copy.deepcopy(twin.bare), twin.base, path)
+    assert distance(answer(unet, "sd2"), answer(twin.unet, "sd2")) < 1e-5
     assert export.prove(path, twin.adapter, twin.base).error < 1e-6
 
 
 # ── Files that do not fit, or are none ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_lora_of_another_family(sd15, sdxl_with_convolutions, tmp_path):
-    path = export.save(sdxl_with_convolutions.adapter, sdxl_with_convolutions.base, tmp_path / "xl.safetensors")
-    with pytest.raises(ValueError, match="xl.safetensors is an SDXL LoRA, the base somebody/sd15-twin is SD 1.5"):
+def test_a_lora_of_another_family(sd15, text_twin, tmp_path):
+    path = export.save(text_twin.adapter, text_twin.base, tmp_path / "xl.safetensors")
+    with pytest.raises(ValueError, match=naming("xl.safetensors", "SDXL", "somebody/sd15-twin", "SD 1.5")):
         export.inject(sd15.bare, sd15.base, path)
     module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     for width, family in ((768, "sd15"), (1024, "sd2"), (2048, "sdxl")):
@@ -786,34 +805,34 @@ def test_a_lora_for_a_wider_base(sd15, tmp_path):
     module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"unet.{module}.lora_A.weight": torch.ones(1, 99), f"unet.{module}.lora_B.weight": torch.ones(16, 1)}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=f"in 1 of 1 modules: {module} is 16×99 in the file, 16×16 here"):
+    with pytest.raises(ValueError, match=naming("a.safetensors", 1, module, "16×99", "12×12")):
         export.inject(sd15.bare, sd15.base, tmp_path / "a.safetensors")
     assert not hasattr(sd15.bare, "peft_config")
 
 
+ONE = "lora_unet_mid_block_attentions_0_proj_in"
+
+
 @pytest.mark.parametrize(
-    "keys, message",
+    "keys, named",
     [
-        ({"lora_unet_double_blocks_0_img_attn_proj": ("lora_down.weight", "lora_up.weight")}, "another kind of model"),
-        ({"lora_unet_mid_block_attentions_0_proj_in": ("lora_down.weight", "alpha")}, "holds alpha, down alone"),
         (
-            {"lora_unet_mid_block_attentions_0_proj_in": ("lora_down.weight", "lora_up.weight", "dora_scale")},
-            "a DoRA file",
+            {"lora_unet_double_blocks_0_img_attn_proj": ("lora_down.weight", "lora_up.weight")},
+            (2, "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"),
         ),
-        ({"lora_unet_mid_block_attentions_0_proj_in": ("hada_w1_a", "hada_w1_b")}, "holds hada_w1_a, hada_w1_b alone"),
-        ({"lora_unet_mid_block_attentions_0_proj_in": ("oft_blocks",)}, "is a OFT file"),
-        (
-            {"model.diffusion_model.input_blocks.0.0": ("weight", "bias")},
-            "no LoRA: 2 of its weights are something else",
-        ),
-        ({}, "no LoRA: it is empty"),
+        ({ONE: ("lora_down.weight", "alpha")}, ("mid_block.attentions.0.proj_in", "alpha", "down")),
+        ({ONE: ("lora_down.weight", "lora_up.weight", "dora_scale")}, ("DoRA",)),
+        ({ONE: ("hada_w1_a", "hada_w1_b")}, ("mid_block.attentions.0.proj_in", "hada_w1_a", "hada_w1_b")),
+        ({ONE: ("oft_blocks",)}, ("OFT",)),
+        ({"model.diffusion_model.input_blocks.0.0": ("weight", "bias")}, (2, "model.diffusion_model.input_blocks.0.0")),
+        ({}, ()),
     ],
 )
-def test_files_that_are_no_lora(tmp_path, keys, message):
+def test_files_that_are_no_lora(tmp_path, keys, named):
     tensors = {f"{name}.{part}": torch.ones(2, 2) for name, parts in keys.items() for part in parts}
     save_file(tensors, tmp_path / "a.safetensors")
     for read in (export.load, export.describe):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=naming("a.safetensors", *named)):
             read(tmp_path / "a.safetensors")
 
 
@@ -821,7 +840,7 @@ def test_text_encoder_alone(sd15, tmp_path):
     name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 3), f"{name}.lora_up.weight": torch.ones(3, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="adapts text_encoder alone and not unet"):
+    with pytest.raises(ValueError, match=naming("a.safetensors", "text_encoder", "unet")):
         export.inject(sd15.bare, sd15.base, tmp_path / "a.safetensors")
 
 
@@ -832,7 +851,7 @@ def test_matrices_that_do_not_belong_together(tmp_path, shape):
         {f"{name}.lora_down.weight": torch.ones(shape), f"{name}.lora_up.weight": torch.ones(4, 3)},
         tmp_path / "a.safetensors",
     )
-    with pytest.raises(ValueError, match="do not match"):
+    with pytest.raises(ValueError, match=naming("a.safetensors", f"{name}.lora_down.weight", list(shape))):
         export.describe(tmp_path / "a.safetensors")
 
 
@@ -842,24 +861,30 @@ def test_damaged_files(sd15, tmp_path):
     overlapping = whole[:8] + re.sub(rb'"data_offsets":\[\d+,', b'"data_offsets":[0,', whole[8 : 8 + header])
     overlapping = len(overlapping[8:]).to_bytes(8, "little") + overlapping[8:] + whole[8 + header :]
     damaged = {
-        "was cut off or damaged": [
+        "cut": [
             b"", whole[:5], whole[:100], whole[: 8 + header], whole[:-1], whole + b"x", overlapping,
             (2**60).to_bytes(8, "little") + whole[8:], (99_999_999).to_bytes(8, "little") + whole[8:],
             whole[:8] + b"[" * header, (4).to_bytes(8, "little") + b"[[]]", (8).to_bytes(8, "little") + b'{"a": 1}',
         ],
-        "looks like a web page": [b"<!DOCTYPE html><html><body>Log in"],
-        "looks like a zip or a PyTorch pickle": [b"PK\x03\x04 and so on, many bytes"],
-        "looks like a pickle": [b"\x80\x02}q\x00X\x05\x00\x00\x00lorakit"],
-        "looks like a Git LFS pointer": [b"version https://git-lfs.github.com/spec/v1\noid sha256:0"],
-        "looks like a row of zeros": [bytes(10_000)],
+        "page": [b"<!DOCTYPE html><html><body>Log in"],
+        "zip": [b"PK\x03\x04 and so on, many bytes"],
+        "pickle": [b"\x80\x02}q\x00X\x05\x00\x00\x00lorakit"],
+        "Git LFS": [b"version https://git-lfs.github.com/spec/v1\noid sha256:0"],
+        "zeros": [bytes(10_000)],
     }  # fmt: skip
-    for message, contents in damaged.items():
+    sentences = {}
+    for kind, contents in damaged.items():
         for content in contents:
             (tmp_path / "a.safetensors").write_bytes(content)
             for read in (export.load, export.describe):
-                with pytest.raises(ValueError, match=rf"a.safetensors \({len(content):,} bytes\) .*{message}"):
+                with pytest.raises(ValueError, match=naming("a.safetensors", f"{len(content):,}")) as raised:
                     read(tmp_path / "a.safetensors")
-    with pytest.raises(FileNotFoundError, match="There is no file"):
+                # without the size, and without what the library says
+                text = str(raised.value).replace(f"{len(content):,}", "")
+                sentences.setdefault(kind, set()).add(text.replace(lora._shown(str(raised.value.__cause__)), ""))
+                assert kind not in ("zip", "pickle", "Git LFS") or names(text, kind)
+    assert [len(some) for some in sentences.values()] == [1] * 6 and len(set.union(*sentences.values())) == 6
+    with pytest.raises(FileNotFoundError, match=naming("none.safetensors")):
         export.load(tmp_path / "none.safetensors")
 
 
@@ -868,5 +893,5 @@ def test_nan_is_not_loaded(sd15, tmp_path):
     tensors, metadata, _ = readers.read(path)
     tensors["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"][0] = math.nan
     save_file(tensors, path, metadata)
-    with pytest.raises(FloatingPointError, match="mid_block.attentions.0.proj_in.*Its training diverged"):
+    with pytest.raises(FloatingPointError, match=naming("a.safetensors", "mid_block.attentions.0.proj_in", 1, "up")):
         export.load(path)

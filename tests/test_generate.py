@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from said import naming
 
 from lorakit import base as bases
 from lorakit import dataset, generate, sample
@@ -104,15 +105,16 @@ def test_prompts_that_begin_alike_have_their_own_files(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"prompts": []}, "0 prompts"), ({"seeds": ()}, "0 seeds"), ({"captions": ["one"]}, "1 captions"),
-        ({"repeats": 0}, "0_cat"), ({"repeats": 1000}, "1000_cat"), ({"name": "a/b"}, "1_a/b"),
-        ({"name": ""}, "1_ does"), ({"scheduler_name": "x"}, "no scheduler 'x'"), ({"size": (30, 30)}, "multiples of"),
+        ({"prompts": []}, [0, 1]), ({"seeds": ()}, [2, 0]), ({"captions": ["one"]}, [2, 1]),
+        ({"repeats": 0}, ["0_cat"]), ({"repeats": 1000}, ["1000_cat"]), ({"name": "a/b"}, ["1_a/b"]),
+        ({"name": ""}, ["1_"]), ({"size": (30, 30)}, ["30×30", 8]),
+        ({"scheduler_name": "x"}, ["x", *sample.SCHEDULERS]),
     ],
 )  # fmt: skip
-def test_settings_that_make_no_pictures_are_told(base, tmp_path, changes, message):
-    prompts = changes.pop("prompts", PROMPTS)
-    with pytest.raises(ValueError, match=message):
-        generate.pictures(base, prompts, tmp_path, **({"name": "cat"} | SETTINGS | changes))
+def test_settings_that_make_no_pictures_are_told(base, tmp_path, changes, named):
+    settings = {"prompts": PROMPTS, "name": "cat"} | SETTINGS | changes
+    with pytest.raises(ValueError, match=naming(*named)):
+        generate.pictures(base, folder=tmp_path, **settings)
     assert not list(tmp_path.rglob("*.png"))

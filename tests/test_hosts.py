@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from said import names, naming
 
 from lorakit import demo, hosts, prepare, run
 
@@ -61,7 +62,7 @@ def test_colab_keeps_second_copies_on_drive_where_that_is_wanted(colab, monkeypa
     monkeypatch.setenv("FAKE_COLAB_DRIVE", "refused")
     said = []
     assert hosts.storage(drive=True, say=said.append) == hosts.Storage(colab / "lorakit")
-    assert len(said) == 1 and "not mounted (mount failed)" in said[0]
+    assert len(said) == 1 and names(said[0], "mount failed")  # Colab's reason
     monkeypatch.delenv("FAKE_COLAB_DRIVE")
     place = hosts.storage(drive=True, say=said.append)
     assert place.backup == str(colab / "drive" / "MyDrive" / "lorakit") and place.runs == colab / "lorakit" / "runs"
@@ -86,7 +87,7 @@ def test_without_colab_secrets_come_from_the_environment(monkeypatch):
     assert hosts.secret("HF_TOKEN") == TOKEN and hosts.use_token()
 
 
-def test_a_token_reaches_no_file_and_no_output(colab, monkeypatch, capfd, tmp_path):
+def test_a_token_reaches_no_file_and_no_output(colab, settings, monkeypatch, capfd, tmp_path):
     """The calls of a notebook, from set-up to download, with a token that is there for all of them."""
     from huggingface_hub import get_token
 
@@ -102,15 +103,14 @@ def test_a_token_reaches_no_file_and_no_output(colab, monkeypatch, capfd, tmp_pa
     machine = hosts.check()
     print(machine, machine._repr_html_())
     place = hosts.storage(drive=True)
-    changes = dict(steps=2, batch_size=2, save_every=1, sample_every=2, sample_steps=2, sample_prompts=demo.PROMPTS[:1])
-    config = demo.config(backup=place.backup, **changes)
+    config = settings.with_(backup=place.backup, steps=2, save_every=1, sample_every=2)
     print(prepare.scan(config).describe(), config.to_json())
-    result = run.start(config, place.runs / "flatto")
+    result = run.start(config, place.runs / "thing")
     hosts.download(result.lora)
     out, err = capfd.readouterr()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} >= {".safetensors", ".json", ".jsonl", ".png"}
-    assert [path.parent.name for path in files if path.name == "flatto.safetensors"].count("downloads") == 1
+    assert [path.parent.name for path in files if path.name == "thing.safetensors"].count("downloads") == 1
     assert list((colab / "drive").rglob("*.safetensors"))
     for token in (TOKEN, others):
         assert token not in out and token not in err
@@ -138,11 +138,11 @@ def test_files_are_brought_to_colab_by_its_own_dialog(colab, monkeypatch, tmp_pa
 def test_elsewhere_jupyter_brings_files_and_a_link_takes_them(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     said, shown = [], []
-    assert hosts.upload("pictures", say=said.append) is None and "pictures" in said[0]
+    assert hosts.upload("pictures", say=said.append) is None and names(said[0], "pictures")
     assert not Path("pictures").exists()
     monkeypatch.setattr("IPython.display.display", lambda what, raw: shown.append(what))
     file = tmp_path / "runs" / "my lora & more.safetensors"
-    with pytest.raises(FileNotFoundError, match="my lora & more.safetensors"):
+    with pytest.raises(FileNotFoundError, match=naming("my lora & more.safetensors")):
         hosts.download(file)
     file.parent.mkdir()
     file.write_bytes(b"")
@@ -196,37 +196,38 @@ def test_without_a_gpu_the_embedded_base_is_what_trains(colab, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setenv("PATH", "")
     found = fact("GPU")
-    assert "embedded base trains on the CPU" in found.text and "T4 GPU" in found.advice and found.tone == "warning"
+    assert (found.advice, found.tone) == (hosts.COLAB.gpu, "warning") and names(found.text, "CPU")
     assert hosts.check().ready
     monkeypatch.delenv("COLAB_RELEASE_TAG")
     monkeypatch.setenv("RUNPOD_POD_ID", "x")
-    assert "pod" in fact("GPU").advice
+    assert fact("GPU").advice == hosts.RUNPOD.gpu != hosts.COLAB.gpu
 
 
 def test_a_t4_trains_in_fp16_whatever_torch_says(monkeypatch):
     card(monkeypatch, "Tesla T4", 14.75, (7, 5))
     found = fact("GPU")
-    assert "Tesla T4, 14.8 GiB" in found.text and "capability 7.5: trains in fp16" in found.text
+    assert names(found.text, "Tesla T4", "14.8 GiB", 7.5, "fp16")
     assert found.tone == "good" and not found.advice
 
 
 def test_small_busy_and_newer_cards_are_told_apart(monkeypatch):
     card(monkeypatch, "NVIDIA GeForce RTX 3060", 12.0, (8, 6))
-    assert "trains in bf16" in fact("GPU").text and not fact("GPU").advice
+    assert names(fact("GPU").text, "bf16") and not names(fact("GPU").text, "fp16") and not fact("GPU").advice
     card(monkeypatch, "NVIDIA GeForce RTX 3060 Ti", 8.0, (8, 6))
-    assert "For SDXL" in fact("GPU").advice
+    assert fact("GPU").tone == "good" and names(fact("GPU").advice, "SDXL", hosts.OWN.gpu)
     card(monkeypatch, "NVIDIA GeForce GTX 1650", 3.8, (7, 5))
-    assert fact("GPU").tone == "warning" and "SD 1.5 takes" in fact("GPU").advice
+    assert fact("GPU").tone == "warning" and names(fact("GPU").advice, "SD 1.5", f"{hosts.LITTLE_GPU} GiB")
     card(monkeypatch, "NVIDIA A100-SXM4-40GB", 39.4, (8, 0), free=3.0)
-    assert fact("GPU").tone == "warning" and "more than half is in use" in fact("GPU").advice
+    found = fact("GPU")
+    assert names(found.text, "39.4 GiB", "3.0") and found.tone == "warning" and hosts.OWN.restart in found.advice
 
 
 def test_a_torchao_that_peft_refuses_is_named_with_its_cure(colab, monkeypatch):
     installed(monkeypatch, torchao="0.10.0", peft="0.20.0")
     machine = hosts.check()
     assert not machine.ready
-    assert "0.10.0, with which peft 0.20.0 refuses" in fact("torchao").text
-    assert "pip uninstall -y torchao" in str(machine) and "Runtime → Restart session" in machine._repr_html_()
+    assert names(fact("torchao").text, "0.10.0", "peft 0.20.0")
+    assert "pip uninstall -y torchao" in str(machine) and hosts.COLAB.restart in machine._repr_html_()
     for torchao, peft in (("0.10.0", "0.18.0"), ("0.16.0", "0.20.0"), (None, "0.20.0")):
         installed(monkeypatch, torchao=torchao, peft=peft)
         assert "torchao" not in [fact.name for fact in hosts.check().facts]
@@ -237,8 +238,8 @@ def test_what_is_missing_or_too_old_is_named(monkeypatch):
                                                         'rawpy>=0.19; extra == "formats"'])  # fmt: skip
     installed(monkeypatch, peft="0.14.0", imagehash=None, rawpy=None)
     found = fact("software")
-    assert found.tone == "bad" and found.text.endswith("lacking: peft>=0.15, imagehash>=4.3")
-    assert f"torch {torch.__version__}" in found.text and "ipywidgets" in found.text
+    assert found.tone == "bad" and names(found.text, "peft>=0.15", "imagehash>=4.3")
+    assert not names(found.text, "rawpy") and names(found.text, f"torch {torch.__version__}", "ipywidgets")
 
 
 def test_bitsandbytes_is_optional_and_its_absence_has_a_price(monkeypatch):
@@ -246,7 +247,7 @@ def test_bitsandbytes_is_optional_and_its_absence_has_a_price(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert fact("bitsandbytes").tone == ""
     card(monkeypatch, "Tesla T4", 14.75, (7, 5))
-    assert "NF4" in fact("bitsandbytes").text and fact("bitsandbytes").tone == "warning"
+    assert names(fact("bitsandbytes").text, "NF4", "SDXL") and fact("bitsandbytes").tone == "warning"
 
 
 def test_little_room_is_told(monkeypatch):
@@ -258,20 +259,21 @@ def test_little_room_is_told(monkeypatch):
     monkeypatch.setenv("VAST_CONTAINERLABEL", "C.1")
     monkeypatch.setattr(hosts.shutil, "disk_usage", lambda _: Usage)
     monkeypatch.setattr(memory, "available", lambda _: 3 * 2**30)
-    assert "5.0 GiB free" in fact("disk").text and "30 GB of disk" in fact("disk").advice
-    assert "3.0 GiB free" in fact("RAM").text and fact("RAM").tone == "warning"
+    assert names(fact("disk").text, "5.0 GiB") and fact("disk").tone == "warning"
+    assert names(fact("disk").advice, "SD 1.5", 4, hosts.VAST.disk)
+    assert names(fact("RAM").text, "3.0 GiB") and fact("RAM").tone == "warning"
     Usage.free = 15 * 2**30
-    assert "SDXL takes 14" in fact("disk").advice
+    assert names(fact("disk").advice, "SDXL", 14, hosts.VAST.disk) and fact("disk").tone == "good"
     monkeypatch.setattr(memory, "available", lambda _: None)
-    assert "RAM" not in str(hosts.check())
+    assert "RAM" not in [found.name for found in hosts.check().facts]
 
 
 def test_a_pod_without_a_volume_loses_all(monkeypatch, tmp_path):
     monkeypatch.setenv("RUNPOD_POD_ID", "x")
     monkeypatch.setenv("WORKSPACE", str(tmp_path))
-    assert "without a volume" in fact("host").text
+    assert names(fact("host").text, hosts.RUNPOD.name) and fact("host").tone == "warning" and fact("host").advice
     monkeypatch.setattr(os.path, "ismount", lambda _: True)
-    assert "is kept when the pod stops" in fact("host").text
+    assert names(fact("host").text, hosts.RUNPOD.name, hosts.RUNPOD.keeps) and not fact("host").tone
 
 
 def test_the_machine_shows_itself_without_a_path_or_markup_of_others(monkeypatch):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from loops import CPU
+from said import QUIET, naming
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
@@ -9,9 +11,6 @@ from lorakit import checkpoint, initial, run
 from lorakit.adapter import parts
 from lorakit.config import parse
 from lorakit.live import Live
-
-CPU = torch.device("cpu")
-QUIET = {"say": lambda _: None, "progress": False}
 
 
 def test_the_strongest_directions_are_those_of_the_svd():
@@ -85,6 +84,7 @@ def test_inputs_of_a_layer_lie_along_what_eva_finds(ready):
     assert share(parts(layer)["down"].detach()) > share(parts(usual.layers[name])["down"].detach()) + 0.1
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_run_that_began_so_is_gone_on_with_bit_for_bit(settings, tmp_path):
     config = settings.with_(initialisation="eva")
     whole = run.start(config, tmp_path / "whole", **QUIET)
@@ -98,7 +98,7 @@ def test_a_run_that_began_so_is_gone_on_with_bit_for_bit(settings, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"algorithm": "lokr"}, {"start_from": "x.safetensors"}])
 def test_what_has_a_beginning_already_is_told(settings):
-    with pytest.raises(ValueError, match="initialisation"):
+    with pytest.raises(ValueError, match=naming("initialisation")):
         parse({"steps": 1, "initialisation": "eva"} | settings)
 
 

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import killing
 import pytest
+from said import QUIET, line, names, naming
 
 from lorakit import checkpoint, export, files, plots, record, run
 from lorakit.live import Live
 
-QUIET = {"say": lambda _: None, "progress": False}
 
-
-@pytest.fixture
-def whole(settings, tmp_path):
+@pytest.fixture(params=["adamw", "adamw8bit"])
+def whole(request, settings, tmp_path):
     """A run with all that has a state, and what it comes to when it is not disturbed."""
     settings = settings.with_(
         steps=6, save_every=2, save_minutes=1e-6, keep_states=2, ema_decay=0.9, caption_dropout=0.3,
         text_encoder_rate=5e-4, batch_size=4, schedule="cosine", validation_share=0.2, validate_every=2,
+        optimizer=request.param, rank=killing.OF_8_BITS if request.param == "adamw8bit" else 4,
     )  # fmt: skip
     told = killing.finished(settings, tmp_path / "whole", tmp_path / "told.json")
     return settings, tmp_path / "whole" / "thing.safetensors", told["operations"]
@@ -38,6 +38,8 @@ def whole(settings, tmp_path):
 def test_killed_again_and_again_a_run_ends_the_same(whole, tmp_path):
     """At random moments of its writing, some of them within a save, and once at a random time."""
     settings, expected, operations = whole
+    newest = checkpoint.read(checkpoint.paths(expected.parent / "checkpoints")[0])
+    assert killing.has_8_bits(newest) == (settings.optimizer == "adamw8bit")
     chance, folder, kept = random.Random(7), tmp_path / "cut", {}
     for at in (chance.randrange(operations), operations // 2, operations - 40, None):
         process = killing.begin(settings, folder, tmp_path / "told.json", at)
@@ -53,9 +55,10 @@ def test_killed_again_and_again_a_run_ends_the_same(whole, tmp_path):
 
 
 @pytest.mark.no_cover
-def test_whatever_file_is_damaged_the_run_goes_on_from_what_is_sound(settings, tmp_path):
+def test_whatever_file_is_damaged_the_run_goes_on_from_what_is_sound(settings, tmp_path, monkeypatch):
     settings = settings.with_(save_every=2, validation_share=0.2, validate_every=2)
     first = run.start(settings, tmp_path / "run", **QUIET)
+    monkeypatch.setattr(run, "compare", lambda *_, **__: None)  # the sheet takes half of the time
     chance, kinds = random.Random(3), {}
     shutil.copytree(tmp_path / "run", tmp_path / "sound")
     for file in sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"):
@@ -73,44 +76,57 @@ def test_whatever_file_is_damaged_the_run_goes_on_from_what_is_sound(settings, t
         again = run.start(settings, tmp_path / "run", say=said.append, progress=False)
         assert killing.same_weights(again.lora, tmp_path / "sound" / "thing.safetensors"), file
         if place in ("checkpoints", "cache"):
-            assert any("damaged" in line and victim.name in line for line in said), (victim, said)
+            assert line(said, victim.name), (victim, said)
         if place == "checkpoints":
-            assert any("resume    at step 4" in line for line in said)
+            assert line(said, "resume", 4)
     assert first.lora.is_file()
 
 
 @pytest.mark.no_cover
 def test_a_disk_that_fills_up_at_any_write_loses_nothing(settings, tmp_path, monkeypatch):
-    """Either the run says so and ends well, or it stops with advice and goes on when there is room."""
-    settings = settings.with_(steps=4, save_every=2)
-    whole = run.start(settings, tmp_path / "whole", **QUIET)
-    fsync, left = os.fsync, [10**9]
+    """Either the run names what is missing and ends well, or it stops with advice and goes on when there is room."""
+    settings, whole_append = settings.with_(steps=4, save_every=2), files.append
+    left, fsync = [10**9], os.fsync
 
-    def full(handle):
+    def write():
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(handle)
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    def sheet(base, lora, prompts, config, path, **_):  # as large a write, without the sampling
+        with files.replacing(path) as partial:
+            partial.write_bytes(b"PNG")
+        return path
+
+    monkeypatch.setattr(files.os, "fsync", lambda handle: (write(), fsync(handle))[1])
+    monkeypatch.setattr(files, "_sync_folder", lambda folder: None)  # needs no room
+    monkeypatch.setattr(files, "append", lambda *arguments: (write(), whole_append(*arguments))[1])
+    monkeypatch.setattr(run, "compare", sheet)
+    whole = run.start(settings, tmp_path / "whole", **QUIET)
     shutil.copytree(tmp_path / "whole" / "cache", tmp_path / "cache")  # its writes are alike: one of them is enough
+    shutil.copytree(tmp_path / "cache", tmp_path / "counted" / "cache")
     run.start(settings, tmp_path / "counted", **QUIET)
-    for room in (0, 1, *range(2, 14)):
+    writes = 10**9 - left[0] - len(list((tmp_path / "cache").iterdir()))
+    for room in range(writes):
         folder, said = tmp_path / f"full-{room}", []
         shutil.copytree(tmp_path / "cache", folder / "cache")
         left[0] = room
         try:
             result = run.start(settings, folder, say=said.append, progress=False)
         except OSError as error:
-            assert "no room for" in str(error) and "Make room" in str(error)
+            assert error.errno in files.FULL
         else:
-            assert result.lora and not left[0] < 0 or any("no room for" in line for line in said), said
+            assert result.lora and (left[0] >= 0 or result.missing), said
+            assert [text for text in said if text.startswith("missing")] == said[len(said) - len(result.missing) :]
+            assert killing.same_weights(result.lora, whole.lora)
         left[0] = 10**9
         if (folder / "config.json").exists():
             assert not record.describe(folder)["problems"]
-        assert killing.same_weights(run.start(settings, folder, **QUIET).lora, whole.lora)
+        if not (folder / "thing.safetensors").exists():
+            assert killing.same_weights(run.start(settings, folder, **QUIET).lora, whole.lora)
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_log_that_finds_no_room_is_written_when_there_is_some(settings, tmp_path, monkeypatch):
     append, calls = files.append, []
 
@@ -124,9 +140,10 @@ def test_a_log_that_finds_no_room_is_written_when_there_is_some(settings, tmp_pa
     said = []
     run.start(settings, tmp_path / "run", say=said.append, progress=False)
     assert [line["step"] for line in plots.read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert any("log       not written" in line and "Training goes on" in line for line in said)
+    assert line(said, "log", "log.jsonl") and not line(said, "missing")
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_checkpoint_that_finds_no_room_never_ends_training(settings, tmp_path, monkeypatch):
     whole, tried = checkpoint.save, []
 
@@ -140,22 +157,26 @@ def test_a_checkpoint_that_finds_no_room_never_ends_training(settings, tmp_path,
     said = []
     result = run.start(settings, tmp_path / "run", say=said.append, progress=False)
     assert tried == [checkpoint.name(n) for n in (3, 3, 6)] and result.lora  # tried again with what could be freed
-    assert any("save      step 3 is not saved: [Errno 28] no room for it. Training goes on" in line for line in said)
+    assert line(said, "save", 3, "no room for it")
+    assert result.missing == ("checkpoint of step 3: OSError: [Errno 28] no room for it",)
+    assert said[-1] == f"missing   {result.missing[0]}"
 
 
 def test_a_run_that_cannot_be_saved_at_all_is_not_begun(settings, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"no room for the run in out: [\d,]+ bytes are needed at least, 1,000 are free"):
+    with pytest.raises(OSError, match=naming("out", "1,000")) as raised:
         run.start(settings, tmp_path / "out", **QUIET)
+    assert raised.value.errno == errno.ENOSPC
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_what_a_run_takes_of_the_disk_is_said_and_true(settings, tmp_path):
     settings, said = settings.with_(steps=8, save_every=1, keep_states=2, ema_decay=0.9), []
     run.start(settings, tmp_path / "run", say=said.append, progress=False)
-    line = next(line for line in said if line.startswith("disk"))
+    told = line(said, "disk")
     saved = {checkpoint.step_of(p): p.stat().st_size for p in checkpoint.paths(tmp_path / "run" / "checkpoints")}
-    predicted = [float(number) * 2**20 for number in re.findall(r"([\d.]+) MiB", line)]
+    predicted = [float(number) * 2**20 for number in re.findall(r"([\d.]+) MiB", told)]
     assert len(saved) == 8 and len(predicted) >= 3
     headers = 200_000  # names and metadata of a small adapter
     assert predicted[1] == pytest.approx(saved[8], abs=headers) and predicted[2] == pytest.approx(saved[1], abs=headers)
@@ -167,23 +188,24 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(setting
         "run.start(config.Config.model_validate_json(sys.argv[1]), sys.argv[2])"
     )
     with tempfile.TemporaryDirectory() as folder:
-        for name, mode, message in (("run", 0o555, ".lock cannot be written"), ("in/run", 0o555, "cannot be made")):
+        for name, mode, named in (("run", 0o555, ".lock"), ("in/run", 0o555, "run")):
             place = Path(folder, name)
             (place if place.parent == Path(folder) else place.parent).mkdir(mode=mode)
             os.chmod(folder, 0o755)
             found = subprocess.run(
                 [sys.executable, "-c", script, settings.to_json(), place], capture_output=True, text=True
             )
-            assert found.returncode and message in found.stderr and "permission denied" in found.stderr, found.stderr
+            assert found.returncode and names(found.stderr, named, "permission denied"), found.stderr
             assert os.listdir(place if place.exists() else place.parent) == []
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_two_programs_in_one_folder_are_one_too_many(settings, tmp_path):
     told = []
 
     def second(step):
         if not told:
-            with pytest.raises(BlockingIOError, match="run is in use: another program, notebook or cell") as raised:
+            with pytest.raises(BlockingIOError, match=naming("run", "STOP")) as raised:
                 run.start(settings, tmp_path / "run", **QUIET)
             told.append(str(raised.value))
             code = "import pathlib, sys; from lorakit import files\nwith files.claimed(pathlib.Path(sys.argv[1])): 0"
@@ -203,6 +225,7 @@ def test_two_programs_in_one_folder_are_one_too_many(settings, tmp_path):
     assert run.start(settings, tmp_path / "run", **QUIET).lora  # nobody is in it any more
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_clock_that_jumps_changes_nothing(settings, tmp_path, monkeypatch):
     settings = settings.with_(save_minutes=1e-6, save_every=100)
     whole = run.start(settings, tmp_path / "whole", **QUIET)
@@ -230,6 +253,7 @@ def test_a_clock_that_jumps_changes_nothing(settings, tmp_path, monkeypatch):
 # ── Saved however it ends ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_an_error_is_preceded_by_a_checkpoint(settings, tmp_path):
     def fail(step):
         if step.number == 4:
@@ -239,10 +263,10 @@ def test_an_error_is_preceded_by_a_checkpoint(settings, tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         run.start(settings, tmp_path / "run", listeners=[fail], say=said.append, progress=False)
     assert max(killing.readable(tmp_path / "run")) == 4
-    assert any("step 4 is saved, in spite of: RuntimeError" in line for line in said)
+    assert line(said, "save", 4, "RuntimeError")
     said.clear()
     assert run.start(settings, tmp_path / "run", say=said.append, progress=False).steps == 6
-    assert any("resume    at step 4" in line for line in said)
+    assert line(said, "resume", 4)
 
 
 def test_an_error_that_cannot_be_saved_from_is_told_itself(settings, tmp_path, monkeypatch):
@@ -253,7 +277,7 @@ def test_an_error_that_cannot_be_saved_from_is_told_itself(settings, tmp_path, m
     said = []
     with pytest.raises(RuntimeError, match="power cut"):
         run.start(settings, tmp_path / "run", listeners=[fail], say=said.append, progress=False)
-    assert any("step 1 is not saved: division by zero" in line for line in said)
+    assert line(said, "save", 1, "division by zero")
 
 
 @pytest.mark.no_cover
@@ -271,7 +295,4 @@ def test_a_host_that_ends_a_program_finds_it_saved(settings, tmp_path, name):
     assert process.exitcode == 0
     (step, whole), *others = killing.readable(tmp_path / "run").items()
     assert step > 0 and whole and not others
-    assert any(
-        line.startswith(f"stopped   at step {step}")
-        for line in json.loads((tmp_path / "told.json").read_text())["said"]
-    )
+    assert line(json.loads((tmp_path / "told.json").read_text())["said"], "stopped", step)

@@ -4,11 +4,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from said import QUIET, line, names
 
 from lorakit import cache, checkpoint, export, plots, run
 from lorakit.live import Live
-
-QUIET = {"say": lambda _: None, "progress": False}
 
 
 def at(number, live, **wishes):
@@ -22,18 +21,24 @@ def at(number, live, **wishes):
     return listener
 
 
+def rates(folder):
+    return [entry["learning_rate"] for entry in plots.read_log(folder / "log.jsonl")]
+
+
+@pytest.mark.usefixtures("weights_only")
 def test_a_run_saves_and_samples_when_asked(settings, tmp_path):
     live, said = Live(), []
-    run.start(settings, tmp_path / "run", say=said.append, progress=False, live=live,
+    run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False, live=live,
               listeners=[at(1, live, save=True, sample=True)])  # fmt: skip
     folder = tmp_path / "run"
     assert len(list((folder / "samples" / "step-000002").glob("*.png"))) == 1
-    assert "save      step 2 is saved, as asked" in said
+    assert line(said, "save", 2)
     assert not live.save.is_set() and not live.sample.is_set()
-    assert (live.step, live.total) == (6, 6) and live.prepared.prediction.peak > 0
+    assert (live.step, live.total) == (3, 3) and live.prepared.prediction.peak > 0
     assert checkpoint.read(folder / "checkpoints" / checkpoint.name(2)).whole
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_learning_rate_holds_from_the_next_step_on_and_over_a_cut(settings, tmp_path):
     def trained(name, cut=99):
         live = Live()
@@ -42,25 +47,26 @@ def test_a_learning_rate_holds_from_the_next_step_on_and_over_a_cut(settings, tm
         return plots.read_log(tmp_path / name / "log.jsonl")
 
     log = trained("whole")
-    assert [line["learning_rate"] for line in log] == [1e-3] * 3 + [5e-4] * 3
-    assert [line.get("asked") for line in log] == [None, None, {"learning_rate": 5e-4}, None, None, None]
+    assert [entry["learning_rate"] for entry in log] == [1e-3] * 3 + [5e-4] * 3
+    assert [entry.get("asked") for entry in log] == [None, None, {"learning_rate": 5e-4}, None, None, None]
     trained("cut", cut=4)
     result = run.start(settings, tmp_path / "cut", **QUIET)
     whole, cut = load_file(tmp_path / "whole" / "thing.safetensors"), load_file(result.lora)
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert [line["learning_rate"] for line in plots.read_log(tmp_path / "cut" / "log.jsonl")][4:] == [5e-4] * 2
+    assert rates(tmp_path / "cut")[4:] == [5e-4] * 2
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_learning_rate_that_is_none_changes_nothing(settings, tmp_path, rate):
-    live, said = Live(), []
-    run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False, live=live,
-              listeners=[at(1, live, learning_rate=rate)])  # fmt: skip
-    assert {line["learning_rate"] for line in plots.read_log(tmp_path / "run" / "log.jsonl")} == {1e-3}
-    assert sum("give a number above 0" in line for line in said) == 1
+@pytest.mark.usefixtures("weights_only")
+def test_a_learning_rate_that_is_none_changes_nothing(settings, tmp_path):
+    live, said, wrong = Live(), [], {1: 0.0, 2: -1.0, 3: float("nan"), 4: float("inf")}
+    run.start(settings, tmp_path / "run", say=said.append, progress=False, live=live,
+              listeners=[at(step, live, learning_rate=rate) for step, rate in wrong.items()])  # fmt: skip
+    assert rates(tmp_path / "run") == [1e-3] * 6 and live.learning_rate is None
+    assert [sum(names(text, "rate", rate) for text in said) for rate in wrong.values()] == [1, 1, 1, 1]
 
 
-def test_prompts_are_exchanged_while_it_runs(settings, tmp_path):
+@pytest.mark.usefixtures("weights_only")
+def test_prompts_are_exchanged_while_it_runs(settings, finished, tmp_path):
     live = Live()
     asked = ["a dog on the moon", "sks thing"]
     result = run.start(settings, tmp_path / "run", live=live, listeners=[at(1, live, prompts=asked, sample=True)],
@@ -68,9 +74,8 @@ def test_prompts_are_exchanged_while_it_runs(settings, tmp_path):
     with Image.open(min((tmp_path / "run" / "samples" / "step-000002").glob("*.png"))) as first:
         assert first.info["parameters"].startswith("a dog on the moon")
     assert plots.read_log(tmp_path / "run" / "log.jsonl")[1]["asked"] == {"prompts": asked}
-    untouched = run.start(settings, tmp_path / "untouched", **QUIET)
-    one, other = load_file(result.lora), load_file(untouched.lora)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    one, untouched = load_file(result.lora), load_file(finished[0].lora)
+    assert all(torch.equal(one[name], untouched[name]) for name in one)
 
 
 def test_prompts_that_cannot_be_encoded_end_nothing(settings, tmp_path, monkeypatch):
@@ -83,28 +88,33 @@ def test_prompts_that_cannot_be_encoded_end_nothing(settings, tmp_path, monkeypa
 
     monkeypatch.setattr(cache, "encode_texts", broken)
     monkeypatch.setattr(run, "compare", lambda *args, **options: None)
-    result = run.start(settings, tmp_path / "run", say=said.append, progress=False, live=live,
+    result = run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False, live=live,
                        listeners=[at(1, live, prompts=["a dog"], sample=True)])  # fmt: skip
-    assert "samples   none at step 2: OSError: the hub is out of reach" in said
+    assert line(said, "samples", 2, "OSError: the hub is out of reach")
     assert export.describe(result.lora)["hash"] == "verified"
 
 
 def test_what_is_done_before_and_after_training_is_told(settings, tmp_path):
     told = []
-    run.start(settings.with_(steps=2), tmp_path / "run", say=lambda _: None, progress=lambda *seen: told.append(seen))
+    run.start(settings.with_(steps=1), tmp_path / "run", say=QUIET["say"], progress=lambda *seen: told.append(seen))
     assert {what for what, _, _ in told} == {"captions", "pictures", "comparing"}
     assert all(done <= of for _, done, of in told)
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_stop_before_the_first_step_ends_the_preparation_and_loses_nothing(settings, tmp_path):
-    live = Live()
+    live, settings = Live(), settings.with_(steps=1)
     live.stop.set()
-    with pytest.raises(KeyboardInterrupt, match="what is done is kept"):
+    with pytest.raises(KeyboardInterrupt):
         run.start(settings, tmp_path / "run", live=live, **QUIET)
-    assert run.start(settings, tmp_path / "run", **QUIET).steps == 6
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "cache").iterdir()}
+    assert kept and not (tmp_path / "run" / "checkpoints").exists()
+    assert run.start(settings, tmp_path / "run", **QUIET).steps == 1
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())  # not encoded again
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_learning_rate_asked_for_before_the_first_step_holds_for_it(settings, tmp_path):
-    run.start(settings, tmp_path / "run", live=Live(learning_rate=2e-4), **QUIET)
+    run.start(settings.with_(steps=2), tmp_path / "run", live=Live(learning_rate=2e-4), **QUIET)
     log = plots.read_log(tmp_path / "run" / "log.jsonl")
-    assert {line["learning_rate"] for line in log} == {2e-4} and log[0]["asked"] == {"learning_rate": 2e-4}
+    assert rates(tmp_path / "run") == [2e-4] * 2 and log[0]["asked"] == {"learning_rate": 2e-4}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from said import names, naming
 
 from lorakit import adapter as adapters
 from lorakit import export, lora
@@ -63,11 +64,13 @@ def a_lora(path: Path, metadata: dict[str, str] | None = None, **more: torch.Ten
     return path
 
 
-def refused(path: Path, message: str, error: type = ValueError) -> None:
-    with pytest.raises(error, match=message) as raised:
+def refused(path: Path, *named: object, error: type = ValueError, name: str = "") -> str:
+    """The message, which names the path or, where given, another name."""
+    with pytest.raises(error, match=naming(name or path.name, *named)) as raised:
         lora.load(path)
-    told = str(raised.value)
-    assert raised.type is error and path.name in told and len(told) < 1000 and told.isprintable()
+    message = str(raised.value)
+    assert raised.type is error and len(message) < 1000 and message.isprintable()
+    return message
 
 
 # ── What is no file, or too much of one ─────────────────────────────────────────────────────────────────────────────
@@ -78,16 +81,16 @@ def test_what_is_no_ordinary_file_is_not_waited_upon(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     for read in (lora.load, export.describe):
         for path in (tmp_path / "pipe.safetensors", Path("/dev/zero"), tmp_path / "none.safetensors"):
-            with pytest.raises(FileNotFoundError, match=f"There is no file .*{path.name}"):
+            with pytest.raises(FileNotFoundError, match=naming(path.name)):
                 read(path)
-    refused(tmp_path / "folder.safetensors", "folder.safetensors holds no adapter_model.safetensors", FileNotFoundError)
+    refused(tmp_path / "folder.safetensors", "adapter_model.safetensors", error=FileNotFoundError)
 
 
 def test_a_header_is_not_read_that_would_take_much_memory(tmp_path):
     path = tmp_path / "a.safetensors"
     text = b'{"__metadata__":{' + b",".join(b'"%d":""' % n for n in range(1_500_000)) + b"}}"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    refused(path, r"cut off or damaged \(its header takes [\d,]+ bytes, and at most 16,777,216 are read\)")
+    refused(path, f"{len(text):,}", "16,777,216")
 
 
 def test_hostile_headers_take_no_memory(tmp_path):
@@ -131,30 +134,33 @@ def test_tensors_that_overlap_or_leave_gaps(tmp_path, start):
     header = {key: {"dtype": "F32", "shape": [4, 4], "data_offsets": [start, start + 64]} for key in (DOWN, UP)}
     text = json.dumps(header).encode()
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(128))
-    refused(tmp_path / "a.safetensors", "was cut off or damaged")
+    refused(tmp_path / "a.safetensors", (tmp_path / "a.safetensors").stat().st_size)
 
 
 # ── Tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    "tensors, message",
+    "tensors, named",
     [
-        ({DOWN: ("F32", [2**63, 0]), UP: ("F32", [4, 4])}, "sizes of .*lora_down.weight, .9223372036854775808, 0."),
-        ({DOWN: ("F32", [0, 8]), UP: ("F32", [8, 0])}, "do not match any weight's"),
-        ({DOWN: ("F32", [2, 8, 1]), UP: ("F32", [8, 2, 1])}, "do not match any weight's"),
-        ({DOWN: ("F32", [1] * 3000), UP: ("F32", [1] * 3000)}, "do not match any weight's"),
-        ({DOWN: ("F32", [2, 8]), UP: ("F32", [8, 3])}, r"matrices of mid_block.attentions.0.proj_in do not match"),
-        ({DOWN: ("F16", [1, 2**20]), UP: ("F16", [2**20, 1])}, "would change 1,048,576 × 1,048,576 numbers"),
-        ({f"{NAME}.lokr_w{n}": ("F32", [90, 90]) for n in (1, 2)}, "would change 8,100 × 8,100 numbers"),
-        ({f"{NAME}.hada_w{n}_{s}": ("F32", []) for n in (1, 2) for s in "ab"}, "do not match any weight's"),
-        ({f"{NAME}.hada_w{n}_{s}": ("F32", [2, 2, 1, 1]) for n in (1, 2) for s in "ab"}, "do not match any weight's"),
-        ({f"{NAME}.lokr_w1": ("F32", [2]), f"{NAME}.lokr_w2": ("F32", [2, 2])}, "do not match any weight's"),
+        ({DOWN: ("F32", [2**63, 0]), UP: ("F32", [4, 4])}, (DOWN, "[9223372036854775808, 0]")),
+        ({DOWN: ("F32", [0, 8]), UP: ("F32", [8, 0])}, (DOWN, "[0, 8]")),
+        ({DOWN: ("F32", [2, 8, 1]), UP: ("F32", [8, 2, 1])}, (DOWN, "[2, 8, 1]")),
+        ({DOWN: ("F32", [1] * 3000), UP: ("F32", [1] * 3000)}, (DOWN, "[1, 1, 1")),
+        ({DOWN: ("F32", [2, 8]), UP: ("F32", [8, 3])}, (MODULE, "(8, 3)", "(2, 8)")),
+        ({DOWN: ("F16", [1, 2**20]), UP: ("F16", [2**20, 1])}, (MODULE, "1,048,576 × 1,048,576")),
+        ({f"{NAME}.lokr_w{n}": ("F32", [90, 90]) for n in (1, 2)}, (MODULE, "8,100 × 8,100")),
+        ({f"{NAME}.hada_w{n}_{s}": ("F32", []) for n in (1, 2) for s in "ab"}, (f"{NAME}.hada_w1_a", "[]")),
+        (
+            {f"{NAME}.hada_w{n}_{s}": ("F32", [2, 2, 1, 1]) for n in (1, 2) for s in "ab"},
+            (f"{NAME}.hada_w1_a", "[2, 2, 1, 1]"),
+        ),
+        ({f"{NAME}.lokr_w1": ("F32", [2]), f"{NAME}.lokr_w2": ("F32", [2, 2])}, (f"{NAME}.lokr_w1", "[2]")),
     ],
 )  # fmt: skip
-def test_sizes_that_no_weight_has(tmp_path, tensors, message):
+def test_sizes_that_no_weight_has(tmp_path, tensors, named):
     """Of no dimensions was an IndexError, of 2⁶³ a TypeError, of four in a LoHa one that could not be multiplied."""
-    refused(raw(tmp_path / "a.safetensors", tensors), message)
+    refused(raw(tmp_path / "a.safetensors", tensors), *named)
 
 
 def test_the_largest_weights_are_read(tmp_path):
@@ -166,8 +172,9 @@ def test_the_largest_weights_are_read(tmp_path):
 @pytest.mark.parametrize("kind", ["I64", "I8", "BOOL", "C64", "F4", "F6_E2M3"])
 def test_numbers_that_are_no_weights(tmp_path, kind):
     path = raw(tmp_path / "a.safetensors", {DOWN: (kind, [2, 8]), UP: (kind, [8, 2])})
-    unknown = "was cut off or damaged"  # to an older safetensors
-    refused(path, f"lora_down.weight is of {kind} numbers, which are no weights. Get the LoRA in float16|{unknown}")
+    message = refused(path)
+    older = f"{path.stat().st_size:,}" in message  # a safetensors that does not know them
+    assert older or names(message, DOWN, kind, "float16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.bfloat16])
@@ -192,9 +199,8 @@ def test_overlong_names_that_would_steer_a_terminal(tmp_path):
     """One came into the message by way of the library's own."""
     for name in ("a" * 100_000, "\x1b[31mred", "‮abc", "." * 5000, "\n"):
         path = raw(tmp_path / "a.safetensors", {f"unet.{name}.lora_A.weight": ("F32", [2, 8])})
-        refused(path, "is a LoRA for another kind of model")
-        refused(raw(path, {f"{name}.weight": ("F32", [2, 8])}), "something else, first")
-        refused(raw(path, {f"{name}.weight": ("F32", [2, 8])}, body=b""), "cut off or damaged")
+        assert refused(path, 1) != refused(raw(path, {f"{name}.weight": ("F32", [2, 8])}), 1)
+        refused(raw(path, {f"{name}.weight": ("F32", [2, 8])}, body=b""), f"{path.stat().st_size:,}")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +212,8 @@ def test_a_module_under_two_names(tmp_path, other):
         f"{other}.{suffix}.weight": ("F32", shape) for suffix, shape in zip(suffixes, ([2, 8], [8, 2]), strict=True)
     }
     path = raw(tmp_path / "a.safetensors", {DOWN: ("F32", [2, 8]), UP: ("F32", [8, 2])} | again)
-    refused(path, "adapts 2 modules that no SD 1.x, 2.x or XL has, or has twice")
+    message = refused(path, 2)
+    assert any(key in message for key in (DOWN, UP, *again))
 
 
 def test_what_only_looks_like_a_text_encoders_layer(tmp_path):
@@ -223,14 +230,12 @@ def test_what_only_looks_like_a_text_encoders_layer(tmp_path):
 def test_a_second_text_encoder_is_sdxls_alone():
     """Under another family's name it was a KeyError."""
     assert lora.kohya_name("text_encoder_2.encoder.layers.0.mlp.fc1", "sdxl").startswith("lora_te2_")
-    with pytest.raises(ValueError, match="text_encoder_2.encoder.layers.0.mlp.fc1 is no module of a text encoder"):
+    with pytest.raises(ValueError, match=naming("text_encoder_2.encoder.layers.0.mlp.fc1")):
         lora.kohya_name("text_encoder_2.encoder.layers.0.mlp.fc1", "sd15")
 
 
 def test_lengths_for_other_columns(tmp_path):
-    refused(
-        a_lora(tmp_path / "a.safetensors", dora_scale=torch.ones(1, 5)), "has not one length for each of its 8 columns"
-    )
+    refused(a_lora(tmp_path / "a.safetensors", dora_scale=torch.ones(1, 5)), MODULE, 8)
 
 
 # ── Alpha ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,45 +259,45 @@ def test_alphas_of_every_form(tmp_path, bare, fuzz, alpha, expected):
 
 
 @pytest.mark.parametrize(
-    "alpha, error, message",
+    "alpha, error, named",
     [
-        (torch.tensor(math.nan), FloatingPointError, "1 weights are NaN or infinite, first alpha"),
-        (torch.tensor(-math.inf), FloatingPointError, "first alpha"),
-        (torch.tensor(1e300, dtype=torch.float64), FloatingPointError, "first alpha"),
-        (torch.empty(0), ValueError, "sizes of .*alpha, .0., do not match"),
-        (torch.tensor([4.0, 4.0]), ValueError, "sizes of .*alpha, .2., do not match"),
-        (torch.tensor(True), ValueError, "alpha is of BOOL numbers"),
+        (torch.tensor(math.nan), FloatingPointError, (1, "alpha")),
+        (torch.tensor(-math.inf), FloatingPointError, (1, "alpha")),
+        (torch.tensor(1e300, dtype=torch.float64), FloatingPointError, (1, "alpha")),
+        (torch.empty(0), ValueError, (f"{NAME}.alpha", "[0]")),
+        (torch.tensor([4.0, 4.0]), ValueError, (f"{NAME}.alpha", "[2]")),
+        (torch.tensor(True), ValueError, (f"{NAME}.alpha", "BOOL")),
     ],
 )
-def test_alphas_that_are_none(tmp_path, alpha, error, message):
-    refused(a_lora(tmp_path / "a.safetensors", alpha=alpha), message, error)
+def test_alphas_that_are_none(tmp_path, alpha, error, named):
+    refused(a_lora(tmp_path / "a.safetensors", alpha=alpha), *named, error=error)
 
 
 # ── PEFT's settings ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 DEEP, LONG = "[" * 100_000, "9" * 5000
 BAD_SETTINGS = {
-    "": "cannot be read", "{": "cannot be read", DEEP: "cannot be read", '{"a":' * 5000: "cannot be read",
-    '{"lora_alpha": ' + LONG + "}": "cannot be read", "[]": "holds no settings", "null": "holds no settings",
-    '"{}"': "holds no settings", '{"lora_alpha": NaN}': "no number", '{"lora_alpha": 1e400}': "no number",
-    '{"lora_alpha": ' + LONG[:400] + "}": "no number", '{"lora_alpha": "4"}': "no number",
-    '{"lora_alpha": true}': "no number", '{"lora_alpha": ' + DEEP[:900] + "]" * 900 + "}": "no number",
-    '{"alpha_pattern": {"proj_in": {}}}': "no number", '{"alpha_pattern": [3]}': "holds no names",
-    '{"alpha_pattern": {"(a+)+$": 4}}': r"a pattern that is no name, \(a\+\)\+\$, and what others wrote is not run",
-    '{"alpha_pattern": {"[": 4}}': "is no name", '{"alpha_pattern": {"": 4}}': "is no name",
-    '{"alpha_pattern": {"\\u001b[2J": 4}}': "is no name", '{"use_dora": true}': "is a PEFT's DoRA file",
+    "": ("char 0",), "{": ("char 1",), DEEP: (), '{"a":' * 5000: (),
+    '{"lora_alpha": ' + LONG + "}": (), "[]": (), "null": (), '"{}"': (), '{"lora_alpha": NaN}': ("alpha",),
+    '{"lora_alpha": 1e400}': ("alpha",), '{"lora_alpha": ' + LONG[:400] + "}": ("alpha",),
+    '{"lora_alpha": "4"}': ("alpha",), '{"lora_alpha": true}': ("alpha",),
+    '{"lora_alpha": ' + DEEP[:900] + "]" * 900 + "}": ("alpha",), '{"alpha_pattern": {"proj_in": {}}}': ("alpha",),
+    '{"alpha_pattern": [3]}': ("alpha_pattern",), '{"alpha_pattern": {"(a+)+$": 4}}': ("(a+)+$", "alpha_pattern"),
+    '{"alpha_pattern": {"[": 4}}': ("[", "alpha_pattern"), '{"alpha_pattern": {"": 4}}': ("alpha_pattern",),
+    '{"alpha_pattern": {"\\u001b[2J": 4}}': ("\\x1b[2J", "alpha_pattern"), '{"use_dora": true}': ("DoRA",),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", BAD_SETTINGS, ids=lambda text: text[:40])
 def test_settings_that_are_none(tmp_path, settings):
     """In a file's metadata, where diffusers keeps them, and beside PEFT's file."""
-    refused(a_lora(tmp_path / "a.safetensors", {"lora_adapter_metadata": settings}), BAD_SETTINGS[settings])
+    refused(a_lora(tmp_path / "a.safetensors", {"lora_adapter_metadata": settings}), *BAD_SETTINGS[settings])
     a_lora(tmp_path / lora.PEFT)
     (tmp_path / "adapter_config.json").write_text(settings)
     for path in (tmp_path, tmp_path / lora.PEFT):
-        with pytest.raises(ValueError, match=f"adapter_(config.json|model.safetensors) .*{BAD_SETTINGS[settings]}"):
+        with pytest.raises(ValueError, match=naming(*BAD_SETTINGS[settings])) as raised:
             lora.load(path)
+        assert names(str(raised.value), "adapter_config.json") or names(str(raised.value), lora.PEFT)
 
 
 @pytest.mark.parametrize(
@@ -368,17 +373,17 @@ def test_a_folder_of_two_text_encoders_without_metadata(tmp_path):
 def test_folders_that_hold_none(tmp_path):
     folder = tmp_path / "lora"
     (folder / "unet").mkdir(parents=True)
-    refused(folder, "lora holds no adapter_model.safetensors and no pytorch_lora_weights", FileNotFoundError)
+    nothing = refused(folder, lora.PEFT, "pytorch_lora_weights.safetensors", error=FileNotFoundError)
     (folder / "unet" / "adapter_model.bin").write_bytes(b"\x80\2}.")
-    refused(folder, "It holds adapter_model.bin, a pickle, which lorakit never opens", FileNotFoundError)
+    assert "adapter_model.bin" not in nothing
+    refused(folder, "adapter_model.bin", error=FileNotFoundError)
     for place in (folder, folder / "unet"):
         a_lora(place / lora.PEFT)
-    refused(folder, f"lora holds {MODULE} in two files. Give the one that is meant")
+    refused(folder, MODULE)
     (folder / lora.PEFT).unlink()
     with (folder / "unet" / "adapter_config.json").open("wb") as stream:
         stream.truncate(2**34)  # takes no room on the disk
-    with pytest.raises(ValueError, match="unet/adapter_config.json is damaged: it is too large"):
-        lora.load(folder)
+    refused(folder, name="unet/adapter_config.json")
 
 
 # ── Into models ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -392,7 +397,7 @@ def test_several_algorithms_in_one_file(tmp_path, bare, fuzz):
     read = lora.load(path)
     assert read.algorithm == "lokr" and len(read.modules) == 3
     models = copy.deepcopy(bare)
-    with pytest.raises(ValueError, match="a.safetensors mixes lokr, lora; lorakit puts one algorithm at a time"):
+    with pytest.raises(ValueError, match=naming("a.safetensors", "lokr", "lora")):
         export.inject(models, fuzz.a_base(), read)
     assert models["unet"].state_dict().keys() == bare["unet"].state_dict().keys()
 
@@ -402,7 +407,7 @@ def test_going_on_from_a_file_for_a_wider_base_names_it(tmp_path, bare, fuzz):
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = adapters.inject(copy.deepcopy(bare), 2, 2, modules=[MODULE])
     before = adapter.state()[f"{MODULE}.down"].clone()
-    with pytest.raises(ValueError, match="a.safetensors does not fit the run's settings and base: .*proj_in.down"):
+    with pytest.raises(ValueError, match=naming("a.safetensors", 1, f"{MODULE}.down")):
         export.begin_from(adapter, fuzz.a_base(), tmp_path / "a.safetensors")
     assert torch.equal(adapter.state()[f"{MODULE}.down"], before)
 
@@ -410,9 +415,7 @@ def test_going_on_from_a_file_for_a_wider_base_names_it(tmp_path, bare, fuzz):
 @pytest.mark.parametrize("record", ["", "[]", "{", DEEP, "3"])
 def test_a_checkpoints_record_that_is_none(tmp_path, record):
     path = a_lora(tmp_path / "a.safetensors", {"lorakit": record} if record else {"lorakit": "nothing"})
-    with pytest.raises(
-        ValueError, match="a.safetensors is damaged: (its settings cannot be read|it holds no settings)"
-    ):
+    with pytest.raises(ValueError, match=naming("a.safetensors")):
         export.describe(path)
     assert export.describe(a_lora(path, {"lorakit": '{"step": 3}'})) == {
         "file": "a.safetensors", "bytes": path.stat().st_size, "kind": "checkpoint", "steps": 3, "settings": None,

@@ -1,21 +1,33 @@
-"""Notebooks are thin, tidy, and call what is there; their set-up cell finds lorakit or says what to do."""
+"""Notebooks are thin, tidy, and call what is there; their set-up cell finds lorakit or says what to do.
+
+Here they are run whole without a kernel of their own, which would import everything anew; test_colab.py has kernels.
+"""
 
 import ast
+import atexit
 import builtins
 import importlib
 import inspect
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import types
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-import nbformat
+import browser
 import pytest
-from nbclient import NotebookClient
+from IPython.core.displaypub import DisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
+from said import names, naming
+from traitlets import List
+from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -100,7 +112,7 @@ def test_what_running_leaves_behind_is_stripped():
     repository = tidy.address(ROOT / "pyproject.toml")
     assert tidy.tidied(json.dumps(notebook), path.name, repository) == path.read_text(encoding="utf-8")
     notebook["cells"] = [cell for cell in notebook["cells"] if cell is not ran]
-    with pytest.raises(ValueError, match="has no set-up cell"):
+    with pytest.raises(ValueError, match=naming(path.name)):
         tidy.tidied(json.dumps(notebook), path.name, repository)
 
 
@@ -216,8 +228,8 @@ def checkout(folder: Path, script: str = STUB) -> Path:
 def test_set_up_without_an_address_says_what_to_do(tmp_path):
     (tmp_path / "lorakit" / "runs").mkdir(parents=True)  # a folder of that name is no package
     done = set_up(tmp_path)
-    assert done.returncode == 1 and "lorakit is not here yet. Write the address" in done.stdout
-    assert "fatal" not in done.stdout + done.stderr and "git" not in done.stderr
+    assert done.returncode == 1 and "FileNotFoundError" in done.stdout
+    assert "fatal" not in done.stdout + done.stderr and "git" not in done.stderr  # nothing is cloned from nowhere
 
 
 @pytest.mark.parametrize("where", ["lorakit-main", "..", "."])
@@ -253,77 +265,149 @@ def test_set_up_clones_what_the_field_names(tmp_path):
 def test_a_set_up_that_fails_ends_the_cell(tmp_path):
     checkout(tmp_path / "lorakit-main", "echo no room; exit 1")
     done = set_up(tmp_path)
-    assert done.returncode == 1 and "no room" in done.stdout and "The set-up did not finish" in done.stdout
+    assert done.returncode == 1 and "no room" in done.stdout and "RuntimeError" in done.stdout
     here = tmp_path / "here"
     here.mkdir()
     done = set_up(here, repository=f"file://{tmp_path}/nothing")
-    assert done.returncode == 1 and "The set-up did not finish" in done.stdout
+    assert done.returncode == 1 and "RuntimeError" in done.stdout and "that of" not in done.stdout
 
 
 # ── Run whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def executed(name, folder, monkeypatch, **exchanged):
-    """A notebook, run whole in a folder of its own; texts in its cells exchanged."""
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # tracing takes as long again
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    for cell in notebook.cells:
-        for old, new in exchanged.items():
-            cell.source = cell.source.replace(old, new)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    return outputs
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def test_quickstart_runs_whole_and_shows_what_it_promises(tmp_path, monkeypatch):
-    """With few steps: whether it learns is test_demo's question."""
-    shorter = {"steps = 400": "steps = 20", "seed=seed)": "seed=seed, sample_steps=4)"}
-    outputs = executed("quickstart.ipynb", tmp_path, monkeypatch, **shorter)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4  # pictures, loss, before/after, prompt
-    assert (tmp_path / "runs" / "quickstart" / "flatto.safetensors").is_file()
-    assert "'family': 'sd15'" in str(outputs[-1]) and "'hash': 'verified'" in str(outputs[-1])
+class Page(DisplayPublisher):
+    """What cells show: (name or None, data of each kind). What is shown anew under a name takes its place."""
+
+    shown = List()
+
+    def publish(self, data, metadata=None, *_, transient=None, update=False, **__):
+        name = (transient or {}).get("display_id")
+        if update:
+            self.shown = [(each, data if each == name else old) for each, old in self.shown]
+        else:
+            self.shown = [*self.shown, (name, data)]
 
 
-def test_a_dataset_is_prepared_from_end_to_end(tmp_path, monkeypatch):
-    outputs = executed("prepare_dataset.ipynb", tmp_path, monkeypatch)
-    panels = [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
-    assert len(panels) == 2 and "0 captions drafted" in str(outputs)
-    assert "flatto" in str(outputs[-1])
-    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 30
+@dataclass(frozen=True)
+class Cell:
+    source: str
+    printed: str
+    shown: list[dict]  # data by their kinds
 
 
-def test_a_run_is_made_compared_and_exported(tmp_path, monkeypatch):
-    """With few steps; where a run is there, that is taken."""
-    shorter = {
-        "steps=100, batch_size=2, save_every=50": "steps=4, save_every=2",
-        "validate_every=50": "validate_every=2",
-    }
-    shorter |= {"sample_steps=10": "sample_steps=2"}
-    outputs = executed("compare_and_export.ipynb", tmp_path, monkeypatch, **shorter)
-    assert "comparing what is in" in str(outputs)
-    assert [path.name for path in (tmp_path / "exports").iterdir()] in (
-        [f"flatto-step-00000{n}.safetensors"] for n in (2, 4)
-    )
-    before = (tmp_path / "runs" / "demo" / "log.jsonl").read_bytes()
-    outputs = executed("compare_and_export.ipynb", tmp_path, monkeypatch, **{"download = False": "download = True"})
-    assert "Download flatto-step" in str(outputs) and (tmp_path / "runs" / "demo" / "log.jsonl").read_bytes() == before
+@pytest.fixture
+def executed(tmp_path, monkeypatch):
+    """Runs a notebook whole, in an IPython of this process and the test's folder; texts in its cells exchanged.
+
+    Args:
+        script: run colab_setup.sh in the set-up cell; otherwise it is only named there.
+    """
+    folder = tmp_path / "notebook"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)  # IPython would look for its packages
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(builtins, "display", display, raising=False)  # what IPython puts there goes again
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    stub = tmp_path / "bin" / "bash"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "set up $LORAKIT_PYTHON by $1"\n')
+    stub.chmod(0o755)
+
+    def execute(name: str, exchanged: dict[str, str], script: bool = False) -> list[Cell]:
+        path = ROOT / "notebooks" / name
+        module, settings, cells = types.ModuleType("lorakit_cells"), Config(), []
+        settings.HistoryManager.enabled = False
+        shell = InteractiveShell.instance(config=settings, user_module=module, display_pub_class=Page)
+        shell.display_trap.hook = lambda result: None if result is None else display(result)
+        try:
+            for cell in code_cells(path):
+                source = "".join(cell["source"])
+                for old, new in exchanged.items():
+                    source = source.replace(old, new)
+                before = len(shell.display_pub.shown)
+                with redirect_stdout(io.StringIO()) as printed, monkeypatch.context() as here:
+                    if not script:
+                        here.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
+                    shell.run_cell(source).raise_error()
+                cells.append((source, printed.getvalue(), before))
+            shown = [data for _, data in shell.display_pub.shown]
+        finally:
+            shell.atexit_operations()
+            atexit.unregister(shell.atexit_operations)
+            InteractiveShell.clear_instance()
+            sys.modules.pop(module.__name__, None)
+        ends = [before for *_, before in cells[1:]] + [len(shown)]
+        whole = [Cell(*text, shown[start:end]) for (*text, start), end in zip(cells, ends, strict=True)]
+        if not script:
+            assert names(whole[0].printed, sys.executable, ROOT / "colab_setup.sh")
+        return whole
+
+    return execute
 
 
-def test_train_lora_goes_the_whole_way_and_goes_on_when_run_again(tmp_path, monkeypatch):
+def cell_of(cells: list[Cell], call: str) -> Cell:
+    """The one that contains a call."""
+    (found,) = [cell for cell in cells if call in cell.source]
+    return found
+
+
+def kinds(cells: list[Cell], kind: str) -> int:
+    """How many outputs have data of a kind."""
+    return sum(kind in data for cell in cells for data in cell.shown)
+
+
+def test_quickstart_runs_whole_and_shows_what_it_promises(executed, small_bases):
+    """With few steps on a smaller base: whether it learns is test_demo's question."""
+    cells = executed("quickstart.ipynb", browser.shorter_quickstart(small_bases["sd15"]), script=True)
+    assert kinds(cells, "image/png") == 4  # pictures, loss, before/after, prompt
+    assert Path("runs", "quickstart", "flatto.safetensors").is_file()
+    facts = ast.literal_eval(cells[-1].shown[-1]["text/plain"])
+    assert (facts["family"], facts["hash"]) == ("sd15", "verified")
+
+
+def test_a_dataset_is_prepared_from_end_to_end(executed):
+    cells = executed("prepare_dataset.ipynb", {})
+    assert kinds(cells, WIDGET) == 2 and names(cell_of(cells, "draft.draft(").printed, 0)
+    assert names(cell_of(cells, "audit.audit(").printed, "flatto")
+    assert len(list(Path("pictures").rglob("*.png"))) == 30
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_a_run_is_made_compared_and_exported(executed, small_bases):
+    """With few steps on a smaller base; where a run is there, that is taken."""
+    smaller = f"base={str(small_bases['sd15'])!r}, resolution=32, bucket_step=8, steps=2, save_every=1"
+    shorter = {"steps=100, batch_size=2, save_every=50": smaller, "validate_every=50": "validate_every=1"}
+    run = Path("runs", "demo").absolute()
+    cells = executed("compare_and_export.ipynb", shorter)
+    assert names(cell_of(cells, "run.start(").printed, run)
+    (exported,) = Path("exports").iterdir()
+    assert exported.name in [f"flatto-step-00000{n}.safetensors" for n in (1, 2)]
+    before = (run / "log.jsonl").read_bytes()
+    cells = executed("compare_and_export.ipynb", {"download = False": "download = True"})
+    assert f'download="{exported.name}"' in cell_of(cells, "hosts.download(").shown[-1]["text/html"]
+    assert (run / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_train_lora_goes_the_whole_way_and_goes_on_when_run_again(executed):
     """With few steps; the second time the finished run is found, with its settings, and nothing is trained again."""
-    shorter = {"name=name, trigger": "name=name, steps=12, trigger"}
-    shorter |= {"validation_share=0.1": 'validation_share=0.1, sample_prompts=("flatto style, pizza",), sample_steps=2'}
-    shorter |= {'strengths = "0, 0.7, 1"': 'strengths = "1"'}
-    executed("train_lora.ipynb", tmp_path, monkeypatch, **shorter)
-    run = tmp_path / "runs" / "flatto_v1"
+    shorter = {
+        "name=name, trigger": "name=name, steps=2, batch_size=1, validate_every=2, sample_every=2, trigger",
+        "validation_share=0.1": 'validation_share=0.04, sample_prompts=("flatto style, pizza",), sample_steps=1',
+        'strengths = "0, 0.7, 1"': 'strengths = "1"',
+    }
+    executed("train_lora.ipynb", shorter)
+    run = Path("runs", "flatto_v1")
     log = (run / "log.jsonl").read_text()
-    assert log.count("\n") == 12 and "validation_loss" in log
-    exported = next((tmp_path / "exports").glob("*.safetensors"))
-    assert exported.stat().st_size > 1e6 and (tmp_path / "flatto_v1.settings.json").is_file()
-    outputs = executed("train_lora.ipynb", tmp_path, monkeypatch, **shorter)
+    assert log.count("\n") == 2 and "validation_loss" in log
+    (exported,) = Path("exports").glob("*.safetensors")
+    assert exported.stat().st_size > 1e6 and Path("flatto_v1.settings.json").is_file()
+    cells = executed("train_lora.ipynb", shorter)
     assert (run / "log.jsonl").read_text() == log
-    shown = [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
-    assert len(shown) == 6  # pictures, captions, settings, training, comparison, proof
-    assert any("image/png" in output.get("data", {}) for output in outputs)  # the loss, which stays
+    assert kinds(cells, WIDGET) == 6  # pictures, captions, settings, training, comparison, proof
+    assert kinds([cell_of(cells, "training.train()")], "image/png") == 1  # the loss, which stays

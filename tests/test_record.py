@@ -4,34 +4,33 @@ import pytest
 import torch
 from killing import readable, same_weights
 from loops import begin
+from said import QUIET, line, names, naming
 
 from lorakit import base as bases
 from lorakit import checkpoint, config, export, plots, record, run, train
 
-QUIET = {"say": lambda _: None, "progress": False}
+pytestmark = pytest.mark.usefixtures("weights_only")
 
 
 def test_the_weights_of_all_are_kept_and_the_newest_few_whole(settings, tmp_path):
-    run.start(settings.with_(steps=12, save_every=2, keep_states=2), tmp_path / "run", **QUIET)
-    found = readable(tmp_path / "run")
-    assert found == {2: False, 4: False, 6: False, 8: False, 10: True, 12: True}
+    run.start(settings.with_(save_every=1, keep_states=2), tmp_path / "run", **QUIET)
+    assert readable(tmp_path / "run") == {1: False, 2: False, 3: False, 4: False, 5: True, 6: True}
     sizes = {checkpoint.step_of(p): p.stat().st_size for p in checkpoint.paths(tmp_path / "run" / "checkpoints")}
-    assert sizes[2] < 0.55 * sizes[12]  # a third, beside the header of a small adapter
+    assert sizes[1] < 0.55 * sizes[6]  # a third, beside the header of a small adapter
     told = record.describe(tmp_path / "run")
     assert [entry["whole"] for entry in told["checkpoints"]] == [False] * 4 + [True] * 2 and not told["problems"]
 
 
 def test_checkpoints_between_regular_ones_do_not_stay(settings, tmp_path):
-    settings = settings.with_(steps=9, save_every=3, save_minutes=1e-9, keep_states=2)
-    run.start(settings, tmp_path / "run", **QUIET)
-    assert readable(tmp_path / "run") == {3: False, 6: False, 8: True, 9: True}
+    run.start(settings.with_(save_every=2, save_minutes=1e-9, keep_states=2), tmp_path / "run", **QUIET)
+    assert readable(tmp_path / "run") == {2: False, 4: False, 5: True, 6: True}
 
 
 def test_fewer_are_kept_if_asked_for_but_the_best_is(settings, tmp_path, monkeypatch):
     marks = {1: 0.5, 2: 0.4, 3: 0.5, 4: 0.6}
     monkeypatch.setattr(record.Keeper, "spared", lambda self: [min(marks, key=marks.get)])
-    run.start(settings.with_(steps=8, save_every=1, keep_states=1, keep_checkpoints=3), tmp_path / "run", **QUIET)
-    assert set(readable(tmp_path / "run")) == {2, 6, 7, 8}
+    run.start(settings.with_(save_every=1, keep_states=1, keep_checkpoints=3), tmp_path / "run", **QUIET)
+    assert set(readable(tmp_path / "run")) == {2, 4, 5, 6}
 
 
 def test_a_thinned_checkpoint_is_exported_as_it_was(settings, ready, tmp_path):
@@ -50,12 +49,11 @@ def test_a_thinned_checkpoint_is_exported_as_it_was(settings, ready, tmp_path):
         assert same_weights(made, wanted) and export.prove(made, lora).error < 1e-3
         assert export.load(made).metadata["modelspec.trigger_phrase"] == "sks thing"
         checkpoint.thin(checkpoint.read(path))
-    with pytest.raises(
-        ValueError, match="step-000002.safetensors holds the weights alone: it can be exported, not gone"
-    ):
+    assert not checkpoint.read(path).whole
+    with pytest.raises(ValueError, match=naming("step-000002.safetensors")):
         checkpoint.read_whole(path)
     told = []
-    assert checkpoint.newest(tmp_path, told.append) is None and "holds the weights alone" in told[0]
+    assert checkpoint.newest(tmp_path, told.append) is None and line(told, "step-000002.safetensors")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_schedulefree", "prodigy"])
@@ -74,30 +72,31 @@ def test_what_is_exported_is_what_is_judged(settings, ready, tmp_path, optimizer
 
 def test_a_runs_lora_by_step(settings, tmp_path):
     folder = tmp_path / "run"
-    finished = run.start(settings.with_(save_every=2, validation_share=0.2, validate_every=2), folder, **QUIET)
+    result = run.start(settings.with_(save_every=2, validation_share=0.2, validate_every=2), folder, **QUIET)
     newest = export.write(record.lora_of(folder), tmp_path / "newest.safetensors")
-    assert same_weights(newest, finished.lora)
-    theirs, ours = (export.load(path).metadata for path in (finished.lora, newest))
+    assert same_weights(newest, result.lora)
+    theirs, ours = (export.load(path).metadata for path in (result.lora, newest))
     unlike = {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}
     assert unlike <= {"ss_training_finished_at", "modelspec.date"}
     early = record.lora_of(folder, 2)
     assert early.metadata["ss_steps"] == "2" and early.metadata["ss_epoch"] == "1"
-    assert record.lora_of(folder, "best").name == finished.best.name
+    assert record.lora_of(folder, "best").name == result.best.name
     assert record.lora_of(folder / "checkpoints" / checkpoint.name(4)).metadata["ss_steps"] == "4"
-    with pytest.raises(ValueError, match="run has no checkpoint of step 3. It has 2, 4, 6"):
+    with pytest.raises(ValueError, match=naming("run", 3, 2, 4, 6)):
         record.lora_of(folder, "3")
     (folder / "log.jsonl").unlink()
-    with pytest.raises(ValueError, match="held no pictures out"):
+    with pytest.raises(ValueError, match=naming("run")) as error:  # no pictures were held out
         record.lora_of(folder, "best")
-    again = export.write(record.lora_of(finished.lora), tmp_path / "again.safetensors")
-    assert same_weights(again, finished.lora)
+    assert not names(str(error.value), 2, 4, 6)
+    again = export.write(record.lora_of(result.lora), tmp_path / "again.safetensors")
+    assert same_weights(again, result.lora)
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no run folder"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path.name, "config.json", "checkpoints")):
         record.describe(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path.name)):
         record.lora_of(tmp_path)
     assert record.describe(tmp_path)["problems"]
 
@@ -105,66 +104,62 @@ def test_a_folder_that_is_no_run(tmp_path):
 # ── Forks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_fork_goes_on_from_another_run_with_other_settings(settings, tmp_path):
-    run.start(settings, tmp_path / "one", **QUIET)
+@pytest.fixture
+def one(trained, tmp_path):
+    """A finished run's folder of 6 steps, named as no word of a message is."""
+    return trained.folder.rename(tmp_path / "one")
+
+
+def test_a_fork_goes_on_from_another_run_with_other_settings(settings, one, tmp_path):
     longer = settings.with_(steps=9, learning_rate=5e-4)
-    with pytest.raises(ValueError, match="learning_rate was 0.001, is now 0.0005; steps was 6, is now 9.*--fork"):
-        run.start(longer, tmp_path / "one", **QUIET)
+    with pytest.raises(ValueError, match=naming("learning_rate", 0.001, 0.0005, "steps", 6, 9, "--fork")):
+        run.start(longer, one, **QUIET)
     said = []
-    result = run.start(longer, tmp_path / "two", fork=tmp_path / "one", say=said.append, progress=False)
-    assert any("fork      begins where one was at step 6" in line for line in said)
+    result = run.start(longer, tmp_path / "two", fork=one, say=said.append, progress=False)
+    assert line(said, "fork", "one", 6)
     assert result.steps == 9 and len(result.losses) == 3
     log = plots.read_log(tmp_path / "two" / "log.jsonl")
-    assert [(line["step"], line["learning_rate"]) for line in log[5:7]] == [(6, 1e-3), (7, 5e-4)]
+    assert [(entry["step"], entry["learning_rate"]) for entry in log[5:7]] == [(6, 1e-3), (7, 5e-4)]
     # As one that was made of the same steps by hand: the optimizer came along.
-    same = run.start(longer, tmp_path / "two", fork=tmp_path / "one", **QUIET)
+    same = run.start(longer, tmp_path / "two", fork=one, **QUIET)
     assert same_weights(same.lora, result.lora) and same.losses == []
-    assert sorted(readable(tmp_path / "one")) == [3, 6]  # the other run is as it was
+    assert sorted(readable(one)) == [3, 6]  # the other run is as it was
 
 
-def test_a_fork_with_the_same_settings_is_the_same_run(settings, tmp_path):
-    whole = run.start(settings, tmp_path / "whole", **QUIET)
+def test_a_fork_with_the_same_settings_is_the_same_run(settings, finished, tmp_path):
+    whole, said = finished[0], []
     run.start(settings.with_(steps=3), tmp_path / "one", **QUIET)
-    forked = run.start(settings, tmp_path / "two", fork=tmp_path / "one", **QUIET)
-    assert same_weights(forked.lora, whole.lora)
+    forked = run.start(settings, tmp_path / "two", fork=tmp_path / "one", say=said.append, progress=False)
+    assert same_weights(forked.lora, whole.lora) and forked.losses == whole.losses[3:]
+    assert not line(said, "log.jsonl")  # the copied log is not taken for a changed one
 
 
-def test_a_fork_may_change_its_optimizer(settings, tmp_path):
-    run.start(settings, tmp_path / "one", **QUIET)
-    other = settings.with_(steps=8, optimizer="lion", ema_decay=0.9)
-    assert run.start(other, tmp_path / "two", fork=tmp_path / "one", **QUIET).steps == 8
-    assert run.start(other, tmp_path / "two", **QUIET).steps == 8
+def test_a_fork_may_change_its_optimizer(settings, one, tmp_path):
+    other = settings.with_(steps=7, optimizer="lion", ema_decay=0.9)
+    assert run.start(other, tmp_path / "two", fork=one, **QUIET).steps == 7
+    assert run.start(other, tmp_path / "two", **QUIET).steps == 7
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"rank": 8}, "cannot be forked with other weights than it holds: rank was 4, is now 8"),
-        ({"steps": 6}, "one is at step 6: set steps above that, it is 6 now"),
-    ],
-)
-def test_what_cannot_be_forked(settings, tmp_path, changes, message):
-    run.start(settings, tmp_path / "one", **QUIET)
-    with pytest.raises(ValueError, match=message):
-        run.start(settings.with_(**({"steps": 9} | changes)), tmp_path / "two", fork=tmp_path / "one", **QUIET)
-    assert not checkpoint.paths(tmp_path / "two" / "checkpoints")
-    with pytest.raises(ValueError, match="nothing has no checkpoint to fork from"):
+def test_what_cannot_be_forked(settings, one, tmp_path):
+    for changes, values in (({"steps": 9, "rank": 8}, ("rank", 4, 8)), ({"steps": 6}, ("one", "steps", 6))):
+        with pytest.raises(ValueError, match=naming(*values)):
+            run.start(settings.with_(**changes), tmp_path / "two", fork=one, **QUIET)
+        assert not checkpoint.paths(tmp_path / "two" / "checkpoints")
+    with pytest.raises(ValueError, match=naming("nothing")):
         run.start(settings, tmp_path / "three", fork=tmp_path / "nothing", **QUIET)
 
 
-def test_bases_are_not_needed_to_tell(settings, tmp_path, monkeypatch):
-    run.start(settings, tmp_path / "run", **QUIET)
+def test_bases_are_not_needed_to_tell(finished, monkeypatch):
+    folder = finished[0].folder
     monkeypatch.setattr(bases, "open", lambda *_: 1 / 0)
-    assert record.lora_of(tmp_path / "run").family == "sd15"
-    assert record.describe(tmp_path / "run")["name"] == config.load(tmp_path / "run" / "config.json").name
+    assert record.lora_of(folder).family == "sd15"
+    assert record.describe(folder)["name"] == config.load(folder / "config.json").name
 
 
-def test_a_log_that_was_changed_is_noticed(settings, tmp_path):
-    run.start(settings.with_(steps=3), tmp_path / "run", **QUIET)
-    said = []
-    run.start(settings, tmp_path / "two", fork=tmp_path / "run", say=said.append, progress=False)
-    assert not any("changed or damaged" in line for line in said)
-    log = tmp_path / "run" / "log.jsonl"
+def test_a_log_that_was_changed_is_noticed(settings, trained):
+    said, log = [], trained.folder / "log.jsonl"
+    run.start(settings, trained.folder, say=said.append, progress=False)
+    assert not line(said, "log.jsonl")
     log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
-    run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False)
-    assert any("log.jsonl was changed or damaged after it was saved" in line for line in said)
+    run.start(settings, trained.folder, say=said.append, progress=False)
+    assert line(said, "log.jsonl")

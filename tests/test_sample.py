@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from said import names, naming
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
@@ -76,10 +77,10 @@ def test_sizes_and_schedulers_that_do_not_suit_are_refused(small_bases, tmp_path
     base = bases.open(small_bases["sd15"])
     unet = bases.load_unet(base, torch.float32, CPU)
     texts = encoded(base, [""], tmp_path)
-    with pytest.raises(ValueError, match="multiples of 8 pixels"):
+    with pytest.raises(ValueError, match=naming("32×30", 8)):
         sample.latents(unet, base, [texts[""]], texts[""], [0], size=(30, 32))
-    with pytest.raises(ValueError, match="no scheduler 'dpm'.*euler"):
-        sample.scheduler("dpm", base)
+    with pytest.raises(ValueError, match=naming("plms", *sample.SCHEDULERS)):
+        sample.scheduler("plms", base)
 
 
 def test_a_picture_without_room_is_decoded_in_tiles(small_bases, monkeypatch):
@@ -140,7 +141,7 @@ def test_generate_gives_a_row_of_strengths(small_bases):
     for row, plain in zip(rows, bare, strict=True):
         assert row[0].tobytes() == plain[0].tobytes()
         assert row[1].tobytes() != plain[0].tobytes()
-    with pytest.raises(ValueError, match="1 seeds were given for 2 prompts"):
+    with pytest.raises(ValueError, match=naming(1, 2)):
         sample.generate(base, ["a", "b"], seeds=[1])
 
 
@@ -169,8 +170,18 @@ def test_strengths_are_those_of_text_encoders_too(small_bases, family, adapts):
 PLAIN = {"steps": 2, "device": "cpu", "precision": "no"}
 
 
+LORAS: dict[tuple, Lora] = {}  # made once, to read
+
+
 def lora_for(base, seed: int, *, rank: int = 4, alpha: float = 2, models=("unet",), algorithm="lora") -> Lora:
-    """A LoRA with weights by chance, large enough to be seen."""
+    """A LoRA with random weights, large enough to be seen."""
+    key = (base.folder, seed, rank, alpha, *models, algorithm)
+    if key not in LORAS:
+        LORAS[key] = random_lora(base, seed, rank, alpha, models, algorithm)
+    return LORAS[key]
+
+
+def random_lora(base, seed: int, rank: int, alpha: float, models, algorithm: str) -> Lora:
     loaded = {}
     for which in models:
         text = which != "unet"
@@ -309,8 +320,9 @@ def test_what_is_stopped_leaves_no_adapter_and_no_model_behind(small_bases, monk
     assert left() is None
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("how", ["end", "close", "stop", "error"])
+@pytest.mark.parametrize(
+    "how, family", [("end", "sdxl"), ("end", "sd15"), ("close", "sd15"), ("stop", "sd15"), ("error", "sd15")]
+)
 def test_memory_is_handed_back_with_nothing_left_in_it(small_bases, monkeypatch, family, how):
     """Models and adapters hang in cycles: what is referenced when they are collected stays on the card."""
     base, stop, loaded, left = bases.open(small_bases[family]), threading.Event(), [], []
@@ -446,7 +458,7 @@ def test_the_command_takes_several_loras_with_weights(small_bases, tmp_path):
             assert np.abs(np.asarray(made).astype(int) - np.asarray(picture)).max() <= 1
             assert ("<lora:0:0.8> <lora:1:0.4>" in made.text["parameters"]) == (folder == "strength-0.8")
     done = CliRunner().invoke(app, [*map(str, asked), "--weight", "1"])
-    assert "1 weights were given for 2 LoRAs" in str(done.exception)
+    assert isinstance(done.exception, ValueError) and names(str(done.exception), 1, 2)
 
 
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -488,5 +500,5 @@ def test_pngs_carry_what_a1111_reads(tmp_path):
 def test_what_adapts_nothing_of_the_base_is_refused(small_bases):
     base = bases.open(small_bases["sd15"])
     for adapts in ((), ("text_encoder_2",)):
-        with pytest.raises(ValueError, match="no such part to adapt"):
+        with pytest.raises(ValueError, match=naming(base.name, *adapts)):
             sample.generate(base, ["a"], attach=lambda models: None, adapts=adapts, steps=1, device="cpu")

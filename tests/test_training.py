@@ -2,12 +2,16 @@
 
 import json
 import threading
+import time
 
 import pytest
+from panels import tone, words
+from said import names, naming
 
 from lorakit import config as configs
-from lorakit import demo
-from lorakit.widgets.settings import FIRST, Settings, advice, planned
+from lorakit import demo, plan
+from lorakit.plots import TONES
+from lorakit.widgets.settings import FIRST, Settings, advice, planned, preset
 from lorakit.widgets.training import Curves, Training, _span
 
 
@@ -56,11 +60,14 @@ def test_times_are_said_as_people_do(seconds, said):
 def test_a_panel_trains_and_shows_what_there_is(settings, tmp_path, capsys):
     panel = Training(settings.with_(validation_share=0.2, validate_every=2), tmp_path / "run")
     result = panel.train()
-    assert result.lora.is_file() and "done: thing.safetensors, 6 steps" in panel.head.value
+    assert result.lora.is_file() and names(words(panel.head.value), "thing.safetensors", 6)
+    assert tone(panel.head.value) == "good"
     assert panel.bar.value == 1 and panel.bar.bar_style == "success" and panel.stop.disabled
-    assert "<svg" in panel.plot.value and "overfit dial" in panel.figures.value and "Too few" in panel.advice.value
-    assert "samples of step 6" in panel.samples.value and "data:image/jpeg" in panel.samples.value
-    assert "proof     read back" in panel.lines.value
+    (_, early), last = panel.curves.validation[0], panel.curves.validation[-1]
+    assert "<svg" in panel.plot.value and names(words(panel.figures.value), f"{last[1]:.4f}", f"{panel.curves.gap:.2f}")
+    assert last[0] == 6 and last[1] != early and names(words(panel.advice.value), 3)  # validations: too few
+    assert names(words(panel.samples.value), 6) and "data:image/jpeg" in panel.samples.value
+    assert names(words(panel.lines.value), "proof")
 
 
 def test_what_is_clicked_reaches_the_run(settings, tmp_path):
@@ -68,7 +75,7 @@ def test_what_is_clicked_reaches_the_run(settings, tmp_path):
 
     def click():
         while panel.live.step < 2:
-            pass
+            time.sleep(0.01)
         panel.rate.value = 2e-4
         panel._rate()
         panel.prompts.value = "one\n\n  two  "
@@ -79,13 +86,20 @@ def test_what_is_clicked_reaches_the_run(settings, tmp_path):
     person.start()
     result = panel.train()
     person.join()
-    assert result.lora is None and "Run the cell again" in panel.head.value and panel.bar.bar_style == "warning"
+    assert result.lora is None and names(words(panel.head.value), result.steps, 400)
+    assert panel.bar.bar_style == tone(panel.head.value) == "warning"
     assert panel.live.learning_rate == 2e-4 and panel.live.prompts == ["one", "two"]
     asked = [json.loads(text).get("asked") for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert asked[-1] == {"learning_rate": 2e-4, "prompts": ["one", "two"]}
     again = Training(settings.with_(steps=400, sample_every=400, save_every=400), tmp_path / "run")
     again.live.stop.set()  # of an earlier start: it does not hold for this one
-    threading.Timer(1, again.stop.click).start()
+
+    def stop():
+        while again.live.step <= result.steps:
+            time.sleep(0.01)
+        again.stop.click()
+
+    threading.Thread(target=stop, daemon=True).start()
     assert again.train().steps > result.steps
 
 
@@ -93,7 +107,10 @@ def test_what_is_no_learning_rate_is_not_asked_for(settings, tmp_path):
     panel = Training(settings, tmp_path / "run")
     panel.rate.value = 0
     panel._rate()
-    assert panel.live.learning_rate is None and "above 0" in panel.asked.value
+    assert panel.live.learning_rate is None and tone(panel.asked.value) == "bad"
+    panel.rate.value = 2e-4
+    panel._rate()
+    assert names(words(panel.asked.value), "0.0002") and tone(panel.asked.value) == "good"
 
 
 def test_an_error_is_told_and_raised(settings, tmp_path):
@@ -109,8 +126,11 @@ def test_an_error_is_told_and_raised(settings, tmp_path):
 def test_a_preset_fills_every_field():
     for kind in ("character", "style", "object", "clothing"):
         for base, family in (("sd15", "sd15"), ("sd21", "sd2"), ("sdxl", "sdxl")):
-            assert Settings(kind, base, dataset="d").config == configs.preset(kind, family).with_(dataset="d")
-        assert Settings(kind, "demo").config == demo.config(kind=kind)
+            assert preset(kind, base).with_(base=base) == configs.preset(kind, family).with_(base=base)
+        assert preset(kind, "demo") == demo.config(kind=kind)
+    for kind, base, family in (("character", "sd15", "sd15"), ("style", "sd21", "sd2"), ("object", "sdxl", "sdxl")):
+        assert Settings(kind, base, dataset="d").config == configs.preset(kind, family).with_(dataset="d")
+    assert Settings("clothing", "demo").config == demo.config(kind="clothing")
 
 
 def test_every_setting_has_a_field_and_every_field_can_be_filled():
@@ -127,8 +147,8 @@ def test_every_setting_has_a_field_and_every_field_can_be_filled():
 def test_what_is_wrong_is_told_while_it_is_typed():
     panel = Settings("style", "demo")
     panel.fields["rank"].value = "many"
-    assert "rank" in panel.told.value
-    with pytest.raises(ValueError, match="rank"):
+    assert names(words(panel.told.value), "rank", "many")
+    with pytest.raises(ValueError, match=naming("rank", "many")):
         panel.config  # noqa: B018
     panel.fields["rank"].value = "8"
     assert panel.told.value == "" and panel.config.rank == 8
@@ -158,7 +178,8 @@ def test_settings_are_kept_as_a_preset_and_picked_again(at_home):
     assert [value for _, value in panel.own.options] == [""]
     panel.fields["rank"].value, panel.called.value = "8", "crisp"
     panel.keep()
-    assert "crisp is kept" in panel.kept.value and panel.own.value == "crisp" and panel.config.rank == 8
+    assert names(words(panel.kept.value), "crisp") and tone(panel.kept.value) == "good"
+    assert panel.own.value == "crisp" and panel.config.rank == 8
     panel.kind.value = "object"  # the usual again
     assert panel.own.value == "" and panel.config == configs.preset("object").with_(trigger="flatto", dataset="d")
 
@@ -187,27 +208,32 @@ def test_what_cannot_be_kept_or_picked_is_told(at_home):
     panel = Settings("style", "demo")
     panel.called.value = "style"
     panel.keep()
-    assert "built-in preset" in panel.kept.value
+    assert names(words(panel.kept.value), "style") and tone(panel.kept.value) == "bad" and configs.own_presets() == []
     panel.called.value, panel.fields["rank"].value = "mine", "many"
     panel.keep()
-    assert "rank" in panel.kept.value and configs.own_presets() == []
+    assert names(words(panel.kept.value), "rank", "many") and configs.own_presets() == []
     panel.fields["rank"].value = "4"
     panel.keep()
     (configs.home() / "presets" / "mine.json").write_text("{")
     panel.own.value = ""
     panel.own.value = "mine"
-    assert "cannot be read" in panel.kept.value and panel.config == demo.config(kind="style")
+    assert names(words(panel.kept.value), "mine") and tone(panel.kept.value) == "bad"
+    assert panel.config == demo.config(kind="style")
 
 
 def test_the_guide_has_something_to_say_of_what_matters():
-    assert advice("steps", "style", "sd15") == "2000–4000 for style (the guide's)"
-    assert "128" in advice("rank", "character", "sdxl") and advice("seed", "style", "sd15") == ""
+    assert names(advice("steps", "style", "sd15"), "2000–4000", "style")
+    assert names(advice("rank", "character", "sdxl"), "128–256") and advice("seed", "style", "sd15") == ""
     assert all(name in configs.Config.model_fields for name in FIRST)
 
 
 def test_a_plan_is_told_before_anything_is_loaded(monkeypatch):
+    chosen, choose = [], plan.choose
+    monkeypatch.setattr(plan, "choose", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1])
     told = planned(demo.config()).data
-    assert "fits" in told and "5.6 MB" in told and "400 = " in told and "device cpu" in told
+    assert chosen[0].fits and tone(told) == "good" and TONES["bad"] not in told
+    assert names(words(told), "5.6 MB", 400, "cpu")
     monkeypatch.setattr("lorakit.base.open", lambda *_: pytest.fail("it would be asked from the hub"))
+    monkeypatch.setattr(plan, "choose", lambda *_, **__: chosen[0])  # test_plan.py has that of SD 1.5
     told = planned(configs.preset("style").with_(dataset="demo")).data
-    assert "days on a CPU" in told and "stable-diffusion-v1-5" in told
+    assert TONES["bad"] in told and names(words(told), "stable-diffusion-v1-5")  # it would take days on a CPU

@@ -9,14 +9,39 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from said import QUIET, line, names, naming
 
 from lorakit import base as bases
-from lorakit import checkpoint, compare, export, memory, plots, prepare, record, report, run, sample, train, trials
+from lorakit import (
+    checkpoint,
+    compare,
+    export,
+    memory,
+    plan,
+    plots,
+    prepare,
+    record,
+    report,
+    run,
+    sample,
+    train,
+    trials,
+)
 from lorakit.config import Config
+from lorakit.lora import FAMILIES
 from lorakit.trials import compare_runs, sweep, variations
 
-QUIET = {"say": lambda _: None, "progress": False}
 CPU = torch.device("cpu")
+PREDICT = plan.predict
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_is_not_predicted():
+    """It takes a second for each shape of an adapter."""
+    nothing = dict.fromkeys(memory.Prediction.__dataclass_fields__, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "predict", lambda *_, size, **__: memory.Prediction(**nothing | {"size": size}))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +89,7 @@ def same(ours: dict, theirs: dict) -> bool:
 # ── A sweep ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_of_a_sweep_ends_in_the_weights_that_it_has_alone(swept, plain, tmp_path):
+def test_a_run_of_a_sweep_ends_in_the_weights_that_it_has_alone(swept, plain, tmp_path, weights_only):
     folder = swept[0]
     run.start(plain.with_(rank=8), tmp_path / "alone", **QUIET)
     assert same(weights(tmp_path / "alone"), weights(folder / "rank=8"))
@@ -80,9 +105,9 @@ def test_a_sweep_loads_the_unet_once_and_encodes_once(swept):
     assert not (folder / "rank=4" / "cache").exists()
     assert (folder / "rank=8" / "thing-rank-8.safetensors").is_file()  # two files to load side by side
     assert (folder / "rank=8" / "comparison.png").is_file()
-    assert [text for text in said if text.startswith("sweep")] == [
-        "sweep     2 runs: rank=4, rank=8", "sweep     rank=4, 1 of 2", "sweep     rank=8, 2 of 2",
-    ]  # fmt: skip
+    whole, first, second = (text for text in said if text.startswith("sweep"))
+    assert names(whole, 2, "rank=4", "rank=8") and names(first, "rank=4", 1, 2) and names(second, "rank=8", 2)
+    assert "rank=8" not in first and "rank=4" not in second
     assert made.differing == {"rank": (4, 8)} and [trial.steps for trial in made.runs] == [4, 4]
 
 
@@ -91,10 +116,11 @@ def test_what_is_finished_is_not_trained_again(swept, plain, tmp_path, monkeypat
     monkeypatch.setattr(run, "start", lambda *_, **__: pytest.fail("it is trained again"))
     made = sweep(plain, "rank", [4, 8], folder, pictures=False, **QUIET)
     assert made.differing == {"rank": (4, 8)}
-    with pytest.raises(ValueError, match=r"rank=4, rank=8: rank=\d was begun with other settings|learning_rate was"):
+    with pytest.raises(ValueError, match=naming("rank=4", "rank=8", "learning_rate", 0.01, 0.001)):
         sweep(plain.with_(learning_rate=1e-3), "rank", [4, 8], folder, **QUIET)
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_sweep_that_is_cut_goes_on_and_ends_as_if_it_had_not_been(swept, plain, tmp_path, monkeypatch):
     stop, whole, done, said = threading.Event(), train.batch_loss, [], []
 
@@ -107,7 +133,8 @@ def test_a_sweep_that_is_cut_goes_on_and_ends_as_if_it_had_not_been(swept, plain
     monkeypatch.setattr(train, "batch_loss", batch_loss)
     cut = sweep(plain, "rank", [4, 8], tmp_path / "ranks", say=said.append, progress=False, stop=stop)
     assert [(trial.steps, trial.total) for trial in cut.runs] == [(4, 4), (2, 4)] and cut.rows == ()
-    assert said[-1] == "stopped   1 of 2 runs are finished, rank=8 is at step 2. Start again to go on."
+    assert said[-1].startswith("stopped") and names(said[-1], 1, 2, "rank=8") and "rank=4" not in said[-1]
+    assert not (tmp_path / "ranks" / "rank=8" / "thing-rank-8.safetensors").exists()
     assert not (tmp_path / "ranks" / "comparison.html").exists()
     done.clear()
     made = sweep(plain, "rank", [4, 8], tmp_path / "ranks", pictures=False, **QUIET)
@@ -120,38 +147,41 @@ def test_stopped_before_it_began(plain, tmp_path):
     stop = threading.Event()
     stop.set()
     made = sweep(plain, "rank", [4, 8], tmp_path / "ranks", stop=stop, **QUIET)
-    assert made.runs == () and "<h2>Figures" in made.html() and made.describe()
+    assert made.runs == () and "<svg" in made.html() and made.describe()
 
 
 @pytest.mark.no_cover
-def test_text_encoders_come_and_go_within_a_sweep(plain, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("weights_only")
+def test_text_encoders_come_and_go_within_a_sweep(swept, plain, tmp_path, monkeypatch):
     loads = Counted(monkeypatch, bases, "load_unet")
     sweep(plain, "text_encoder_rate", [5e-3, 0.0], tmp_path / "te", pictures=False, **QUIET)
     assert len(loads.calls) == 1
-    for name, rate in (("text_encoder_rate=0.005", 5e-3), ("text_encoder_rate=0.0", 0.0)):
-        run.start(plain.with_(text_encoder_rate=rate), tmp_path / name, **QUIET)
-        assert same(weights(tmp_path / name), weights(tmp_path / "te" / name))
+    run.start(plain.with_(text_encoder_rate=5e-3), tmp_path / "alone", **QUIET)
+    assert same(weights(tmp_path / "alone"), weights(tmp_path / "te" / "text_encoder_rate=0.005"))
+    assert same(weights(swept[0] / "rank=4"), weights(tmp_path / "te" / "text_encoder_rate=0.0"))  # the same settings
 
 
 @pytest.mark.no_cover
+@pytest.mark.usefixtures("weights_only")
 def test_another_base_is_loaded_anew_and_its_pictures_are_left_out(plain, small_bases, tmp_path, monkeypatch):
     loads = Counted(monkeypatch, bases, "load_unet")
     values = [str(small_bases["sd15"]), str(small_bases["sdxl"])]
-    made = sweep(plain, "base", values, tmp_path / "bases", **QUIET)
+    made = sweep(plain.with_(steps=2), "base", values, tmp_path / "bases", **QUIET)
     assert len(loads.calls) == 3  # for each of the runs, and the first again for the pictures
     assert made.differing["base"] == ("sd15", "sdxl") and made.columns == ("base", made.runs[0].name)
-    told = " ".join(made.told)
-    assert "do not go together" in told and "losses are measured in other ways" in told
+    assert line(made.told, FAMILIES["sd15"], FAMILIES["sdxl"])
+    assert [text for text in made.told if names(text, "base") and FAMILIES["sdxl"] not in text]  # losses, too
     assert str(small_bases["sd15"].parent) not in made.html() + json.dumps(made.facts())
     assert all(name.startswith("base=sd") for name in (trial.name for trial in made.runs))
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_one_that_diverges_ends_none_of_the_others(plain, tmp_path, monkeypatch):
     whole, said = run.start, []
 
     def start(config, *rest, **more):
         if config.learning_rate == 1.0:
-            raise FloatingPointError("not finite. Start anew with a lower learning_rate")
+            raise FloatingPointError("not finite at step 1")
         return whole(config, *rest, **more)
 
     monkeypatch.setattr(run, "start", start)
@@ -159,48 +189,51 @@ def test_one_that_diverges_ends_none_of_the_others(plain, tmp_path, monkeypatch)
         plain.with_(steps=1), "learning_rate", [1.0, 1e-3], tmp_path / "rates", say=said.append, progress=False,
         pictures=False,
     )  # fmt: skip
-    assert any("learning_rate=1.0 is given up: not finite" in text for text in said)
+    assert line(said, "learning_rate=1.0", "not finite at step 1")
     assert [trial.name for trial in made.runs] == ["learning_rate=0.001"]
 
 
 def test_all_problems_are_told_before_anything_is_trained(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "start", lambda *_, **__: pytest.fail("it was trained"))
-    for setting, values, message in (
-        ("rnk", [4, 8], "unknown setting 'rnk', did you mean 'rank'"),
-        ("save_every", [1, 2], "save_every decides nothing of what is learned"),
-        ("rank", [4], "1 values of rank are nothing to compare"),
-        ("rank", [4, 4.0], "it is there twice"),
-        ("rank", [0, "many", 4], r"rank=0: rank = 0.*\n.*rank=many: rank = 'many'"),
-        ("warmup_steps", [0, 5], "warmup_steps=5.*constant_with_warmup"),
-        ("dataset", ["/nowhere/a", "/nowhere/b"], r"(?s)dataset=a-\w+: .*dataset=b-\w+: "),
-        ("resolution", [32, 36], "resolution=36"),
-        ("block_ranks", [{}, {"nowhere": 4}], "nowhere"),
+    monkeypatch.setattr(plan, "predict", PREDICT)  # which finds places that are not there
+    for setting, values, named in (
+        ("rnk", [4, 8], ["rnk", "rank"]),
+        ("save_every", [1, 2], ["save_every"]),
+        ("rank", [4], ["rank", 1]),
+        ("rank", [4, 4.0], ["rank=4.0"]),
+        ("rank", [0, "many", 4], ["rank=0", "rank=many"]),
+        ("warmup_steps", [0, 5], ["warmup_steps=5", "constant_with_warmup"]),
+        ("dataset", ["/nowhere/a", "/nowhere/b"], ["dataset=a-", "/nowhere/a", "dataset=b-", "/nowhere/b"]),
+        ("resolution", [32, 36], ["resolution=36", "bucket_step"]),
+        ("block_ranks", [{}, {"nowhere": 4}], ["nowhere", "mid_block"]),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=naming(*named)):
             sweep(plain, setting, values, tmp_path / "sweep", **QUIET)
     assert not list(tmp_path.glob("sweep/*=*"))
 
 
 def test_a_folder_with_other_things_is_left_alone(swept, plain, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match=naming(tmp_path.name, "thesis.txt")):
         sweep(plain, "rank", [4, 8], tmp_path, **QUIET)
-    with pytest.raises(ValueError, match="rank=4 is a run"):
+    with pytest.raises(ValueError, match=naming("rank=4")):
         sweep(plain, "rank", [4, 8], swept[0] / "rank=4", **QUIET)
-    with pytest.raises(ValueError, match="thesis.txt is a file"):
+    with pytest.raises(ValueError, match=naming("thesis.txt")):
         sweep(plain, "rank", [4, 8], tmp_path / "thesis.txt", **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert not (swept[0] / "rank=4" / "rank=4").exists()
 
 
 def test_runs_are_called_by_their_value_whatever_it_is(plain):
-    def names(setting, *values):
+    def called(setting, *values):
         return list(variations(plain, setting, values))
 
-    assert names("learning_rate", 1e-4, 5e-5) == ["learning_rate=0.0001", "learning_rate=5e-05"]
-    assert names("min_snr_gamma", 5.0, None) == ["min_snr_gamma=5.0", "min_snr_gamma=null"]
-    assert names("flip", True, False) == ["flip=true", "flip=false"]
-    assert names("optimizer", "adamw", "lion") == ["optimizer=adamw", "optimizer=lion"]
-    assert len(set(names("block_ranks", {}, {"mid_block": 8}, {"mid_block": 4}))) == 3
-    first, second = names("base", "/home/somebody/models/x", "C:\\models\\x")  # the same name, and no path
+    assert called("learning_rate", 1e-4, 5e-5) == ["learning_rate=0.0001", "learning_rate=5e-05"]
+    assert called("min_snr_gamma", 5.0, None) == ["min_snr_gamma=5.0", "min_snr_gamma=null"]
+    assert called("flip", True, False) == ["flip=true", "flip=false"]
+    assert called("optimizer", "adamw", "lion") == ["optimizer=adamw", "optimizer=lion"]
+    assert len(set(called("block_ranks", {}, {"mid_block": 8}, {"mid_block": 4}))) == 3
+    first, second = called("base", "/home/somebody/models/x", "C:\\models\\x")  # the same name, and no path
     assert first != second and all(name.startswith("base=x-") for name in (first, second))
     runs = variations(plain, "epochs", [1, 2])
     assert [(one.steps, one.epochs, one.name) for one in runs.values()] == [
@@ -213,6 +246,7 @@ def test_runs_are_called_by_their_value_whatever_it_is(plain):
 # ── What runs share ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("weights_only")
 @pytest.mark.parametrize(
     "changes", [{"algorithm": "dora", "gradient_checkpointing": True}, {"text_encoder_rate": 1e-3}]
 )
@@ -266,6 +300,7 @@ def test_models_that_are_there_make_the_same_pictures(swept, plain, monkeypatch)
 
 def test_memory_of_models_that_are_kept_counts_as_free(plain, tmp_path, monkeypatch):
     """Else the second run of a sweep would come down to other settings than it has alone."""
+    monkeypatch.setattr(plan, "predict", PREDICT)
     peak = prepare.run(plain, tmp_path / "a", **QUIET).prediction.peak
     enough = int(peak / (1 - memory.MARGIN)) + 1000
     monkeypatch.setattr(memory, "available", lambda device: enough - 500_000)
@@ -288,7 +323,7 @@ def test_the_same_prompts_and_seeds_are_made_with_every_run(swept, plain):
     for picture, wanted in zip((made.rows[1][0], made.rows[1][2]), expected, strict=True):
         assert np.abs(np.asarray(picture, int) - np.asarray(wanted, int)).max() <= 2  # in a batch others round
     assert made.rows[1][1].tobytes() != made.rows[1][2].tobytes()
-    assert made.made == "on sd15 at strength 1, 32×32 px, 2 steps, guidance 7, clip skip 1"
+    assert names(made.made, "sd15", "32×32", 1, 2, 7)
 
 
 def test_the_page_holds_all_and_no_path(swept, plain, tmp_path):
@@ -302,7 +337,8 @@ def test_the_page_holds_all_and_no_path(swept, plain, tmp_path):
         assert str(folder) not in told and str(folder.parent) not in told and plain.base not in told
     assert json.loads(facts.read_text())["differing"] == {"rank": {"rank=4": 4, "rank=8": 8}}
     assert Image.open(folder / "curves.png").width > 400
-    assert "max-width" in made._repr_html_() and "rank and have one alpha" in made.describe()
+    assert "max-width" in made._repr_html_()
+    assert all(names(made.describe(), text) for text in made.told) and line(made.told, "rank", "alpha")
 
 
 @pytest.fixture
@@ -334,7 +370,8 @@ def test_folders_are_compared_by_what_is_in_them(two, plain, tmp_path):
     tensors.settings["dataset"] = "abcdef0123"
     checkpoint._write(tensors)
     made = compare_runs(two, pictures=False)
-    assert made.differing["dataset"][0] == "photos, contents abcdef" and str(tmp_path) not in made.html()
+    assert names(made.differing["dataset"][0], "photos", "abcdef") and str(tmp_path) not in made.html()
+    assert names(made.differing["dataset"][1], "photos") and "abcdef" not in made.differing["dataset"][1]
     path.unlink()
     (two[0] / "checkpoints" / checkpoint.name(2)).unlink()
     change(two[0], dataset=str(tmp_path / "elsewhere" / "drawings"), regularisation="C:\\class\\cats")
@@ -374,12 +411,13 @@ def test_what_is_damaged_or_missing_is_told_and_the_rest_compared(two, plain, tm
     (two[1] / "thing-rank-8.safetensors").write_bytes(b"PK" * 50)
     made = compare_runs([*two, new, broken], prompts="sks thing", say=lambda _: None)
     told = "\n".join(made.told)
-    assert "new has no checkpoint yet" in told and "new: there is no log" in told
-    assert "broken: its settings cannot be read" in told and "line 2 of log.jsonl is damaged" in told
-    assert "rank=8: " in told and made.columns == ("base", "rank=4", "rank=8", "broken")  # by checkpoints instead
+    assert sum(names(text, "new") for text in made.told) == 2  # no checkpoint, no log
+    assert line(made.told, "broken", "config.json") and line(made.told, "broken", "log.jsonl", 2)
+    assert line(made.told, "rank=8", "thing-rank-8.safetensors")
+    assert made.columns == ("base", "rank=4", "rank=8", "broken")  # by checkpoints instead
     assert str(tmp_path) not in told + made.html() and [one.steps for one in made.runs] == [4, 4, 0, 4]
     gone = compare_runs(two, base=str(tmp_path / "gone"), say=lambda _: None)
-    assert gone.rows == () and "no pictures: There is no base 'gone'" in " ".join(gone.told)
+    assert gone.rows == () and line(gone.told, "gone")
 
 
 def test_runs_are_found_and_told_apart(swept, two, tmp_path):
@@ -388,14 +426,14 @@ def test_runs_are_found_and_told_apart(swept, two, tmp_path):
     assert [one.name for one in made.runs] == ["ranks/rank=4", "runs/rank=4", "rank=8"]
     for name in ("rank=16", "rank=2"):
         shutil.copytree(two[0], tmp_path / "runs" / name)
-    names = [one.name for one in compare_runs([tmp_path / "runs"], pictures=False).runs]
-    assert names == ["rank=2", "rank=4", "rank=8", "rank=16"]
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    made = compare_runs([tmp_path / "runs"], pictures=False)
+    assert [one.name for one in made.runs] == ["rank=2", "rank=4", "rank=8", "rank=16"]
+    with pytest.raises(FileNotFoundError, match=naming("nowhere")):
         compare_runs([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty is no run and holds none"):
+    with pytest.raises(ValueError, match=naming("empty")):
         compare_runs([tmp_path / "empty"])
-    with pytest.raises(ValueError, match="nothing to compare"):
+    with pytest.raises(ValueError):
         compare_runs([])
 
 
@@ -403,17 +441,18 @@ def test_pictures_may_be_stopped(two):
     stop = threading.Event()
     stop.set()
     made = compare_runs(two, stop=stop, say=lambda _: None)
-    assert "stopped after 0 of 6 pictures" in made.told and "—" in made.html()
+    assert line(made.told, 0, 6) and {picture for row in made.rows for picture in row} == {None}
+    assert "<img" not in made.html() and "a house" in made.html()
 
 
 def test_losses_measured_in_other_ways_are_told(two):
     change(two[1], min_snr_gamma=None)
-    assert any("differ in min_snr_gamma" in text for text in compare_runs(two, pictures=False).told)
+    assert line(compare_runs(two, pictures=False).told, "min_snr_gamma")
     change(two[1], clip_skip=2)
     stop = threading.Event()
     stop.set()
     made = compare_runs(two, stop=stop, say=lambda _: None)
-    assert any("differ in clip_skip: all pictures" in text for text in made.told)
+    assert line(made.told, "clip_skip")
 
 
 def test_a_comparison_is_written_whole_or_not_at_all(swept, tmp_path, monkeypatch):
@@ -439,10 +478,11 @@ def test_curves_of_several_runs_in_one_figure(tmp_path):
     assert len(figure.axes) == 2 and Image.open(tmp_path / "curves.png").width == 960
     assert [len(axes.lines) for axes in figure.axes] == [12, 12]
     svg = plots.losses_svg(curves)
-    assert "_$a$ &amp; b" in svg and svg.count("validation loss") == 1 and len(svg) < 30_000
+    panels = 'font-weight="600"'  # their titles
+    assert "_$a$ &amp; b" in svg and svg.count(panels) == 2 and len(svg) < 30_000
     assert svg.count("stroke-dasharray") == 12  # of four runs, in both panels and beside their names
     import xml.etree.ElementTree as tree
 
     tree.fromstring(svg)
     for some in ([], curves[2:3], curves[1:2]):
-        assert len(plots.losses(some).axes) == 1 and "validation loss" not in plots.losses_svg(some)
+        assert len(plots.losses(some).axes) == 1 and plots.losses_svg(some).count(panels) == 1

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import pytest
+from panels import tone, words
 from PIL import Image
+from said import names
 
 from lorakit import dataset, decisions
 from lorakit.widgets.captions import Captions
 from lorakit.widgets.dataset import Pictures
 from lorakit.widgets.pictures import thumbnail
+
+LEAVE_OUT, FINE, REPLACE = "leave out", "is fine", "replace"  # toggles of a picture
 
 
 @pytest.fixture
@@ -27,27 +31,28 @@ def all_widgets() -> dict:
     return widgets.Widget.widgets if found is None else found
 
 
-def said(widget) -> str:
-    return widget.value
+def said(widget, *values) -> bool:
+    """Whether a widget's text names all of these values."""
+    return names(words(widget.value), *values)
 
 
 def test_captions_are_edited_by_hand_saved_and_brought_back(panel, pictures):
     row = panel.pages.seen.children[2]
     row.children[1].children[1].value = "sks thing,\n on a table "
     assert panel.captions["2_sks thing/2.png"] == "sks thing, on a table"
-    assert "1 edited, not saved yet" in said(panel.status)
+    assert said(panel.status, 1) and tone(panel.status.value) == "warning"
     panel.filter.value = "edited"
     assert panel.pages.things == ["2_sks thing/2.png"]
     panel.save()
     file = pictures / "2_sks thing" / "2.txt"
-    assert file.read_text() == "sks thing, on a table\n" and "1 caption saved" in said(panel.status)
+    assert file.read_text() == "sks thing, on a table\n"
+    assert said(panel.status, 1) and tone(panel.status.value) == "good"
     panel.undo()
     assert file.read_text() == "sks thing, number 2"
-    assert panel.captions["2_sks thing/2.png"] == "sks thing, number 2" and "1 caption brought back" in said(
-        panel.status
-    )
+    assert panel.captions["2_sks thing/2.png"] == "sks thing, number 2"
+    assert said(panel.status, 1) and tone(panel.status.value) == "good"
     panel.undo()
-    assert "nothing to undo" in said(panel.status)
+    assert tone(panel.status.value) == "bad" and file.read_text() == "sks thing, number 2"
 
 
 def test_many_are_edited_after_a_look(panel):
@@ -57,36 +62,36 @@ def test_many_are_edited_after_a_look(panel):
     assert panel.second.layout.display == "" and panel.regex.layout.display == ""
     panel.first.value, panel.second.value, panel.regex.value = r"number (\d)", r"no. \1", True
     panel._preview()
-    assert "6 captions would change" in said(panel.preview) and "+ sks thing, no. 0" in said(panel.preview)
+    assert said(panel.preview, 6, "+ sks thing, no. 0")
     assert not panel.apply.disabled and panel.captions["2_sks thing/0.png"] == "sks thing, number 0"
     panel._apply()
     assert panel.captions["2_sks thing/0.png"] == "sks thing, no. 0" and panel.apply.disabled
     panel.first.value = "("
     panel._preview()
-    assert "cannot be used" in said(panel.preview) and panel.apply.disabled
+    assert tone(panel.preview.value) == "bad" and panel.apply.disabled
     panel.edit.value = "put into a form"
     panel.first.value = "{nobody}"
     panel._preview()
-    assert "nothing is known of nobody" in said(panel.preview)
+    assert said(panel.preview, "nobody") and tone(panel.preview.value) == "bad" and panel.apply.disabled
 
 
 def test_filters_and_pages(panel):
-    assert len(panel.pages.seen.children) == 6 and "1–6 of 6, page 1 of 1" in said(panel.pages.where)
+    assert len(panel.pages.seen.children) == 6 and said(panel.pages.where, "1–6", 6, 1)
     panel.search.value = "number 3"
     assert panel.pages.things == ["2_sks thing/3.png"]
     panel.search.value = "nowhere"
-    assert panel.pages.things == [] and "none" in said(panel.pages.where)
+    assert panel.pages.things == [] and not any(map(str.isdigit, words(panel.pages.where.value)))
     panel.search.value, panel.pages.most = "", 4
     panel.show()
     panel.pages.turn(1)
-    assert len(panel.pages.seen.children) == 2 and "5–6 of 6, page 2 of 2" in said(panel.pages.where)
+    assert len(panel.pages.seen.children) == 2 and said(panel.pages.where, "5–6", 6, 2)
     panel.pages.turn(1)
     assert panel.pages.page == 1
     alive = len(all_widgets())
     panel.pages.turn(-1)
     panel.pages.turn(1)
     assert len(all_widgets()) == alive  # what is not seen any more is gone
-    assert "sks thing" in said(panel.frequent)
+    assert said(panel.frequent, "sks thing")
 
 
 def test_a_thumbnail_is_small_and_made_once(panel, pictures):
@@ -113,18 +118,17 @@ def toggled(cell, text, on=True):
 
 
 def test_pictures_are_left_out_with_a_click_and_stay_so(chosen, pictures, tmp_path):
-    assert "6 pictures" in said(chosen.told) and len(chosen.pages.seen.children) == 6
-    assert "the guide asks for 20" in said(chosen.told)
+    assert said(chosen.told, 6, 20) and len(chosen.pages.seen.children) == 6  # the guide asks for 20
     cell = chosen.pages.seen.children[0]
     name = chosen.pages.things[0]
-    toggled(cell, "leave out")
+    toggled(cell, LEAVE_OUT)
     assert [decisions.name_of(p.path, chosen.dataset) for p in chosen.dataset.pictures].count(name) == 0
     assert len(chosen.dataset) == 5
     chosen.filter.value = "left out"
     assert chosen.pages.things == [name]
     again = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
     assert len(again.dataset) == 5
-    toggled(chosen.pages.seen.children[0], "leave out", False)
+    toggled(chosen.pages.seen.children[0], LEAVE_OUT, False)
     assert len(chosen.dataset) == 6
     assert sorted(path.name for path in (pictures / "2_sks thing").iterdir()) == sorted(
         f"{n}.{kind}" for n in range(6) for kind in ("png", "txt")
@@ -136,7 +140,7 @@ def test_a_picture_that_is_fine_is_not_spoken_of_again(chosen):
     assert marked  # 32 pixels are enlarged to 64
     chosen.filter.value = "marked"
     assert set(chosen.pages.things) == set(marked)
-    toggled(chosen.pages.seen.children[0], "is fine")
+    toggled(chosen.pages.seen.children[0], FINE)
     fine = chosen.pages.things[0]
     chosen.check()
     assert not chosen.findings.get(fine) and len(chosen.dataset) == 6
@@ -148,17 +152,17 @@ def test_a_picture_is_replaced_and_keeps_its_name_and_caption(chosen, pictures, 
     image, path, wrong = cell.children[0], *cell.children[-2:]
     old = image.value
     assert path.layout.display == "none"
-    toggled(cell, "replace")
+    toggled(cell, REPLACE)
     assert path.layout.display == ""
     path.value = str(tmp_path / "none.png")
-    assert "none.png: no such file or directory" in said(wrong)
+    assert said(wrong, "none.png") and not chosen.decisions.replace
     (tmp_path / "notes.png").write_text("no picture")
     path.value = str(tmp_path / "notes.png")
-    assert "not a picture that can be read" in said(wrong) and image.value == old and not chosen.decisions.replace
+    assert said(wrong, "notes.png") and image.value == old and not chosen.decisions.replace
     better = tmp_path / "better.png"
     Image.new("RGB", (96, 96), "red").save(better)
     path.value = f" {better} "
-    assert chosen.decisions.replace == {name: str(better)} and image.value != old and not said(wrong)
+    assert chosen.decisions.replace == {name: str(better)} and image.value != old and not wrong.value
     taken = chosen.dataset.pictures[place]
     assert (taken.path, taken.width, taken.caption) == (better, 96, "sks thing, number 4")
     assert (pictures / name).is_file()
@@ -173,14 +177,14 @@ def test_a_picture_is_replaced_and_keeps_its_name_and_caption(chosen, pictures, 
     assert again.dataset.pictures[place].path == better
     cell = again.pages.seen.children[again.pages.things.index(name)]
     assert cell.children[-2].value == str(better) and cell.children[-2].layout.display == ""
-    toggled(cell, "replace", False)
+    toggled(cell, REPLACE, False)
     assert again.dataset.pictures[place].path == pictures / name and cell.children[0].value == old
     assert not decisions.load(tmp_path / "decisions.json", pictures).replace
 
     decisions.save(decisions.Decisions(replace={name: str(better)}), tmp_path / "decisions.json", pictures)
     better.unlink()
     gone = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
-    assert f"{name} is not replaced any more: better.png: no such file" in said(gone.told) and len(gone.dataset) == 6
+    assert said(gone.told, name, "better.png") and len(gone.dataset) == 6 and not gone.decisions.replace
 
 
 def test_the_rule_of_the_buckets_is_the_runs(pictures):
@@ -218,7 +222,7 @@ def test_an_archive_is_uploaded(pictures, tmp_path, release):
         else {"name": "a.zip", "content": memoryview(archive.getvalue())}
     )
     panel = Pictures(uploads=tmp_path / "uploads")
-    with pytest.raises(ValueError, match="No pictures are open yet"):
+    with pytest.raises(ValueError):
         panel.dataset  # noqa: B018
     panel._uploaded({"a.zip": sent} if release == 7 else (sent,))
     assert len(panel.dataset) == 6 and Path(panel.source).is_dir()  # not the archive, in which no caption could stay
@@ -237,14 +241,15 @@ def test_on_colab_its_own_dialog_uploads(pictures, tmp_path, monkeypatch):
     assert len(panel.dataset) == 6 and (tmp_path / "uploads" / "packed.zip").is_file()
     monkeypatch.setenv("FAKE_COLAB_UPLOAD", str(tmp_path / "gone.zip"))
     panel.upload.click()
-    assert "nothing was uploaded" in said(panel.told) and not panel.asking.children and len(panel.dataset) == 6
+    assert said(panel.told, "gone.zip") and tone(panel.told.value) == "bad"
+    assert not panel.asking.children and len(panel.dataset) == 6
     monkeypatch.delenv("COLAB_RELEASE_TAG")
     assert isinstance(Pictures().upload, widgets.FileUpload)
 
 
 def test_a_wrong_path_is_told(tmp_path, pictures):
     panel = Pictures(str(tmp_path / "nowhere"))
-    assert "does not exist" in said(panel.told)
+    assert said(panel.told, "nowhere") and tone(panel.told.value) == "bad" and panel.found is None
     shutil.rmtree(pictures / "2_sks thing")
     panel.read(str(pictures))
-    assert "has no picture to train on" in said(panel.told)
+    assert said(panel.told, "pictures") and tone(panel.told.value) == "bad"

@@ -34,7 +34,12 @@ from lorakit.config import Config
 
 KINDS = {  # what a run may keep, and how it may train
     "AdamW, EMA, text encoder, dropout": {"ema_decay": 0.9, "text_encoder_rate": 5e-4, "caption_dropout": 0.3},
-    "8-bit AdamW, flips, held-out pictures": {"optimizer": "adamw8bit", "flip": True, "validation_share": 0.2},
+    "8-bit AdamW, flips, held-out pictures": {
+        "optimizer": "adamw8bit",
+        "rank": killing.OF_8_BITS,
+        "flip": True,
+        "validation_share": 0.2,
+    },
     "Prodigy, accumulation": {"optimizer": "prodigy", "learning_rate": 1.0, "gradient_accumulation_steps": 2},
     "schedule-free AdamW": {"optimizer": "adamw_schedulefree", "schedule": "constant_with_warmup", "warmup_steps": 2},
     "Lion, LoKr, LoCon": {"optimizer": "lion", "algorithm": "lokr", "targets": "attention+conv"},
@@ -79,6 +84,8 @@ def kill(work: Path, kills: int, chance: random.Random) -> list[list]:
         wanted = kills // len(KINDS) + (number < kills % len(KINDS))
         expected = killing.finished(settings, work / "whole", told)
         seconds = time.monotonic() - began
+        newest = checkpoint.read(checkpoint.paths(work / "whole" / "checkpoints")[0])
+        assert killing.has_8_bits(newest) == ("8bit" in settings.optimizer)
         done = runs = within = 0
         while done < wanted:
             folder, before, ended = work / "cut", {}, False
