@@ -264,7 +264,10 @@ def thumbnail(samples: Path) -> dict[str, str]:
     """The first sample for the file's metadata, where there is one that can be read."""
     try:
         first = next(iter(sorted(samples.glob("*.png"))), None)
-        return metadatas.thumbnail(Image.open(first)) if first else {}
+        if first is None:
+            return {}
+        with Image.open(first) as picture:
+            return metadatas.thumbnail(picture)
     except Exception:  # a damaged PNG raises SyntaxError, too
         return {}
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import nbformat
+import pytest
 from said import names
 
 ROOT = Path(__file__).parent.parent
@@ -130,30 +132,22 @@ def notebook(path: Path, *cells: str, kernel: str = "python3") -> Path:
 
 
 @contextmanager
-def chromium(folder: Path) -> Iterator:
-    """A browser, for any number of pages one after the other: yields playwright's context.
-
-    Args:
-        folder: for what it writes.
-    """
+def chromium() -> Iterator:
+    """A browser, for any number of pages one after the other: yields playwright's context."""
     from playwright.sync_api import sync_playwright
 
-    home = at_home(folder)
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = home["TMPDIR"]  # of playwright's driver, where profiles are
-    try:
-        with sync_playwright() as playwright:
-            launched = playwright.chromium.launch(
-                executable_path=CHROMIUM, headless=True, args=OPTIONS, env=os.environ | home
-            )
-            try:
+    # A folder of its own, not pytest's: chromium has a socket there, whose path is to be short.
+    with tempfile.TemporaryDirectory(prefix="lorakit-", ignore_cleanup_errors=True) as folder:
+        home = at_home(Path(folder))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("TMPDIR", home["TMPDIR"])  # of playwright's driver, where profiles are
+            playwright = sync_playwright().start()
+        how = {"executable_path": CHROMIUM, "headless": True, "args": OPTIONS, "env": os.environ | home}
+        try:
+            with playwright.chromium.launch(**how) as launched:
                 yield launched.new_context()  # one, so that programs of pages are compiled once
-            finally:
-                launched.close()
-    finally:
-        os.environ.pop("TMPDIR")
-        if before is not None:
-            os.environ["TMPDIR"] = before
+        finally:
+            playwright.stop()
 
 
 @contextmanager

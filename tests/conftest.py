@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,21 @@ if torch:
     torch.set_num_threads(1)
 # What comes with torch, or is not asked for without it.
 WITH_TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tensorboard"}
+
+
+# What lorakit and other libraries keep for their user is kept for one session of tests, for all of its processes.
+OWN = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    OWN = tempfile.TemporaryDirectory(prefix="lorakit-tests-")
+    names = {"LORAKIT_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"}
+    for name in names | {"MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"}:
+        os.environ[name] = str(Path(OWN.name, name.lower()))
+        Path(os.environ[name]).mkdir()
+
+
+def pytest_unconfigure() -> None:
+    if OWN:
+        OWN.cleanup()
 
 
 def pytest_addoption(parser) -> None:
@@ -61,13 +77,6 @@ def _nothing_to_collect_in_libraries(_libraries_are_imported):
     """Looking through their half million objects takes a third of a second, and every run collects several times."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_store(tmp_path_factory):
-    """Predictions and presets are kept for one session of tests, not among the user's."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["LORAKIT_HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 TOKENIZER = Path(__file__).parent.parent / "lorakit" / "demo" / "base" / "tokenizer"

@@ -22,7 +22,7 @@ def lab(tmp_path_factory, small_bases):
         for old, new in browser.shorter_quickstart(small_bases["sd15"]).items():
             cell["source"] = cell["source"].replace(old, new)
     (folder / "quickstart.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
-    with browser.jupyterlab(folder) as address, browser.chromium(folder / ".chromium") as context:
+    with browser.jupyterlab(folder) as address, browser.chromium() as context:
         # A page that was opened anew during the training stayed empty where its kernel also had the panels of others.
         browser.session(address, "python3", "pictures.ipynb", "captions.ipynb")
         browser.session(address, "python3", "training.ipynb", "quickstart.ipynb")

@@ -141,7 +141,7 @@ def test_a_session_that_ended_is_gone_on_with_by_run_all_in_a_new_one(executed, 
 def pages(tmp_path_factory, ready, small_bases):
     """Notebook 6 with a notebook for each panel, which share a kernel: a function that opens one, and its folder."""
     folder = browser.panels(tmp_path_factory.mktemp("notebook6"), "colab", small_bases["sd15"])
-    with colab.notebook6(ready, folder) as address, browser.chromium(folder / ".chromium") as context:
+    with colab.notebook6(ready, folder) as address, browser.chromium() as context:
         browser.session(address, "colab", *browser.PANELS)
         yield lambda name: colab.opened(context, address, name), folder
 

@@ -58,8 +58,10 @@ def test_a_run_goes_from_pictures_to_a_proven_file(finished):
     assert (result.steps, result.total, len(result.losses)) == (6, 6, 6)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [checkpoint.name(3), checkpoint.name(6)]
     assert steps_logged(folder) == [1, 2, 3, 4, 5, 6]
-    assert Image.open(folder / "loss.png").width > 400
-    assert result.comparison == folder / "comparison.png" and Image.open(result.comparison).width > 400
+    assert result.comparison == folder / "comparison.png"
+    for picture in ("loss.png", "comparison.png"):
+        with Image.open(folder / picture) as opened:
+            assert opened.width > 400
     assert len(list((folder / "samples" / "step-000006").glob("*.png"))) == 1
     facts = export.describe(result.lora)
     assert facts["family"] == "sd15" and facts["trigger"] == "sks thing"

@@ -485,7 +485,8 @@ def test_pngs_carry_what_a1111_reads(tmp_path):
         loras=[("style: a", 0.75), ("none", 0.0), ("thing", 1.0)],
     )[0]  # fmt: skip
     assert path.name == "00-seed-7.png"
-    text = Image.open(path).text["parameters"]
+    with Image.open(path) as picture:
+        text = picture.text["parameters"]
     assert parsed(text) == {
         "prompt": "ein Bild, кот <lora:style_ a:0.75> <lora:thing:1>", "negative": "blurry, low", "Steps": "25",
         "Sampler": "DPM++ 2M Karras", "CFG scale": "7.5", "Seed": "7", "Size": "8x16", "Model": "me/base, v1",

@@ -336,7 +336,8 @@ def test_the_page_holds_all_and_no_path(swept, plain, tmp_path):
     for told in (text, facts.read_text(), made.describe()):
         assert str(folder) not in told and str(folder.parent) not in told and plain.base not in told
     assert json.loads(facts.read_text())["differing"] == {"rank": {"rank=4": 4, "rank=8": 8}}
-    assert Image.open(folder / "curves.png").width > 400
+    with Image.open(folder / "curves.png") as curves:
+        assert curves.width > 400
     assert "max-width" in made._repr_html_()
     assert all(names(made.describe(), text) for text in made.told) and line(made.told, "rank", "alpha")
 
@@ -475,7 +476,9 @@ def test_curves_of_several_runs_in_one_figure(tmp_path):
         *(plots.Curve(f"run {number}", [1], [0.3]) for number in range(9)),
     ]  # fmt: skip
     figure = plots.losses(curves, path=tmp_path / "curves.png")
-    assert len(figure.axes) == 2 and Image.open(tmp_path / "curves.png").width == 960
+    assert len(figure.axes) == 2
+    with Image.open(tmp_path / "curves.png") as drawn:
+        assert drawn.width == 960
     assert [len(axes.lines) for axes in figure.axes] == [12, 12]
     svg = plots.losses_svg(curves)
     panels = 'font-weight="600"'  # their titles
