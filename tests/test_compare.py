@@ -545,8 +545,8 @@ clicked = pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no chrom
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with browser.chromium(tmp_path_factory.mktemp("chromium")) as launched:
+def chromium():
+    with browser.chromium() as launched:
         yield launched
 
 
