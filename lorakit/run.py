@@ -190,14 +190,14 @@ def claim(folder: Path) -> None:
         ValueError: the folder holds something else.
         OSError: it cannot be made or written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file. Name a folder for the run.")
     own = {"cache", "log.jsonl", "STOP"}  # before there is a config.json
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = {name for name in there if not name.startswith(".")} - own
-    if foreign and not {"config.json", "checkpoints"} & foreign:
-        raise ValueError(f"{folder} holds other files and no run. Name a new or empty folder.")
     try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file. Name a folder for the run.")
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        foreign = {name for name in there if not name.startswith(".")} - own
+        if foreign and not {"config.json", "checkpoints"} & foreign:
+            raise ValueError(f"{folder} holds other files and no run. Name a new or empty folder.")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror.lower() if error.strerror else error

@@ -30,6 +30,7 @@ def child(settings: str, folder: str, at: int | None, told: str) -> None:
 
     from lorakit import files, run
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     gc.freeze()  # every run looks through what is imported several times
     torch.set_num_threads(1)
     count = 0

@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(setting
         "import os, sys, filelock; from lorakit import config, run; os.getuid() or os.setuid(65534)\n"  # nobody
         "run.start(config.Config.model_validate_json(sys.argv[1]), sys.argv[2])"
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # which nobody may pass through, as $TMPDIR perhaps not
         for name, mode, named in (("run", 0o555, ".lock"), ("in/run", 0o555, "run")):
             place = Path(folder, name)
             (place if place.parent == Path(folder) else place.parent).mkdir(mode=mode)
@@ -292,6 +292,7 @@ def test_a_host_that_ends_a_program_finds_it_saved(settings, tmp_path, name):
         time.sleep(0.1)
     os.kill(process.pid, getattr(signal, name))
     process.join(60)
+    process.kill()  # one that did not hear it
     assert process.exitcode == 0
     (step, whole), *others = killing.readable(tmp_path / "run").items()
     assert step > 0 and whole and not others

@@ -22,6 +22,7 @@ from base_quality import RESULTS, table, write
 
 ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>: orphans become this process's children, so that their time is counted
+HEADS = ("command", "processor seconds", "times the demo's", "bar", "minutes", "bar")
 BARS = {"test": (5, 6), "test --all": (10, 12)}  # at most so many times the demo's processor seconds, and minutes
 
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["test", "test --all"], help="leave the other one out")
     parser.add_argument("--out", type=Path, default=RESULTS / "test_cost")
     options = parser.parse_args()
+    about = f"{os.cpu_count()} cores, Python {platform.python_version()}\n"
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory() as folder:
         demo = measured([sys.executable, "-m", "lorakit", "demo", "--out", f"{folder}/demo"], Path(folder))
@@ -57,9 +59,7 @@ def main() -> None:
                 cost = figures[name] = measured(["bash", "colab_setup.sh", *name.split()], Path(folder))
                 rows.append([f"`{name}`", f"{cost[0]:.0f}", f"{cost[0] / demo[0]:.2f}", f"≤ {times}",
                              f"{cost[1] / 60:.1f}", f"≤ {minutes}"])  # fmt: skip
-    heads = ("command", "processor seconds", "times the demo's", "bar", "minutes", "bar")
-    about = f"{os.cpu_count()} cores, Python {platform.python_version()}\n"
-    write(options.out, "What the tests cost", [about, table(rows, *heads)], figures)
+                write(options.out, "What the tests cost", [about, table(rows, *HEADS)], figures)
 
 
 if __name__ == "__main__":
