@@ -207,6 +207,7 @@ def trained(finished, tmp_path):
 @pytest.fixture
 def weights_only(monkeypatch):
     """Runs end without the sheet and the figure, which take half of so short a run: the test is about other things."""
+    pytest.importorskip("torch")
     from lorakit import run
 
     monkeypatch.setattr(run, "_draw", lambda *_: None)

@@ -150,6 +150,7 @@ def test_what_can_be_made_of_a_run_at_a_terminal(finished, settings, tmp_path):
 
 
 def test_pictures_are_checked_and_captioned_at_a_terminal(pictures, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (pictures / "2_sks thing" / "broken.png").write_bytes(b"not a picture")
     facts = json.loads(told("check", pictures, "--resolution", 64, "--trigger", "sks thing", "--json"))
@@ -225,6 +226,7 @@ def test_frames_of_a_video(tmp_path):
 
 
 def test_pictures_are_generated_and_none_twice(tmp_path):
+    pytest.importorskip("torch")
     command = ["generate", "flatto style, cup", "--out", tmp_path, "--name", "cup", "--steps", 2, "--width", 48,
                "--negative", "grey"]  # fmt: skip
     said = told(*command, "--count", 2, "--seed", 5, "--repeats", 3)

@@ -180,6 +180,7 @@ def faults(sources: list[str]) -> list[str]:
 
 @every_notebook
 def test_what_cells_name_is_there(path):
+    pytest.importorskip("torch")
     assert faults([python(cell) for cell in code_cells(path)]) == []
 
 
@@ -371,6 +372,7 @@ def test_quickstart_runs_whole_and_shows_what_it_promises(executed, small_bases)
 
 
 def test_a_dataset_is_prepared_from_end_to_end(executed):
+    pytest.importorskip("torch")
     cells = executed("prepare_dataset.ipynb", {})
     assert kinds(cells, WIDGET) == 2 and names(cell_of(cells, "draft.draft(").printed, 0)
     assert names(cell_of(cells, "audit.audit(").printed, "flatto")

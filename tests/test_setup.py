@@ -41,6 +41,8 @@ COLAB = {
     "tensorboard": "2.20.0",
     "torchao": "0.10.0",
 }
+if sys.version_info < (3, 11):  # which Colab's Python is not: lorakit reads TOML with it there
+    COLAB["tomli"] = "2.0.1"
 
 
 def project() -> dict:
