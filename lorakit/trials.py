@@ -470,6 +470,7 @@ def sweep(
                 folders, prompts=prompts or said, seeds=seeds, strength=strength, pictures=pictures, say=say, stop=stop,
                 shared=shared,
             )  # fmt: skip
+            missing = [_public(text, ()) for text in missing]
             made = replace(made, told=(*made.told, *missing), missing=(*missing, *made.missing))
             say(f"look      {save(made, folder)[0].name}: what differs, curves, figures and pictures side by side")
             return made

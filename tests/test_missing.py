@@ -92,7 +92,14 @@ def test_the_exit_status_tells_whether_something_is_missing(settings, tmp_path, 
 
 
 def test_a_sweep_tells_what_its_runs_could_not_make(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "compare", broken)
+    """In its page, too, which names no path of this machine."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, f"no room for comparison.png in {tmp_path / 'sweep'}")
+
+    monkeypatch.setattr(run, "compare", full)
     made = trials.sweep(settings.with_(steps=1), "rank", [2, 4], tmp_path / "sweep", pictures=False, **QUIET)
     assert line(made.missing, "rank=2", "comparison.png") and line(made.missing, "rank=4", "comparison.png")
     assert set(made.missing) <= set(made.told)
+    assert str(tmp_path) not in (tmp_path / "sweep" / "comparison.html").read_text()
+    assert str(tmp_path) not in (tmp_path / "sweep" / "comparison.json").read_text()
