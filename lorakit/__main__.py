@@ -87,39 +87,38 @@ def caption(
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Audit captions, draft them, put them into a form, replace text in them; seen first, and undone to the byte."""
-    from lorakit import captions
     from lorakit import dataset as datasets
 
     pictures, words = datasets.scan(dataset), words or []
-    old, root = captions.of(pictures), pictures.root
+    old, root = datasets.captions_of(pictures), pictures.root
     if what == "undo":
-        print(f"undone    {len(captions.undo(root))} captions are what they were before the last edit")
+        print(f"undone    {len(datasets.undo_captions(root))} captions are what they were before the last edit")
         return
     if what == "audit":
-        from lorakit.audit import audit
+        from lorakit.dataset import audit_captions
 
-        audited = audit(pictures, trigger, kind=kind)
+        audited = audit_captions(pictures, trigger, kind=kind)
         print(json.dumps(audited.facts(), indent=2, ensure_ascii=False) if as_json else audited.describe())
         return
     if what == "draft":
-        from lorakit.draft import draft
+        from lorakit.dataset import draft_captions
 
-        new = draft(pictures, model, into=root if write else None, overwrite=overwrite)
+        new = draft_captions(pictures, model, into=root if write else None, overwrite=overwrite)
     elif what == "template" and len(words) < 2:
-        new = captions.template(old, *words, trigger=trigger)
+        new = datasets.apply_template(old, *words, trigger=trigger)
     elif what == "replace" and len(words) == 2:
-        new = captions.replace(old, *words, regex=regex)
+        new = datasets.replace_text(old, *words, regex=regex)
     else:
         raise ValueError(f"There is no {' '.join([what, *words])!r}: use audit, draft, template, replace or undo.")
-    found = captions.changes(old, new)
+    found = datasets.changes(old, new)
     if write and what != "draft":  # drafts are written as they are made
-        captions.write(found, root)
+        datasets.write_captions(found, root)
     if as_json:
         print(json.dumps({c.name: [c.before, c.after] for c in found}, indent=2, ensure_ascii=False))
     elif write:
         print(f"written   {len(found)} captions; `caption undo` takes them back")
     else:
-        print(captions.preview(found))
+        print(datasets.preview(found))
         print("Nothing is written yet: --write does it.")
 
 
@@ -136,10 +135,9 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Check pictures and captions before training: what is left out, what is wrong, and what to do about it."""
-    from lorakit import check as checks
     from lorakit import dataset as datasets
 
-    report = checks.check(
+    report = datasets.check_quality(
         datasets.scan(dataset), kind=kind, resolution=resolution, trigger=trigger, step=step, rule=rule,
         sides=(min_side, max_side),
     )  # fmt: skip
@@ -161,14 +159,15 @@ def preset(
 ) -> None:
     """Print the settings to start from, as JSON: `preset style > style.json`; or keep a run's as one of your own."""
     from lorakit import config as configs
+    from lorakit import presets
 
     if save_from:
         settings = configs.load(save_from / "config.json" if save_from.is_dir() else save_from)
-        file = configs.save_preset(kind, settings)
-        print(f"kept      {kind} in {file.parent}: {', '.join(configs.kept(kind))}")
+        file = presets.save_preset(kind, settings)
+        print(f"kept      {kind} in {file.parent}: {', '.join(presets.kept(kind))}")
         return
-    settings = configs.preset(kind, family).with_(dataset=dataset, trigger=trigger)
-    print((configs.quick(settings) if quick else settings).to_json(), end="")
+    settings = presets.preset(kind, family).with_(dataset=dataset, trigger=trigger)
+    print((presets.quick(settings) if quick else settings).to_json(), end="")
 
 
 @app.command()
@@ -191,7 +190,7 @@ def plan(
     """Predict memory, file size and time for a card, and choose settings that fit; nothing is downloaded."""
     from lorakit import base as bases
     from lorakit import config as configs
-    from lorakit import plan as plans
+    from lorakit import plan
 
     opened = bases.known(base) if base in (*bases.KNOWN, *bases.KNOWN.values()) else bases.open(base)
     settings = (
@@ -212,7 +211,9 @@ def plan(
     if methods:
         import torch
 
-        found = plans.methods(opened, settings.with_(**asked), dtype=torch.float16, store=plans.default_store())
+        found = plan.compare_methods(
+            opened, settings.with_(**asked), dtype=torch.float16, store=plan.prediction_store()
+        )
         facts = [
             {"method": m.name, "peak_gib": round(m.peak / 2**30, 3), "file_mb": round(m.file_size / 1e6, 3)}
             for m in found
@@ -224,7 +225,7 @@ def plan(
         for row in facts:
             print(f"{row['method']:<18}{row['peak_gib']:>8.2f} GiB   leaves a file of {row['file_mb']:,.2f} MB")
         return
-    planned = plans.table(opened, settings.with_(**asked), card)
+    planned = plan.plan_for_cards(opened, settings.with_(**asked), card)
     if as_json:
         print(json.dumps([row.facts() for row in planned], indent=2, ensure_ascii=False))
         return
@@ -249,10 +250,10 @@ def sweep(
     import threading
 
     from lorakit import config as configs
-    from lorakit import trials
+    from lorakit import evaluate
 
     settings, stop = configs.load(config), threading.Event()
-    made = trials.sweep(
+    made = evaluate.sweep(
         settings, setting, [_value(value) for value in values], out or Path("runs") / f"{settings.name}-{setting}",
         prompts=prompt or (), seeds=seed or (42,), strength=strength, pictures=pictures, stop=stop,
     )  # fmt: skip
@@ -283,13 +284,13 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Put runs beside each other: settings that differ, curves, figures, the same prompts and seeds."""
-    from lorakit import trials
+    from lorakit import evaluate
 
-    made = trials.compare_runs(
+    made = evaluate.compare_runs(
         runs, prompts=prompt or (), seeds=seed or (42,), strength=strength, pictures=pictures, base=base,
         say=lambda text: print(text, file=sys.stderr),
     )  # fmt: skip
-    page, _ = trials.save(made, out)
+    page, _ = evaluate.save_comparison(made, out)
     print(json.dumps(made.facts(), indent=2, ensure_ascii=False) if as_json else f"{made.describe()}\nlook at {page}")
     if made.missing:
         sys.exit(MISSING)
@@ -300,9 +301,9 @@ def kohya(
     file: Annotated[Path, typer.Argument(help="sd-scripts' .toml, the GUI's .json, or a text with a command line")],
 ) -> None:
     """Print settings of kohya's as lorakit's own, as JSON; what cannot be taken over is told beside."""
-    from lorakit import kohya as read_kohya
+    from lorakit import kohya
 
-    imported = read_kohya.read(file)
+    imported = kohya.read(file)
     for note in imported.notes:
         print(f"note: {note}", file=sys.stderr)
     print(imported.config.to_json(), end="")
@@ -330,8 +331,7 @@ def sample(
 ) -> None:
     """Make pictures, with LoRAs at one strength or several; each is written as soon as it is made."""
     from lorakit import base as bases
-    from lorakit import compare, plots
-    from lorakit import sample as samples
+    from lorakit import evaluate, plots, sample
 
     strengths, paths = strength or [1.0], lora or []
     weights = weight or [1.0] * len(paths)
@@ -339,17 +339,17 @@ def sample(
         raise ValueError(f"{len(weights)} weights were given for {len(paths)} LoRAs. Give one each, or none.")
     opened, known = bases.open(base, prediction_type), {}
     used = [[(path, own * value) for path, own in zip(paths, weights, strict=True)] for value in strengths]
-    variants = [compare.variant(opened, parts, known) for parts in used]
+    variants = [evaluate.variant(opened, parts, known) for parts in used]
     size = (height or opened.resolution, width or opened.resolution)
     made_with = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler_name": scheduler,
                  "clip_skip": clip_skip}  # fmt: skip
     rows: list[list] = [[None] * len(strengths) for _ in prompts]
-    for row, column, picture in samples.stream(opened, prompts, variants, seeds=seed, size=size, **made_with):
+    for row, column, picture in sample.stream(opened, prompts, variants, seeds=seed, size=size, **made_with):
         rows[row][column] = picture
         named = [(path.name.removesuffix(".safetensors"), value) for path, value in used[column]]
-        told = samples.infotext(prompts[row], seed + row, size, model=opened.name, loras=named, **made_with)
+        told = sample.infotext(prompts[row], seed + row, size, model=opened.name, loras=named, **made_with)
         folder = out / f"strength-{strengths[column]:g}" if len(strengths) > 1 else out
-        print(samples.write(picture, folder / f"{row:02d}-seed-{seed + row}.png", told))
+        print(sample.write_picture(picture, folder / f"{row:02d}-seed-{seed + row}.png", told))
     if len(strengths) > 1:
         labels = ["base" if value == 0 else f"strength {value:g}" for value in strengths]
         plots.grid(rows, row_labels=list(prompts), column_labels=labels, path=out / "sheet.png")
@@ -366,9 +366,9 @@ def frames(
     suffix: Annotated[str, typer.Option(help=".png or .jpg")] = ".png",
 ) -> None:
     """Take the sharpest frames of a video as pictures to train on; none that looks like one before."""
-    from lorakit import video as videos
+    from lorakit import dataset as datasets
 
-    found = videos.frames(video, folder, every=None if scenes else every, window=window, suffix=suffix)
+    found = datasets.extract_frames(video, folder, every=None if scenes else every, window=window, suffix=suffix)
     print(f"done      {len(found)} pictures in {folder}")
 
 
@@ -394,10 +394,10 @@ def generate(
 ) -> None:
     """Let a base make pictures with captions, as regularisation or training data; called again, it goes on."""
     from lorakit import base as bases
-    from lorakit import generate as generates
+    from lorakit import sample
 
     opened = bases.open(base, prediction_type)
-    folder = generates.pictures(
+    folder = sample.generate_pictures(
         opened, prompts, out, name=name, repeats=repeats, seeds=range(seed, seed + count), negative=negative,
         size=(height or opened.resolution, width or opened.resolution), steps=steps, guidance=guidance,
         scheduler_name=scheduler, clip_skip=clip_skip, quantize=quantize, batch=batch,
@@ -414,13 +414,13 @@ def export(
     step: Annotated[str, typer.Option(help="of a run: newest, best, or a number")] = "newest",
 ) -> None:
     """Write a run's weights, or a LoRA that others made, for other programs, and prove the file."""
-    from lorakit import export as exports
-    from lorakit.record import lora_of
+    from lorakit import adapter as adapters
+    from lorakit.run import lora_of
 
     lora = lora_of(source, step)
-    exports.write(lora, out, dtype=exports.dtype_of(dtype), layout=layout)
+    adapters.save(lora, out, dtype=adapters.dtype_of(dtype), layout=layout)
     print(f"export    {out} from {lora.name}, layout {layout}, {dtype}")
-    print(f"proof     read back: {exports.prove(out, lora, layout=layout).describe()}")
+    print(f"proof     read back: {adapters.prove(out, lora, layout=layout).describe()}")
 
 
 @app.command()
@@ -434,19 +434,20 @@ def merge(
     layout: Layout = "kohya",
 ) -> None:
     """Make one LoRA of several, or put LoRAs into a base."""
+    from lorakit import adapter as adapters
     from lorakit import base as bases
-    from lorakit import export as exports
-    from lorakit import merge as merges
-    from lorakit.record import lora_of
+    from lorakit.run import lora_of
 
     found = [lora_of(path) for path in loras]
     strengths = strength or [1.0] * len(found)
     opened = bases.open(base) if base else None
     if opened and rank is None:
-        made = merges.into_base(opened, found, strengths, out, dtype=exports.dtype_of(dtype) if dtype else None)
+        made = adapters.merge_into_base(
+            opened, found, strengths, out, dtype=adapters.dtype_of(dtype) if dtype else None
+        )
         print(f"done      {made}")
         return
-    _write(merges.merge(found, strengths, rank, opened), out, dtype or "fp16", layout)
+    _write(adapters.merge(found, strengths, rank, opened), out, dtype or "fp16", layout)
 
 
 @app.command()
@@ -459,10 +460,10 @@ def resize(
     layout: Layout = "kohya",
 ) -> None:
     """Bring a LoRA to another rank."""
-    from lorakit import merge as merges
-    from lorakit.record import lora_of
+    from lorakit import adapter as adapters
+    from lorakit.run import lora_of
 
-    _write(merges.resize(lora_of(lora), rank, energy), out, dtype, layout)
+    _write(adapters.resize(lora_of(lora), rank, energy), out, dtype, layout)
 
 
 @app.command()
@@ -478,10 +479,10 @@ def extract(
     layout: Layout = "kohya",
 ) -> None:
     """Make a LoRA of what parts two bases."""
+    from lorakit import adapter as adapters
     from lorakit import base as bases
-    from lorakit import merge as merges
 
-    made = merges.extract(
+    made = adapters.extract(
         bases.open(tuned), bases.open(original), rank, energy=energy, targets=targets, text_encoders=text_encoders
     )
     _write(made, out, dtype, layout)
@@ -489,11 +490,11 @@ def extract(
 
 def _write(made, out: Path, dtype: str, layout: str) -> None:
     """Write and prove a LoRA that was made of others."""
-    from lorakit import export as exports
+    from lorakit import adapter as adapters
 
-    exports.write(made.lora, out, dtype=exports.dtype_of(dtype), layout=layout)
+    adapters.save(made.lora, out, dtype=adapters.dtype_of(dtype), layout=layout)
     print(f"done      {out}: {made.describe()}")
-    print(f"proof     read back: {exports.prove(out, made.lora, layout=layout).describe()}")
+    print(f"proof     read back: {adapters.prove(out, made.lora, layout=layout).describe()}")
 
 
 @app.command()
@@ -507,9 +508,9 @@ def upload(
     overwrite: Annotated[bool, typer.Option(help="replace a README.md that lorakit did not write")] = False,
 ) -> None:
     """Put a LoRA with a model card on the Hugging Face Hub, private unless told otherwise."""
-    from lorakit import hub
+    from lorakit import publish
 
-    address = hub.upload(
+    address = publish.upload(
         source, repository, licence=licence, private=not public, pictures=pictures, comment=comment, overwrite=overwrite
     )
     print(f"done      {address}")
@@ -530,13 +531,13 @@ def report(
 ) -> None:
     """Make pictures with a LoRA and without, measure them, and fill in the guide's checklist."""
     from lorakit import dataset as datasets
-    from lorakit import report as reports
+    from lorakit import evaluate
 
-    made = reports.report(
+    made = evaluate.report(
         source, base=base, pictures=datasets.scan(pictures) if pictures else None, trigger=trigger, kind=kind,
         see=None if see == "none" else see, seed=seed, device=device, say=lambda text: print(text, file=sys.stderr),
     )  # fmt: skip
-    page, _ = reports.save(
+    page, _ = evaluate.save_report(
         made, out or (source if source.is_dir() else source.parent),
         "report" if source.is_dir() else f"{source.name.removesuffix('.safetensors')}.report",
     )  # fmt: skip
@@ -549,16 +550,16 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Tell what a run folder or a LoRA file is, from its own records."""
-    from lorakit import export, merge
-    from lorakit.record import describe, is_run
+    from lorakit import adapter as adapters
+    from lorakit.run import describe_run, is_run
 
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}. Give a run folder or a .safetensors file.")
     if is_run(path):
-        facts, table = describe(path), ""
+        facts, table = describe_run(path), ""
     else:
-        facts = export.describe(path)
-        table = "" if facts["kind"] == "checkpoint" else merge.table(merge.norms(export.load(path)))
+        facts = adapters.describe_file(path)
+        table = "" if facts["kind"] == "checkpoint" else adapters.norms_table(adapters.norms(adapters.load(path)))
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
 
-from lorakit import dataset
+from lorakit import dataset as datasets
 from lorakit.plots import TONES
 
 LITTLE_GPU, SDXL_GPU = 4, 11.5  # GiB: what SD 1.5 takes at the least; what cards sold as 12 GB show, asked for SDXL
@@ -197,7 +197,7 @@ def upload(into: str | Path, say: Callable[[str], None] = print) -> Path | None:
         arrived = [path.name for path in Path(empty).iterdir()]
         for name in arrived:
             os.replace(Path(empty, name), into / name)
-    if len(arrived) == 1 and arrived[0].lower().endswith(dataset.ARCHIVES):
+    if len(arrived) == 1 and arrived[0].lower().endswith(datasets.ARCHIVES):
         return into / arrived[0]
     return into if arrived else None
 
@@ -289,11 +289,11 @@ def _kept(host: Host) -> Fact:
 def _gpu(host: Host) -> Fact:
     import torch
 
-    from lorakit import base, plan
+    from lorakit import device, plan
 
     card = plan.this_machine()
     if card is None:
-        if base.choose_device().type == "mps":
+        if device.choose_device().type == "mps":
             return Fact("GPU", "Apple's, by way of MPS", "good")
         said = "none: the embedded base trains on the CPU, in minutes; a real one needs a GPU"
         if shutil.which("nvidia-smi") and torch.version.cuda is None:
@@ -316,9 +316,9 @@ def _gpu(host: Host) -> Fact:
 
 
 def _memory(host: Host) -> Iterator[Fact]:
-    from lorakit import memory
+    from lorakit import plan
 
-    free = memory.available("cpu")
+    free = plan.free_memory_bytes("cpu")
     if free is None:
         return
     text = f"{free / 2**30:.1f} GiB free"

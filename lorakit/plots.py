@@ -5,12 +5,11 @@ Nothing here touches pyplot, its open figures or a notebook's backend.
 
 import html
 import io
-import json
 import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lorakit import files
+from lorakit import storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,36 +33,6 @@ COLUMNS = 400  # across the SVG: of a longer run, each shows what lies within it
 WIDEST = 2400  # pixels of a sheet
 SMALLEST = 128  # pixels of a cell's shorter side
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 cannot hold
-
-
-def read_log(path: str | Path, warn: Callable[[str], None] | None = None) -> list[dict]:
-    """The lines of a run's `log.jsonl`. A last line that a crash tore is left out.
-
-    Args:
-        warn: told of other damaged lines, which are then left out as well.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another line is not a log's.
-    """
-    path, lines = Path(path), []
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no log {path}. A run writes log.jsonl into its folder as it goes.")
-    texts = path.read_bytes().rstrip().split(b"\n")
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        figures = [line.get(key, 0) for key in ("step", "loss", "validation_loss")] if isinstance(line, dict) else [""]
-        if "step" in (line or ()) and all(isinstance(figure, int | float) for figure in figures):
-            lines.append(line)
-        elif number < len(texts):
-            if warn is None:
-                shown = text[:40].decode(errors="replace")
-                raise ValueError(f"Line {number} of {path} is not a log's: {shown!r}. Remove it, or give a run's log.")
-            warn(f"line {number} of {path.name} is damaged and left out")
-    return lines
 
 
 def smooth(losses: Sequence[float], half_life: float | None = None) -> list[float]:
@@ -165,7 +134,7 @@ def loss(
     # Notebooks know how to show a figure only after somebody imported pyplot there.
     figure._repr_png_ = lambda: _png(figure)
     if path is not None:
-        with files.replacing(Path(path)) as partial:
+        with storage.write_file(Path(path)) as partial:
             partial.write_bytes(_png(figure))
     return figure
 
@@ -348,7 +317,7 @@ def losses(curves: Sequence[Curve], *, path: Path | None = None) -> "Figure":
                 text.set_parse_math(False)  # a name may hold a $
     figure._repr_png_ = lambda: _png(figure)
     if path is not None:
-        with files.replacing(Path(path)) as partial:
+        with storage.write_file(Path(path)) as partial:
             partial.write_bytes(_png(figure))
     return figure
 
@@ -472,7 +441,7 @@ def grid(
             sheet.paste(shown, (x + (cell_width - shown.width) // 2, y + (cell_height - shown.height) // 2), shown)
         top += room + gap
     if path is not None:
-        with files.replacing(Path(path)) as partial:
+        with storage.write_file(Path(path)) as partial:
             sheet.save(partial, "PNG")
     return sheet
 

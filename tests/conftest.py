@@ -187,7 +187,7 @@ def ready(settings, tmp_path):
 @pytest.fixture(scope="session")
 def finished(small_bases, drawn, tmp_path_factory):
     """The run of `settings`, trained once: its Result, and the lines that it said. To read, not to change."""
-    from lorakit import run
+    from lorakit.run import run
 
     said: list[str] = []
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -208,6 +208,6 @@ def trained(finished, tmp_path):
 def weights_only(monkeypatch):
     """Runs end without the sheet and the figure, which take half of so short a run: the test is about other things."""
     pytest.importorskip("torch")
-    from lorakit import run
+    from lorakit.run import finish
 
-    monkeypatch.setattr(run, "_draw", lambda *_: None)
+    monkeypatch.setattr(finish, "draw", lambda *_: None)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from lorakit import checkpoint, record
 from lorakit.config import Config
+from lorakit.run import checkpoint, run_folder
 
 OF_8_BITS = 128  # rank from which on 8-bit optimizers hold states of the small base in 8 bits: 4,096 weights a tensor
 SLICES = 8  # that a checkpoint is written in, each a moment to be killed at
@@ -28,7 +28,8 @@ def child(settings: str, folder: str, at: int | None, told: str) -> None:
 
     import torch
 
-    from lorakit import files, run
+    from lorakit.run import run
+    from lorakit.storage import files
 
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     gc.freeze()  # every run looks through what is imported several times
@@ -58,7 +59,7 @@ def child(settings: str, folder: str, at: int | None, told: str) -> None:
 
     checkpoint.save_file = in_slices
     files.os = type("os", (), {**vars(os), "fsync": counted(os.fsync), "replace": counted(os.replace)})
-    files.append = counted(files.append)
+    files.append_lines = counted(files.append_lines)
     lines = []
     result = run.start(Config(**json.loads(settings)), folder, say=lines.append, progress=False)
     Path(told).write_text(json.dumps({"operations": count, "lora": str(result.lora), "said": lines}))
@@ -83,7 +84,7 @@ def finished(settings: Config, folder: Path, told: Path) -> dict:
 def readable(folder: Path) -> dict[int, bool]:
     """Step → whether it is whole, of every checkpoint whose digest holds."""
     found = {}
-    for path in checkpoint.paths(folder / "checkpoints"):
+    for path in checkpoint.checkpoint_paths(folder / "checkpoints"):
         try:
             found[checkpoint.step_of(path)] = checkpoint.read(path).whole
         except ValueError:
@@ -94,13 +95,13 @@ def readable(folder: Path) -> dict[int, bool]:
 def nothing_lost(before: dict[int, bool], folder: Path, save_every: int) -> dict[int, bool]:
     """Check a folder whose run was killed, against what it held before."""
     after = readable(folder)
-    assert len(after) == len(checkpoint.paths(folder / "checkpoints")), "a checkpoint is half-written"
+    assert len(after) == len(checkpoint.checkpoint_paths(folder / "checkpoints")), "a checkpoint is half-written"
     for step in before:
         assert step in after or step % save_every, f"the regular checkpoint of step {step} is gone"
     newest = [max((step for step, whole in some.items() if whole), default=0) for some in (before, after)]
     assert newest[0] <= newest[1], f"what could be gone on from was step {newest[0]}, and is step {newest[1]}"
     if after or (folder / "config.json").exists():
-        told = record.describe(folder)
+        told = run_folder.describe_run(folder)
         assert not told["problems"], told["problems"]
     return after
 

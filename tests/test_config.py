@@ -1,10 +1,12 @@
 import json
+import sys
 
 import pytest
 from said import names, naming
 
-from lorakit import config as configs
-from lorakit.config import Config, preset
+from lorakit import config, presets
+from lorakit.config import Config
+from lorakit.presets import preset
 
 
 def test_every_preset_agrees_with_the_guide():
@@ -15,7 +17,7 @@ def test_every_preset_agrees_with_the_guide():
         "object": ((16, 32), (8, 16), (2500, 4000)),
         "clothing": ((16, 64), (8, 32), (3000, 5000)),
     }
-    for (kind, family), settings in configs.PRESETS.items():
+    for (kind, family), settings in presets.PRESETS.items():
         rank, alpha, steps = ranges[kind]
         if family == "sdxl":
             rank, alpha = (128, 256), (64, 128)
@@ -29,14 +31,14 @@ def test_every_preset_agrees_with_the_guide():
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match=naming("landscape", *(name for key in configs.PRESETS for name in key))):
+    with pytest.raises(ValueError, match=naming("landscape", *(name for key in presets.PRESETS for name in key))):
         preset("landscape")
 
 
 def test_a_config_survives_json(tmp_path):
     settings = preset("style").with_(sample_prompts=["a", "b"], epochs=3)
     (tmp_path / "c.json").write_text(settings.to_json())
-    assert configs.load(tmp_path / "c.json") == settings
+    assert config.load(tmp_path / "c.json") == settings
 
 
 def test_settings_are_frozen():
@@ -47,7 +49,7 @@ def test_settings_are_frozen():
 def test_all_problems_are_told_together_with_the_nearest_name(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"steps": 5, "learning_rat": 1, "rank": 0}))
     with pytest.raises(ValueError) as caught:
-        configs.load(tmp_path / "c.json")
+        config.load(tmp_path / "c.json")
     assert names(str(caught.value), "learning_rat", "learning_rate", "rank", 0)
 
 
@@ -85,20 +87,20 @@ def test_length_is_counted_kohyas_way():
 
 def test_a_missing_or_broken_file_is_explained(tmp_path):
     with pytest.raises(FileNotFoundError, match=naming("none.json")):
-        configs.load(tmp_path / "none.json")
+        config.load(tmp_path / "none.json")
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(ValueError, match=naming("c.json")):
-        configs.load(tmp_path / "c.json")
+        config.load(tmp_path / "c.json")
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(ValueError, match=naming("c.json", "list")):
-        configs.load(tmp_path / "c.json")
+        config.load(tmp_path / "c.json")
 
 
 def test_a_dataset_beside_the_config_file_is_found(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "c.json").write_text(json.dumps({"steps": 5, "dataset": "pictures"}))
     monkeypatch.chdir("/")
-    assert configs.load(tmp_path / "c.json").dataset == str(tmp_path / "pictures")
+    assert config.load(tmp_path / "c.json").dataset == str(tmp_path / "pictures")
 
 
 def test_one_prompt_may_be_given_bare():
@@ -126,12 +128,12 @@ def test_rates_of_text_encoders():
 
 def test_a_quick_run_is_half_as_long_and_else_what_the_preset_says():
     for kind in ("style", "character"):
-        usual, quick = preset(kind, "sdxl"), configs.quick(preset(kind, "sdxl"))
+        usual, quick = preset(kind, "sdxl"), presets.quick(preset(kind, "sdxl"))
         unlike = {name for name in Config.model_fields if getattr(usual, name) != getattr(quick, name)}
-        assert unlike == {"steps", *configs.QUICK} and quick.steps == usual.steps // 2
-    assert configs.quick(Config(epochs=9)).epochs == 4 and configs.quick(Config(epochs=1)).steps is None
+        assert unlike == {"steps", *presets.QUICK} and quick.steps == usual.steps // 2
+    assert presets.quick(Config(epochs=9)).epochs == 4 and presets.quick(Config(epochs=1)).steps is None
     with pytest.raises(ValueError, match=naming("initialisation", "eva", "start_from")):
-        configs.quick(Config(steps=9, start_from="one.safetensors"))
+        presets.quick(Config(steps=9, start_from="one.safetensors"))
 
 
 @pytest.fixture
@@ -145,20 +147,20 @@ def test_what_worked_is_kept_and_begun_with_again(at_home):
         rank=24, schedule="cosine", epochs=7, block_ranks={"mid_block": 8}, dataset="/home/me/pictures", trigger="sks",
         sample_prompts=("sks cat",), backup="/mnt/drive", mask="masks", device="cpu", validation_share=0.1,
     )  # fmt: skip
-    assert configs.own_presets() == []
-    file = configs.save_preset("crisp lines", worked)
-    assert file == at_home / "crisp lines.json" and configs.own_presets() == ["crisp lines"]
+    assert presets.own_presets() == []
+    file = presets.save_preset("crisp lines", worked)
+    assert file == at_home / "crisp lines.json" and presets.own_presets() == ["crisp lines"]
     again = preset("crisp lines")
     assert again.name == "my_crisp lines_v1" and again.base == worked.base and again.epochs == 7
     unlike = {name for name in Config.model_fields if getattr(again, name) != getattr(worked, name)}
     assert unlike == {"dataset", "name", "trigger", "sample_prompts", "backup", "mask", "device"}
     assert "/" not in file.read_text().replace(worked.base, "") and "sks" not in file.read_text()
-    configs.save_preset("v", Config(steps=5, base="owner/v", prediction_type="v_prediction", zero_terminal_snr=True))
+    presets.save_preset("v", Config(steps=5, base="owner/v", prediction_type="v_prediction", zero_terminal_snr=True))
     assert preset("v").prediction_type == "v_prediction" and preset("v", "sdxl").prediction_type == "auto"
     assert not preset("v", "sdxl").zero_terminal_snr
     (at_home / "v.json").unlink()
-    assert preset("crisp lines", "sd15").base == configs.HUB_BASES["sd15"]
-    configs.save_preset("crisp lines", worked.with_(rank=8))  # its owner may change it
+    assert preset("crisp lines", "sd15").base == config.HUB_BASES["sd15"]
+    presets.save_preset("crisp lines", worked.with_(rank=8))  # its owner may change it
     assert preset("crisp lines").rank == 8
 
 
@@ -166,40 +168,40 @@ def test_what_worked_is_kept_and_begun_with_again(at_home):
 def test_a_base_that_is_a_place_is_not_kept(at_home, tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    file = configs.save_preset("mine", Config(steps=5, base=base, prediction_type="v_prediction"))
+    file = presets.save_preset("mine", Config(steps=5, base=base, prediction_type="v_prediction"))
     assert not {"base", "prediction_type", "zero_terminal_snr"} & json.loads(file.read_text()).keys()
-    assert preset("mine").base == configs.HUB_BASES["sd15"] and preset("mine", "sdxl").base == configs.HUB_BASES["sdxl"]
+    assert preset("mine").base == config.HUB_BASES["sd15"] and preset("mine", "sdxl").base == config.HUB_BASES["sdxl"]
     for known in ("demo", "owner/name"):
-        configs.save_preset("mine", Config(steps=5, base=known))
+        presets.save_preset("mine", Config(steps=5, base=known))
         assert preset("mine").base == known
 
 
 def test_a_class_that_the_base_is_asked_for_is_not_kept(at_home):
     """Without trigger and class word the settings would not be valid."""
     asking = Config(steps=5, prior_prediction=True, trigger="sks", class_word="dog", prior_weight=0.5)
-    configs.save_preset("mine", asking)
+    presets.save_preset("mine", asking)
     assert preset("mine").prior_weight == 0.5 and not preset("mine").prior_prediction
 
 
 @pytest.mark.parametrize("name", ["", " a", "a/b", "../a", "a.", "a\\b", ".a", "x" * 65, "a\nb"])
 def test_what_is_no_name_is_refused(at_home, name):
     with pytest.raises(ValueError, match=naming(repr(name))):
-        configs.save_preset(name, Config(steps=5))
+        presets.save_preset(name, Config(steps=5))
     assert not at_home.exists()
 
 
 def test_built_in_presets_stay_what_they_are(at_home):
     for name in ("style", "Style"):
         with pytest.raises(ValueError, match=naming(name)):
-            configs.save_preset(name, Config(steps=5))
+            presets.save_preset(name, Config(steps=5))
     assert not at_home.exists()
     at_home.mkdir(parents=True)
     (at_home / "style.json").write_text('{"steps": 1}')
-    assert preset("style").steps == 2000 and configs.own_presets() == []
+    assert preset("style").steps == 2000 and presets.own_presets() == []
 
 
 def test_a_preset_that_is_damaged_or_out_of_date_is_told_in_words(at_home):
-    file = configs.save_preset("mine", Config(steps=5))
+    file = presets.save_preset("mine", Config(steps=5))
     file.write_text("{")
     with pytest.raises(ValueError, match=naming("mine", "line 1 column 2")):
         preset("mine")
@@ -210,7 +212,7 @@ def test_a_preset_that_is_damaged_or_out_of_date_is_told_in_words(at_home):
     with pytest.raises(ValueError, match=naming("mine", "rank", 0, "learning_rat", "learning_rate")):
         preset("mine")
     with pytest.raises(ValueError, match=naming("other", "mine")):
-        configs.kept("other")
+        presets.kept("other")
     with pytest.raises(ValueError, match=naming("other", "mine", "style")):
         preset("other")
     with pytest.raises(ValueError, match=naming("mine", "sd3", "sdxl")):
@@ -229,7 +231,7 @@ def test_presets_are_where_the_system_keeps_settings(monkeypatch, system, variab
     for name in ("LORAKIT_HOME", "XDG_CONFIG_HOME", "APPDATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/me")
-    monkeypatch.setattr(configs.sys, "platform", system)
+    monkeypatch.setattr(sys, "platform", system)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert configs.home().as_posix() == place
+    assert presets.home().as_posix() == place

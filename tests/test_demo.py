@@ -1,15 +1,14 @@
 """The demo data and the demo's run: the real way on the embedded base."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from loops import CPU, prepared
 
-from lorakit import adapter as adapters
-from lorakit import base as bases
-from lorakit import config as configs
-from lorakit import demo, prepare, train
+from lorakit import demo, presets
+from lorakit.adapter import injection
+from lorakit.base import model
+from lorakit.run import preparation
+from lorakit.train import loop
 
 
 def test_the_base_is_small_and_an_ordinary_folder():
@@ -23,7 +22,7 @@ def test_the_base_is_small_and_an_ordinary_folder():
 
 
 def test_thirty_pictures_with_captions_and_licences():
-    pictures = prepare.scan(demo.config())
+    pictures = preparation.scan_dataset(demo.config())
     assert len(pictures) == 30 and not pictures.problems
     assert all(p.caption.startswith(f"{demo.TRIGGER} style, ") for p in pictures.pictures)
     shown = {prompt.split(", ")[1] for prompt in demo.PROMPTS}
@@ -35,7 +34,7 @@ def test_thirty_pictures_with_captions_and_licences():
 
 
 def test_the_demo_keeps_the_style_presets_rank_and_alpha():
-    style = configs.preset("style")
+    style = presets.preset("style")
     settings = demo.config()
     assert (settings.rank, settings.alpha, settings.kind) == (style.rank, style.alpha, style.kind) == (32, 16, "style")
 
@@ -45,22 +44,18 @@ def test_the_loss_falls_on_the_demo(tmp_path):
     """In a short run, on the same noise and timesteps for the bare base and for what was learned."""
     settings = demo.config(steps=20, warmup_steps=2)
     ready = prepared(settings, tmp_path)
-    unet = bases.load_unet(ready.base, torch.float32, CPU)
-    adapter = adapters.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
-    state = train.start(adapter, settings, CPU, torch.float32)
-    train.run(train.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings))
+    unet = model.load_unet(ready.base, torch.float32, CPU)
+    adapter = injection.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
+    state = loop.initial_state(adapter, settings, CPU, torch.float32)
+    loop.drain(loop.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings))
     alphas, probe = ready.base.alphas_cumprod(), settings.with_(seed=1)
-    items = [train.batch(ready.pictures, ready.texts, range(30), step, 0, probe) for step in range(2)]
+    items = [loop.batch(ready.pictures, ready.texts, range(30), step, 0, probe) for step in range(2)]
 
     def loss() -> float:
         with torch.no_grad():
-            return float(sum(train.batch_loss(unet, ready.base, alphas, item, probe) for item in items) / len(items))
+            return float(sum(loop.batch_loss(unet, ready.base, alphas, item, probe) for item in items) / len(items))
 
     learned = loss()
-    with adapters.strength(adapter, 0.0):
+    with injection.strength(adapter, 0.0):
         bare = loss()
     assert learned < 0.97 * bare
-
-
-def test_the_script_that_made_it_is_in_the_package():
-    assert (Path(demo.__file__).parent / "pretrain.py").is_file()

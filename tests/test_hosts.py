@@ -11,7 +11,8 @@ import pytest
 import torch
 from said import names, naming
 
-from lorakit import demo, hosts, prepare, run
+from lorakit import demo, hosts
+from lorakit.run import preparation, run
 
 FAKES = Path(__file__).parent / "fakes"
 MARKS = ("COLAB_RELEASE_TAG", "RUNPOD_POD_ID", "VAST_CONTAINERLABEL", "WORKSPACE", "HF_TOKEN")
@@ -104,7 +105,7 @@ def test_a_token_reaches_no_file_and_no_output(colab, settings, monkeypatch, cap
     print(machine, machine._repr_html_())
     place = hosts.storage(drive=True)
     config = settings.with_(backup=place.backup, steps=2, save_every=1, sample_every=2)
-    print(prepare.scan(config).describe(), config.to_json())
+    print(preparation.scan_dataset(config).describe(), config.to_json())
     result = run.start(config, place.runs / "thing")
     hosts.download(result.lora)
     out, err = capfd.readouterr()
@@ -251,20 +252,20 @@ def test_bitsandbytes_is_optional_and_its_absence_has_a_price(monkeypatch):
 
 
 def test_little_room_is_told(monkeypatch):
-    from lorakit import memory
+    from lorakit.plan import memory
 
     class Usage:
         free = 5 * 2**30
 
     monkeypatch.setenv("VAST_CONTAINERLABEL", "C.1")
     monkeypatch.setattr(hosts.shutil, "disk_usage", lambda _: Usage)
-    monkeypatch.setattr(memory, "available", lambda _: 3 * 2**30)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda _: 3 * 2**30)
     assert names(fact("disk").text, "5.0 GiB") and fact("disk").tone == "warning"
     assert names(fact("disk").advice, "SD 1.5", 4, hosts.VAST.disk)
     assert names(fact("RAM").text, "3.0 GiB") and fact("RAM").tone == "warning"
     Usage.free = 15 * 2**30
     assert names(fact("disk").advice, "SDXL", 14, hosts.VAST.disk) and fact("disk").tone == "good"
-    monkeypatch.setattr(memory, "available", lambda _: None)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda _: None)
     assert "RAM" not in [found.name for found in hosts.check().facts]
 
 

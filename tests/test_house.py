@@ -1,57 +1,98 @@
-"""The rooms stand on floors: a room imports only from floors below its own."""
+"""The folders are stages, one above the other: imports point down, and into a folder only through its face."""
 
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "lorakit"
-FLOORS = [
-    {"files"},
-    {"config", "fetch", "measures", "original", "processes", "quantize"},
-    {"archive", "index", "kohya", "video"},
-    {"dataset", "captions", "buckets"},
-    {"base", "adapter", "optim", "loss", "audit", "decisions"},
-    {"prompting", "memory", "lora", "draft", "check", "eyes"},
-    {"cache"},
-    {"sample", "plan", "metadata"},
-    {"train", "generate"},
-    {"checkpoint", "evaluate", "initial", "export", "plots", "board", "backup"},
-    {"record", "prepare", "merge"},
-    {"live", "hub", "hosts", "compare"},
-    {"run", "report"},
-    {"trials"},
+FLOORS = [  # a folder, or a file that stands beside them; each imports only what stands on a lower floor
+    {"_lazy"},
+    {"storage"},
+    {"config", "device"},
+    {"presets", "kohya"},
+    {"dataset"},
+    {"plots"},
+    {"page"},
+    {"base"},
+    {"adapter"},
+    {"sample"},
+    {"train"},
+    {"plan"},
+    {"run"},
+    {"publish", "hosts"},
+    {"evaluate"},
     {"demo"},
     {"widgets"},
     {"__main__"},
 ]
-LEVEL = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {stage: number for number, stages in enumerate(FLOORS) for stage in stages}
+FOLDERS = sorted(folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").exists())
+FILES = sorted(ROOT.rglob("*.py"))
 
 
-def rooms_imported(file: Path) -> set[str]:
-    found = set()
+def imported(file: Path) -> set[tuple[str, ...]]:
+    """The modules of lorakit that a file imports, as paths below it: ("base",) or ("base", "model")."""
+    modules = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "lorakit":
-            found |= {alias.name for alias in node.names}
+            modules |= {(alias.name,) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lorakit."):
-            found.add(node.module.split(".")[1])
+            parts = tuple(node.module.split(".")[1:])
+            submodules = {
+                (*parts, alias.name) for alias in node.names if (ROOT.joinpath(*parts, f"{alias.name}.py")).exists()
+            }
+            modules |= submodules or {parts}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lorakit.")}
-    return found
+            modules |= {tuple(a.name.split(".")[1:]) for a in node.names if a.name.startswith("lorakit.")}
+    return modules
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda f: f.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_imports_point_down(file):
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    room = parts[0]
-    if room == "__init__":
-        assert rooms_imported(file) == set()
+    stage = file.relative_to(ROOT).with_suffix("").parts[0]
+    if stage == "__init__":
         return
-    assert room in LEVEL, f"{room} stands on no floor: give it one"
-    for other in rooms_imported(file) - {room}:
-        assert LEVEL[other] < LEVEL[room], f"{room} imports {other}, which is not below it"
+    assert stage in LEVEL, f"{stage} stands on no floor: give it one"
+    for other, *inside in imported(file):
+        if other != stage:
+            assert LEVEL[other] < LEVEL[stage], f"{stage} imports {other}, which is not below it"
+            assert not inside or other == "widgets", f"{file} reaches into {other}: take {inside} from lorakit.{other}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_of_a_folder_import_each_other_in_no_circle(folder):
+    below = {file.stem: {m[1] for m in imported(file) if m[0] == folder and len(m) > 1}
+             for file in (ROOT / folder).glob("*.py") if file.stem != "__init__"}  # fmt: skip
+    while below:
+        free = {name for name, others in below.items() if not others & below.keys()}
+        assert free, f"a circle among {sorted(below)} of {folder}"
+        below = {name: others for name, others in below.items() if name not in free}
+
+
+STAGES = [folder for folder in FOLDERS if folder not in ("demo", "widgets")]
+
+
+@pytest.mark.parametrize("folder", ["", *STAGES])
+def test_a_folder_shows_a_dozen_names(folder):
+    package = import_module(f"lorakit.{folder}".rstrip("."))
+    assert dir(package) == sorted(package.__all__) and len(package.__all__) <= (12 if folder else 13)
+
+
+@pytest.mark.parametrize("folder", ["", *STAGES])
+def test_what_a_folder_hands_on_is_there(folder):
+    pytest.importorskip("torch")
+    package = import_module(f"lorakit.{folder}".rstrip("."))
+    face = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    handed_on = {alias.name for node in ast.walk(face) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(package.__all__) <= handed_on
+    for name in handed_on - {"TYPE_CHECKING", "_lazy"}:
+        assert getattr(package, name) is not None
+        hidden = folder and (ROOT / folder / f"{name}.py").exists()
+        assert not hidden, f"importing the file {folder}/{name}.py hides the name {name}"
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -60,12 +101,12 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_lorakit_loads_nothing_heavy():
-    assert not loaded_by("import lorakit") & {"torch", "numpy", "diffusers", "pydantic"}
+    assert not loaded_by("import lorakit; dir(lorakit)") & {"torch", "numpy", "diffusers", "pydantic"}
 
 
-def test_the_lower_rooms_need_no_torch():
-    rooms = ", ".join(f"lorakit.{room}" for room in ("config", "dataset", "buckets", "captions", "audit"))
-    assert not loaded_by(f"import {rooms}") & {"torch", "diffusers", "transformers"}
+def test_datasets_and_settings_need_no_torch():
+    use = "lk.Config; lk.preset; lk.dataset.scan; lk.dataset.audit_captions; lk.dataset.check_quality"
+    assert not loaded_by(f"import lorakit as lk; {use}") & {"torch", "diffusers", "transformers"}
 
 
 def test_help_at_the_terminal_loads_no_torch():
@@ -73,7 +114,7 @@ def test_help_at_the_terminal_loads_no_torch():
 
 
 def test_no_pickle_is_loaded_anywhere():
-    for file in ROOT.rglob("*.py"):
+    for file in FILES:
         text = file.read_text(encoding="utf-8")
         for forbidden in ("torch.load(", "import pickle", "joblib", "allow_pickle=True", "torch.save("):
             assert forbidden not in text, f"{file.name} uses {forbidden}"

@@ -374,8 +374,8 @@ def test_quickstart_runs_whole_and_shows_what_it_promises(executed, small_bases)
 def test_a_dataset_is_prepared_from_end_to_end(executed):
     pytest.importorskip("torch")
     cells = executed("prepare_dataset.ipynb", {})
-    assert kinds(cells, WIDGET) == 2 and names(cell_of(cells, "draft.draft(").printed, 0)
-    assert names(cell_of(cells, "audit.audit(").printed, "flatto")
+    assert kinds(cells, WIDGET) == 2 and names(cell_of(cells, "dataset.draft_captions(").printed, 0)
+    assert names(cell_of(cells, "dataset.audit_captions(").printed, "flatto")
     assert len(list(Path("pictures").rglob("*.png"))) == 30
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageFont
 from said import names, naming
 
 from lorakit import plots
+from lorakit.run import run_folder
 
 SVG = "{http://www.w3.org/2000/svg}"
 SCRIPTS = [
@@ -56,30 +57,30 @@ def test_a_log_is_read_whole_but_for_a_torn_last_line(tmp_path):
     written = [{"step": n, "loss": 0.1 / n, "learning_rate": 1e-4} for n in range(1, 6)]
     text = "".join(json.dumps(line) + "\n" for line in written)
     file.write_text(text)
-    assert plots.read_log(file) == written
+    assert run_folder.read_log(file) == written
     for cut in range(2, len(text.splitlines()[-1]) + 1):
         file.write_text(text[:-cut])
-        assert plots.read_log(file) == written[:-1], text[:-cut]
+        assert run_folder.read_log(file) == written[:-1], text[:-cut]
     file.write_bytes(text.encode() + '{"note": "猫'.encode()[:-1])
-    assert plots.read_log(str(file)) == written
+    assert run_folder.read_log(str(file)) == written
     file.write_text("")
-    assert plots.read_log(file) == []
+    assert run_folder.read_log(file) == []
 
 
 def test_a_diverged_loss_is_read_back(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": math.nan}) + "\n")
-    assert math.isnan(plots.read_log(tmp_path / "log.jsonl")[0]["loss"])
+    assert math.isnan(run_folder.read_log(tmp_path / "log.jsonl")[0]["loss"])
 
 
 def test_what_is_no_log_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=naming("missing")):
-        plots.read_log(tmp_path / "missing")
+        run_folder.read_log(tmp_path / "missing")
     (tmp_path / "config.json").write_text('{\n "steps": 3\n}\n')
     with pytest.raises(ValueError, match=naming(1, "config.json")):
-        plots.read_log(tmp_path / "config.json")
+        run_folder.read_log(tmp_path / "config.json")
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n[2]\n{"step": 3}\n')
     with pytest.raises(ValueError, match=naming(2, "log.jsonl", "'[2]'")):
-        plots.read_log(tmp_path / "log.jsonl")
+        run_folder.read_log(tmp_path / "log.jsonl")
 
 
 # ── smoothing ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,11 +12,11 @@ HERE = Path(__file__).parent
 LESSER = {  # the instructions that libraries may use, and tests that meet their kernels
     "without AVX512": (
         {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
-        ["test_quantize.py", "test_optim.py", "test_checkpoint.py", "test_train.py"],
+        ["base/test_quantization.py", "train/test_optimizers.py", "run/test_checkpoint.py", "train/test_loop.py"],
     ),
     "AVX512 without bf16": (
         {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-        ["test_quantize.py", "test_memory.py::test_predicted_peak_is_the_real_peak"],
+        ["base/test_quantization.py", "plan/test_memory.py::test_predicted_peak_is_the_real_peak"],
     ),
 }
 

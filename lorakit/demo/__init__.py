@@ -6,7 +6,6 @@ The base is a real latent-diffusion model of Stable Diffusion's own classes, tra
 
 import shutil
 from pathlib import Path
-
 from lorakit.config import Config
 
 HERE = Path(__file__).parent

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from lorakit import captions
+from lorakit import dataset as datasets
 from lorakit.dataset import Dataset
-from lorakit.widgets.pictures import LABEL, Pages, bars, button, note, shown
+from lorakit.widgets.parts import LABEL, Pages, bars, button, note, shown
 
 PAGE = 8  # captions on a page
 FIELD = {"width": "auto", "flex": "1 1 150px", "max_width": "260px"}
@@ -26,8 +26,8 @@ class Captions(widgets.VBox):
 
     def __init__(self, dataset: Dataset, trigger: str = "", into: Path | None = None):
         self.dataset, self.trigger, self.into = dataset, trigger, into
-        self.pictures = dict(zip(captions.of(dataset), dataset.pictures, strict=True))
-        self.written = captions.of(dataset)
+        self.pictures = dict(zip(datasets.captions_of(dataset), dataset.pictures, strict=True))
+        self.written = datasets.captions_of(dataset)
         self.captions = dict(self.written)
         self.planned: dict[str, str] | None = None
         self.pages = Pages(self._row, PAGE)
@@ -70,7 +70,7 @@ class Captions(widgets.VBox):
         }[self.filter.value]
         wanted = self.search.value.strip().lower()
         self.pages.show([n for n, text in self.captions.items() if keep(n, text) and wanted in text.lower()], page)
-        tags = Counter(tag.lower() for text in self.captions.values() for tag in set(captions.tags(text)))
+        tags = Counter(tag.lower() for text in self.captions.values() for tag in set(datasets.tags(text)))
         self.frequent.value = (
             note(f"Most frequent of {len(tags)} tags") + bars(tags.most_common(15), len(self.captions)) if tags else ""
         )
@@ -89,7 +89,7 @@ class Captions(widgets.VBox):
         return widgets.HBox([shown(self.pictures[name]), beside], layout=widgets.Layout(grid_gap="8px"))
 
     def _say(self, text: str = "", colour: str = "") -> None:
-        waiting = len(captions.changes(self.written, self.captions))
+        waiting = len(datasets.changes(self.written, self.captions))
         self.status.value = note(text or (f"{waiting} edited, not saved yet" if waiting else ""), colour or "warning")
 
     # ── Many at once ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,8 +114,8 @@ class Captions(widgets.VBox):
         except ValueError as error:
             self.preview.value = note(str(error), "bad")
             return
-        found = captions.changes(self.captions, self.planned)
-        self.preview.value = note(captions.preview(found, 5))
+        found = datasets.changes(self.captions, self.planned)
+        self.preview.value = note(datasets.preview(found, 5))
         self.apply.disabled = not found
 
     def _apply(self) -> None:
@@ -129,9 +129,9 @@ class Captions(widgets.VBox):
 
     def save(self) -> None:
         """Write the captions that were edited; what was there is kept for `undo`."""
-        found = captions.changes(self.written, self.captions)
+        found = datasets.changes(self.written, self.captions)
         try:
-            paths = captions.write(found, self.dataset.root, into=self.into)
+            paths = datasets.write_captions(found, self.dataset.root, into=self.into)
         except (ValueError, OSError) as error:
             self._say(str(error), "bad")
             return
@@ -141,12 +141,12 @@ class Captions(widgets.VBox):
     def undo(self) -> None:
         """Bring back what the last save changed."""
         try:
-            paths = captions.undo(self.dataset.root)
+            paths = datasets.undo_captions(self.dataset.root)
         except (ValueError, OSError) as error:
             self._say(str(error), "bad")
             return
-        files = captions.caption_files(self.captions, self.into or self.dataset.root)
-        back = {name: captions.text(path.read_bytes()) if path.exists() else "" for name, path in files.items()}
+        files = datasets.caption_files(self.captions, self.into or self.dataset.root)
+        back = {name: datasets.caption_text(path.read_bytes()) if path.exists() else "" for name, path in files.items()}
         touched = set(paths)
         for name, path in files.items():
             if path in touched:
@@ -160,13 +160,13 @@ def _count(paths) -> str:
 
 
 EDITS = {  # what it is called -> what its fields ask for, and how it is done
-    "put into a form": (("form",), lambda p: captions.template(p.captions, p.first.value, p.trigger)),
+    "put into a form": (("form",), lambda p: datasets.apply_template(p.captions, p.first.value, p.trigger)),
     "find and replace": (
         ("find", "replace by"),
-        lambda p: captions.replace(p.captions, p.first.value, p.second.value, regex=p.regex.value),
+        lambda p: datasets.replace_text(p.captions, p.first.value, p.second.value, regex=p.regex.value),
     ),
-    "add tags at the end": (("tag, tag",), lambda p: captions.retag(p.captions, add=captions.tags(p.first.value))),
-    "remove tags": (("tag, tag",), lambda p: captions.retag(p.captions, remove=captions.tags(p.first.value))),
-    "tidy tags": ((), lambda p: captions.retag(p.captions, spaces=True, lower=True, unique=True, keep=1)),
-    "sort tags": ((), lambda p: captions.retag(p.captions, sort=True, unique=True, keep=1)),
+    "add tags at the end": (("tag, tag",), lambda p: datasets.retag(p.captions, add=datasets.tags(p.first.value))),
+    "remove tags": (("tag, tag",), lambda p: datasets.retag(p.captions, remove=datasets.tags(p.first.value))),
+    "tidy tags": ((), lambda p: datasets.retag(p.captions, spaces=True, lower=True, unique=True, keep=1)),
+    "sort tags": ((), lambda p: datasets.retag(p.captions, sort=True, unique=True, keep=1)),
 }

@@ -19,10 +19,12 @@ import ipywidgets as widgets
 from IPython.utils.capture import capture_output
 from PIL import Image
 
-from lorakit import compare, export, hosts, metadata, record, sample, trials
-from lorakit.compare import Candidates, Column
-from lorakit.widgets import pump
-from lorakit.widgets.pictures import button, note
+from lorakit import adapter as adapters
+from lorakit import evaluate, hosts, page, sample, storage
+from lorakit import run as running
+from lorakit.evaluate import Candidates, Column
+from lorakit.widgets import supervise
+from lorakit.widgets.parts import button, note
 
 SIDE = 256  # pixels of a thumbnail's longer side
 STRIPS = 40  # places across a large picture where strength 0 can end
@@ -51,7 +53,7 @@ class Asked(NamedTuple):
 
     @property
     def columns(self) -> list[Column]:
-        return compare.columns(self.labels, self.strengths)
+        return evaluate.columns(self.labels, self.strengths)
 
 
 class Compare(widgets.VBox):
@@ -107,7 +109,9 @@ class Compare(widgets.VBox):
         self.width, self.height = (widgets.IntText(0, layout=FULL) for _ in range(2))
         self.steps, self.guidance = widgets.IntText(25, layout=FULL), widgets.FloatText(7.0, layout=FULL)
         self.scheduler = widgets.Dropdown(
-            options=[(sample.SAMPLERS[name], name) for name in sample.SCHEDULERS], value=sample.USUAL, layout=FULL
+            options=[(sample.SAMPLERS[name], name) for name in sample.SCHEDULERS],
+            value=sample.DEFAULT_SCHEDULER,
+            layout=FULL,
         )
         self.beside = widgets.VBox()
         more = widgets.Accordion([
@@ -157,7 +161,7 @@ class Compare(widgets.VBox):
         )  # fmt: skip
         self.what = widgets.Dropdown(layout=FULL)
         self.form = widgets.Dropdown(options=LAYOUTS, layout=FULL)
-        self.dtype = widgets.Dropdown(options=list(export.DTYPES), layout=FULL)
+        self.dtype = widgets.Dropdown(options=list(adapters.DTYPES), layout=FULL)
         self.name, self.named = widgets.Text(layout=FULL), ""
         self.proof, self.copied = widgets.HTML(), widgets.HTML()
         # JupyterLab knows where a link leads in an Output alone; Notebook 6 in plain HTML, and it fails at an Output.
@@ -189,12 +193,12 @@ class Compare(widgets.VBox):
         base, prompts, steps, guidance = self.given
         self.found, self.boxes, self.what.options, self.across.value = None, {}, [], ""
         try:
-            self.found = found = compare.candidates(sources)
+            self.found = found = evaluate.find_candidates(sources)
         except (ValueError, OSError) as error:
             self.told.value = note(str(error), "bad")
             self._candidates(())
             return
-        config, (own_base, own_prompts) = found.config, compare.beginning(found)
+        config, (own_base, own_prompts) = found.config, evaluate.starting_point(found)
         self.base.value, self.prompts.value = base or own_base, "\n".join(prompts or own_prompts)
         self.steps.value = steps or (config.sample_steps if config else 25)
         self.guidance.value = guidance or (config.sample_guidance if config else 7.0)
@@ -205,9 +209,9 @@ class Compare(widgets.VBox):
         shown = [(f"{label}, {BEST}" if label == found.best else label, label) for label in found.paths]
         self.what.options, self.what.value = shown, found.best or list(found.paths)[-1]
         places = [Path(source).expanduser() for source in sources]
-        runs = [run for place in places for run in record.runs_in(place) or [place] if record.is_run(run)]
+        runs = [run for place in places for run in running.runs_in(place) or [place] if running.is_run(run)]
         if len(runs) > 1:
-            self.across.value = trials.compare_runs(runs, pictures=False)._repr_html_()
+            self.across.value = evaluate.compare_runs(runs, pictures=False)._repr_html_()
 
     def _candidates(self, chosen: Sequence[str]) -> None:
         paths = self.found.paths if self.found else ()
@@ -273,7 +277,7 @@ class Compare(widgets.VBox):
             return
         failed = None
         try:
-            pump.supervise(self._work, self._refresh, self.halt)
+            supervise.supervise(self._work, self._refresh, self.halt)
         except Exception as error:
             failed = error
         finally:
@@ -288,7 +292,7 @@ class Compare(widgets.VBox):
                 self._ended(outcome.exception())
 
         if self._begin():
-            pump.react(self._work, refresh, self.halt)
+            supervise.react(self._work, refresh, self.halt)
 
     def stop(self) -> None:
         """End after the current denoising step."""
@@ -314,9 +318,9 @@ class Compare(widgets.VBox):
         """In a thread of its own: it touches no widget."""
         asked, done, stop = self.asked, self.done, self.halt
         config = asked.found.config
-        opened = compare.opened(asked.base, config)
+        opened = evaluate.open_for(asked.base, config)
         self.model = opened.name
-        variants = compare.variants(opened, asked.columns, asked.found.paths, asked.others, self.problems.append)
+        variants = evaluate.make_variants(opened, asked.columns, asked.found.paths, asked.others, self.problems.append)
         if len(self.problems) == len(asked.labels):
             raise ValueError("None of them can be used with this base.")
         side = config.resolution if config else opened.resolution
@@ -444,7 +448,7 @@ class Compare(widgets.VBox):
         told = sample.infotext(
             prompt, seed, picture.size[::-1], model=self.model, loras=loras, **self.asked.settings
         )  # fmt: skip
-        return uri(sample.png(picture, told), "png")
+        return uri(sample.png_bytes(picture, told), "png")
 
     def _pick(self) -> None:
         self.what.value = self.pointed
@@ -472,11 +476,11 @@ class Compare(widgets.VBox):
         self.exported, self.copied.value, self.proof.value = None, "", note("writing …")
         self._link(())
         try:
-            lora, layout = record.lora_of(self.picked), self.form.value
+            lora, layout = running.lora_of(self.picked), self.form.value
             name = Path(self.name.value.strip() or "lora").name.removesuffix(".safetensors")
             path = self.into / (name if layout == "peft" else f"{name}.safetensors")
-            export.write(lora, path, dtype=export.dtype_of(self.dtype.value), layout=layout)
-            proof = export.prove(path, lora, layout=layout)
+            adapters.save(lora, path, dtype=adapters.dtype_of(self.dtype.value), layout=layout)
+            proof = adapters.prove(path, lora, layout=layout)
         except Exception as error:
             self.proof.value = note(said(error), "bad")
             return
@@ -513,7 +517,7 @@ class Compare(widgets.VBox):
         try:
             if not self.folder.value.strip():
                 raise ValueError("Name the folder to copy it to.")
-            made = compare.copy(self._there(), Path(self.folder.value.strip()).expanduser())
+            made = storage.copy_verified(self._there(), Path(self.folder.value.strip()).expanduser())
         except Exception as error:
             self.copied.value = note(said(error), "bad")
             return
@@ -576,7 +580,7 @@ def wipe(size: tuple[int, int], picture: str, bare: str | None = None) -> str:
 
 def small(picture: Image.Image) -> str:
     """The address of a thumbnail."""
-    return metadata.jpeg(picture, SIDE)
+    return page.jpeg(picture, SIDE)
 
 
 def uri(content: bytes, kind: str) -> str:

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from lorakit import archive, check, decisions, files, hosts
 from lorakit import dataset as datasets
-from lorakit.buckets import Rule
-from lorakit.check import Finding, Report, Sides
-from lorakit.dataset import Dataset
-from lorakit.decisions import Decisions
-from lorakit.widgets.pictures import LABEL, SIDE, Pages, button, discard, note, shown, thumbnail
+from lorakit import hosts, storage
+from lorakit.config import BucketRule as Rule
+from lorakit.dataset import Dataset, Decisions, Finding, QualityReport, Sides
+from lorakit.widgets.parts import LABEL, SIDE, Pages, button, discard, note, shown, thumbnail
 
 PAGE = 24  # pictures on a page
 COLOURS = {"serious": "bad", "warning": "warning", "info": ""}
@@ -41,7 +39,7 @@ class Pictures(widgets.VBox):
         self.kind, self.trigger, self.store, self.uploads = kind, trigger, store, uploads
         self.fitting = {"resolution": resolution, "step": step, "rule": rule, "sides": sides}
         self.found: Dataset | None = None
-        self.report: Report | None = None
+        self.report: QualityReport | None = None
         self.decisions, self.opened = Decisions(), ""
         self.by_name: dict[str, datasets.Picture] = {}  # as they are seen: a replacement in its picture's place
         self.places: dict[str, int] = {}
@@ -67,7 +65,7 @@ class Pictures(widgets.VBox):
             widgets.Box(choose, layout=ROW), self.asking, self.told, widgets.Box([self.filter, *again], layout=ROW),
             self.pages, self.sheet,
         ])  # fmt: skip
-        path = path or (store and decisions.last(store)) or otherwise
+        path = path or (store and datasets.last_source(store)) or otherwise
         if path:
             self.read(str(path))
 
@@ -91,19 +89,19 @@ class Pictures(widgets.VBox):
         """
         if self.found is None:
             raise ValueError(UNOPENED)
-        return decisions.decide(self.found, self.decisions)
+        return datasets.apply_decisions(self.found, self.decisions)
 
     def read(self, path: str) -> None:
         """Scan a folder or archive, and check what is in it."""
         self.told.value = note(f"reading {path} …")
         try:
             self.found = datasets.scan(path)
-            known = decisions.load(self.store, path) if self.store and self.store.exists() else Decisions()
+            known = datasets.load_decisions(self.store, path) if self.store and self.store.exists() else Decisions()
         except (OSError, ValueError) as error:
             self.told.value = note(str(error), "bad")
             return
         self.opened = self.path.value = str(path)
-        self.by_name = {decisions.name_of(picture.known_as, self.found): picture for picture in self.found.pictures}
+        self.by_name = {datasets.picture_name(picture.known_as, self.found): picture for picture in self.found.pictures}
         self.places = {name: place for place, name in enumerate(self.by_name)}
         here = self.by_name.keys()  # what was decided of pictures that are gone is of no use any more
         self.decisions = Decisions(*(tuple(n for n in names if n in here) for names in (known.leave_out, known.keep)))
@@ -117,7 +115,7 @@ class Pictures(widgets.VBox):
         """Measure the pictures as decided, and show what was found."""
         self.told.value = note("checking …")
         try:
-            self.report = check.check(
+            self.report = datasets.check_quality(
                 self.dataset, kind=self.kind, trigger=self.trigger, keep=self.decisions.keep, **self.fitting
             )
         except (OSError, ValueError) as error:
@@ -200,7 +198,9 @@ class Pictures(widgets.VBox):
         files_by_name = {other: path for other, path in self.decisions.replace.items() if other != name}
         own = {name: str(Path(file.strip()).expanduser())} if file.strip() else {}
         try:
-            self.by_name[name] = decisions.decide(self.found, Decisions(replace=own)).pictures[self.places[name]]
+            self.by_name[name] = datasets.apply_decisions(self.found, Decisions(replace=own)).pictures[
+                self.places[name]
+            ]
         except OSError as error:
             return f"{Path(file).name}: {(error.strerror or str(error)).lower()}"
         except ValueError as error:
@@ -211,12 +211,12 @@ class Pictures(widgets.VBox):
     def _keep(self, decided: Decisions) -> None:
         self.decisions = decided
         if self.store:
-            decisions.save(decided, self.store, self.opened)
+            datasets.save_decisions(decided, self.store, self.opened)
 
     def _crops(self) -> None:
         """Show what the buckets cut off."""
         if self.found:
-            self.sheet.value = check.crops(self.dataset, **self.fitting)._repr_png_()
+            self.sheet.value = datasets.crop_previews(self.dataset, **self.fitting)._repr_png_()
             self.sheet.layout.display = ""
 
     def _ask(self) -> None:
@@ -238,14 +238,14 @@ class Pictures(widgets.VBox):
         sent = value.items() if isinstance(value, dict) else [(file["name"], file) for file in value]
         for name, file in sent:
             target = self.uploads / Path(name).name
-            with files.replacing(target) as partial:
+            with storage.write_file(target) as partial:
                 partial.write_bytes(bytes(file["content"]))
             self._arrived(target)
 
     def _arrived(self, path: Path) -> None:
         """Open what was uploaded: of an archive the folder it is unpacked into, where edited captions stay as long."""
         try:
-            folder, refused = archive.unpack(path, self.uploads / "unpacked") if path.is_file() else (path, [])
+            folder, refused = storage.unpack(path, self.uploads / "unpacked") if path.is_file() else (path, [])
         except (OSError, ValueError) as error:
             self.told.value = note(str(error), "bad")
             return

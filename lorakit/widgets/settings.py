@@ -12,9 +12,10 @@ from IPython.display import HTML
 
 from lorakit import base as bases
 from lorakit import config as configs
-from lorakit import demo, files, memory, plan, prepare
+from lorakit import demo, plan, presets, run, storage
 from lorakit.config import Config
-from lorakit.widgets.pictures import button, note
+from lorakit.device import choose_device, compute_dtype
+from lorakit.widgets.parts import button, note
 from lorakit.widgets.training import cards_html
 
 BASES = (  # what it is called, and what `Config.base` is
@@ -63,7 +64,7 @@ def preset(kind: str, base: str) -> Config:
     base = _present(base)
     if base == "demo":
         return demo.config(kind=kind)
-    return configs.preset(kind, FAMILY.get(base, "sd15")).with_(base=bases.KNOWN.get(base, base))
+    return presets.preset(kind, FAMILY.get(base, "sd15")).with_(base=bases.KNOWN.get(base, base))
 
 
 def _present(base: str) -> str:
@@ -130,7 +131,7 @@ class Settings(widgets.VBox):
 
     def _offer(self) -> None:
         """The presets that there are, now; none of the user's own is picked."""
-        self.own.options = [("the usual settings", USUAL), *((name, name) for name in configs.own_presets())]
+        self.own.options = [("the usual settings", USUAL), *((name, name) for name in presets.own_presets())]
         self.own.value = USUAL
 
     def _pick(self) -> None:
@@ -141,7 +142,7 @@ class Settings(widgets.VBox):
             self.preset()
             return
         try:
-            kept = configs.kept(self.own.value)
+            kept = presets.kept(self.own.value)
             config = configs.parse(self._settings() | kept)
         except ValueError as error:
             self.kept.value = note(str(error), "bad")
@@ -162,7 +163,7 @@ class Settings(widgets.VBox):
         """Keep the settings as a preset of the user's own."""
         try:
             name = self.called.value.strip()
-            configs.save_preset(name, self.config)
+            presets.save_preset(name, self.config)
         except (ValueError, OSError) as error:
             self.kept.value = note(str(error), "bad")
             return
@@ -206,7 +207,7 @@ class Settings(widgets.VBox):
         if self.store:
             own = {"begun": self.begun, "base": self.base.value, "settings": made.model_dump(mode="json")}
             others = [kept for kept in self._kept() if isinstance(kept, dict) and kept.get("begun") != self.begun]
-            with files.replacing(self.store) as partial:
+            with storage.write_file(self.store) as partial:
                 partial.write_text(json.dumps([*others, own], indent=2) + "\n", "utf-8")
         return made
 
@@ -291,19 +292,22 @@ def planned(config: Config) -> HTML:
     """
     known = config.base in (*bases.KNOWN, *bases.KNOWN.values())
     base = bases.known(config.base) if known else bases.open(config.base, config.prediction_type)
-    here, pictures = plan.this_machine(), prepare.scan(config)
+    here, pictures = plan.this_machine(), run.scan_dataset(config)
     steps = config.steps or config.total_steps(-(-pictures.epoch_size // config.batch_size))
     if here:
-        (row,) = [row for row in plan.table(base, config) if row.card.name == here.name]
+        (row,) = [row for row in plan.plan_for_cards(base, config) if row.card.name == here.name]
         chosen, free, where, minutes = row.plan, int(here.memory * 2**30), here.name, row.minutes
     else:
-        device = bases.choose_device(config.device)
-        free, where, minutes = memory.available(device), "this computer", None
-        dtype = bases.compute_dtype(config.mixed_precision, device)
-        chosen = plan.choose(base, config, free, dtype=dtype, device=device.type, store=plan.default_store())
+        device = choose_device(config.device)
+        free, where, minutes = plan.free_memory_bytes(device), "this computer", None
+        dtype = compute_dtype(config.mixed_precision, device)
+        chosen = plan.choose_settings(
+            base, config, free, dtype=dtype, device=device.type, store=plan.prediction_store()
+        )
     prediction = chosen.prediction
     cards = [
-        ("memory, predicted", memory.readable(prediction.peak)), (f"free on {where}", memory.readable(free or 0)),
+        ("memory, predicted", plan.readable_bytes(prediction.peak)),
+        (f"free on {where}", plan.readable_bytes(free or 0)),
         ("steps", f"{steps} = {steps * config.batch_size / pictures.epoch_size:.3g} epochs"),
         ("time, estimated", f"about {minutes:.0f} min" if minutes else "not known here"),
         ("LoRA file", f"{prediction.file_size / 1e6:.1f} MB"), ("pictures", f"{len(pictures)}"),
@@ -313,7 +317,7 @@ def planned(config: Config) -> HTML:
         told.append(note(f"chosen because memory is short: {change}", "warning"))
     if not here and config.base != "demo":
         told.append(note("There is no NVIDIA card here: such a base would take days on a CPU.", "bad"))
-    auto = {"device": bases.choose_device(config.device).type}
-    auto["precision"] = str(bases.compute_dtype(config.mixed_precision, bases.choose_device(config.device)))[6:]
+    auto = {"device": choose_device(config.device).type}
+    auto["precision"] = str(compute_dtype(config.mixed_precision, choose_device(config.device)))[6:]
     told.append(note("chosen by itself: " + ", ".join(f"{name} {value}" for name, value in auto.items())))
     return HTML(told[0] + cards_html(cards) + "".join(told[1:]))

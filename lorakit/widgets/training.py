@@ -17,12 +17,13 @@ import torch
 from IPython.display import HTML, display
 from PIL import Image
 
-from lorakit import base as bases
-from lorakit import cache, evaluate, memory, metadata, plots, run
+from lorakit import page, plan, plots, run
+from lorakit import train as training
 from lorakit.config import Config
-from lorakit.live import Live
-from lorakit.widgets import pump
-from lorakit.widgets.pictures import button, note
+from lorakit.device import choose_device, free_memory
+from lorakit.run import Live
+from lorakit.widgets import supervise
+from lorakit.widgets.parts import button, note
 
 EVERY = 0.5  # seconds between two drawings
 KEPT = 10  # seconds between two copies of the curve in the notebook itself
@@ -109,11 +110,11 @@ class Training(widgets.VBox):
 
         began, result, failed = time.monotonic(), None, None
         try:
-            result = pump.supervise(work, self.refresh, self.live.stop)
+            result = supervise.supervise(work, self.refresh, self.live.stop)
             return result
         except BaseException as error:
             failed = error
-            cache.free(bases.choose_device(self.config.device))
+            free_memory(choose_device(self.config.device))
             raise
         finally:
             self._able(False)
@@ -168,7 +169,7 @@ class Training(widgets.VBox):
                 self.kept.update(HTML(f"<details><summary>{told}</summary>{self.plot.value}</details>"))
             self.figures.value = self._cards()
             if marks := self.curves.validation:
-                advice = evaluate.advise(*zip(*marks, strict=True))
+                advice = training.advise(*zip(*marks, strict=True))
                 colour = {"rising": "bad", "plateau": "warning", "falling": "good"}.get(advice.state, "")
                 self.advice.value = note(str(advice), colour)
         self._draw_samples()
@@ -200,11 +201,11 @@ class Training(widgets.VBox):
 
     def _memory(self) -> Sequence[tuple[str, str]]:
         """What is allocated at the peak, and what was predicted."""
-        predicted, device = self.live.prepared.prediction.peak, bases.choose_device(self.config.device)
+        predicted, device = self.live.prepared.prediction.peak, choose_device(self.config.device)
         if device.type != "cuda":
-            return [("memory, predicted", memory.readable(predicted))]
+            return [("memory, predicted", plan.readable_bytes(predicted))]
         used = torch.cuda.max_memory_allocated(device)
-        return [("memory at its peak", f"{memory.readable(used)} of {memory.readable(predicted)} predicted")]
+        return [("memory at its peak", f"{plan.readable_bytes(used)} of {plan.readable_bytes(predicted)} predicted")]
 
     def _draw_samples(self) -> None:
         """The newest folder of samples, once it is complete."""
@@ -297,7 +298,7 @@ def _picture(path: Path) -> str:
     """A sample with its prompt below, as HTML that holds the picture itself."""
     with Image.open(path) as image:
         prompt = image.info.get("parameters", "").partition("\n")[0].partition(" <lora:")[0]
-        encoded = metadata.jpeg(image, 2 * SIDE)
+        encoded = page.jpeg(image, 2 * SIDE)
     return (
         f'<figure style="margin:0"><img style="width:100%;height:auto;display:block" '
         f'src="{encoded}" alt="{escape(prompt)}">'

@@ -17,10 +17,9 @@ import diffusers
 import judge as judges
 import numpy as np
 import torch
+from demo import emoji
+from demo.pretrain import CHANNELS_LAST, generator
 from PIL import Image, ImageDraw
-
-from lorakit.demo import emoji
-from lorakit.demo.pretrain import CHANNELS_LAST, generator
 
 RESULTS = Path(__file__).parent / "results"
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}

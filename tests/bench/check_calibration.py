@@ -20,7 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lorakit import check, dataset
+from lorakit.dataset import folder as folders
+from lorakit.dataset import picture
+from lorakit.dataset import quality as quality_module
 
 # What is sharp and well exposed: not the microscopy, the scans, and clock_motion, which is smeared.
 SKIMAGE = ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"]
@@ -62,7 +64,7 @@ def sources() -> list[Path]:
 def cleans(paths: list[Path], crops: int = 5) -> Iterator[Clean]:
     """Of each photograph the whole at the training area, and crops of its own pixels."""
     for number, path in enumerate(paths):
-        image, random = dataset.open_picture(path), np.random.default_rng([7, number])
+        image, random = picture.open_picture(path), np.random.default_rng([7, number])
         area = image.width * image.height
         resolution = next(r for r in (512, 320, 256) if area >= r * r)
         share = resolution / math.sqrt(area)
@@ -84,9 +86,9 @@ def hard(half: int) -> Iterator[Clean]:
     import matplotlib
 
     font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    folder = Path(dataset.__file__).parent / "demo" / "pictures"
+    folder = Path(folders.__file__).parent / "demo" / "pictures"
     for path in sorted(folder.rglob("*.png"))[half::2]:
-        yield Clean(f"emoji, {path.stem}", dataset.open_picture(path), 64)
+        yield Clean(f"emoji, {path.stem}", picture.open_picture(path), 64)
     random = np.random.default_rng([11, half])
     for number in range(10):
         yield Clean(f"shapes, {number}", _shapes(random), 512)
@@ -226,8 +228,10 @@ def findings(pictures: list[tuple[Image.Image, int, dict]]) -> list[set[str]]:
             path.parent.mkdir(exist_ok=True)
             image.save(path, **{key: value for key, value in saved.items() if key != "suffix"})
         for resolution in {resolution for _, resolution, _ in pictures}:
-            found = dataset.scan(Path(folder, str(resolution)), cache=Path(folder, "cache"))
-            for finding in check.check(found, resolution=resolution, step=min(64, resolution // 4)).findings:
+            found = folders.scan(Path(folder, str(resolution)), cache=Path(folder, "cache"))
+            for finding in quality_module.check_quality(
+                found, resolution=resolution, step=min(64, resolution // 4)
+            ).findings:
                 if finding.picture and finding.severity != "info":
                     kinds[int(Path(finding.picture).stem)].add(finding.kind)
     return kinds
@@ -261,8 +265,11 @@ def alike(pictures: list[Image.Image]) -> tuple[dict[str, int], int]:
             for number, image in enumerate(pictures):
                 image.save(Path(folder, f"{number}.png"))
                 change(image).save(Path(folder, f"{number}-again.png"))
-            found = dataset.scan(folder, cache=Path(folder, ".cache"))
-            groups = [[int(name.split(".")[0].split("-")[0]) for name in g] for g in check.check(found).groups]
+            found = folders.scan(folder, cache=Path(folder, ".cache"))
+            groups = [
+                [int(name.split(".")[0].split("-")[0]) for name in g]
+                for g in quality_module.check_quality(found).groups
+            ]
         grouped[what] = sum(len(group) - len(set(group)) for group in groups)
         wrong |= {number for group in groups if len(set(group)) > 1 for number in group}
     return grouped, len(wrong)
@@ -297,7 +304,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results/check_calibration for the report")
     options = parser.parse_args()
     half = ("tune", "report").index(options.half)
-    paths = [p.path for p in dataset.scan(options.photos).pictures] if options.photos else sources()[half::2]
+    paths = [p.path for p in folders.scan(options.photos).pictures] if options.photos else sources()[half::2]
     pictures, difficult = list(cleans(paths)), list(hard(half))
 
     rows, clean, harder = caught(pictures), accused(pictures), accused(difficult)

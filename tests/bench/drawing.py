@@ -14,7 +14,8 @@ from pathlib import Path
 
 from base_quality import RESULTS, table, write
 
-from lorakit import demo, run
+from lorakit import demo
+from lorakit.run import run
 from lorakit.widgets.training import Training
 
 
@@ -25,9 +26,9 @@ def settings(steps: int):
 
 def pace(folder: Path) -> float:
     """Seconds a step, by the log, without the first tenth."""
-    from lorakit import plots
+    from lorakit.run import run_folder
 
-    log = plots.read_log(folder / "log.jsonl")
+    log = run_folder.read_log(folder / "log.jsonl")
     log = log[len(log) // 10 :]
     return (log[-1]["seconds"] - log[0]["seconds"]) / (len(log) - 1)
 

@@ -34,9 +34,10 @@ import peft
 import safetensors
 import torch
 
-from lorakit import adapter as adapters
-from lorakit import export, lora
-from lorakit.base import Base
+from lorakit.adapter import attachment, injection, layers, proof, targets, write
+from lorakit.adapter import names as adapter_names
+from lorakit.adapter import read as read_module
+from lorakit.base.model import Base
 
 SECONDS, MEMORY = 5, 2**29
 REFUSALS = (ValueError, FloatingPointError, FileNotFoundError)
@@ -72,18 +73,18 @@ def a_base(family: str = "sd15") -> Base:
 
 def examples(bare: dict[str, torch.nn.Module], folder: Path) -> dict[str, Files]:
     """Valid files by what they are: each algorithm in each layout that has a place for it."""
-    names = adapters.target_names(bare["unet"], "attention+conv") + adapters.text_names(bare["text_encoder"])
+    names = targets.target_names(bare["unet"], "attention+conv") + targets.text_names(bare["text_encoder"])
     few = [name for name in names if name.startswith(("mid_block", "text_encoder")) or "samplers" in name]
     found = {}
     for kind, given in KINDS.items():
-        adapter = adapters.inject(copy.deepcopy(bare), alpha=3.0, modules=few, **{"rank": 2} | given)
+        adapter = injection.inject(copy.deepcopy(bare), alpha=3.0, modules=few, **{"rank": 2} | given)
         for weight in adapter.parameters():
             weight.data = 0.3 * torch.randn(weight.shape)
         for layout, family in (("kohya", "sd15"), ("kohya", "sdxl"), ("diffusers", "sd15"), ("peft", "sd15")):
-            if adapter.algorithm in export.LAYOUTS[layout]:
+            if adapter.algorithm in write.LAYOUTS[layout]:
                 name = f"{kind} {layout} {family}"
                 path = folder / name / ("lora" if layout == "peft" else "a.safetensors")
-                export.save(adapter, a_base(family), path, dtype=torch.float32, layout=layout)
+                write.save_adapter(adapter, a_base(family), path, dtype=torch.float32, layout=layout)
                 place = path if layout == "peft" else path.parent
                 files = [file for file in place.rglob("*") if file.is_file()]
                 found[name] = {file.relative_to(place).as_posix(): file.read_bytes() for file in files}
@@ -199,7 +200,7 @@ def header_changed(raw: bytes, chance: random.Random) -> bytes:
 
 
 def named(name: str, chance: random.Random) -> str:
-    stem, suffix = chance.choice((name.partition(".")[0], *MODULES)), chance.choice(list(lora.PARTS))
+    stem, suffix = chance.choice((name.partition(".")[0], *MODULES)), chance.choice(list(adapter_names.PARTS))
     text = chance.choice(TEXTS)
     return chance.choice((stem + suffix, stem + suffix, stem + text + suffix, name + text))
 
@@ -223,7 +224,7 @@ def put_together(raw: bytes, chance: random.Random) -> bytes:
     groups = [
         [".lora_down.weight", ".lora_up.weight"], [".lora_down.weight", ".lora_up.weight", ".dora_scale"],
         [".lora_A.weight", ".lora_B.weight"], [f".hada_w{n}_{side}" for n in (1, 2) for side in "ab"],
-        [".lokr_w1", ".lokr_w2"], [".lokr_w1", ".lokr_w2_a", ".lokr_w2_b"], chance.sample(list(lora.PARTS), 2),
+        [".lokr_w1", ".lokr_w2"], [".lokr_w1", ".lokr_w2_a", ".lokr_w2_b"], chance.sample(list(adapter_names.PARTS), 2),
         [".lokr_w1_a", ".lokr_w1_b", ".lokr_w2_a", ".lokr_w2_b"],
     ]  # fmt: skip
     for stem in chance.sample(list(MODULES), chance.choice((1, 1, 2, 4))):
@@ -238,7 +239,7 @@ def put_together(raw: bytes, chance: random.Random) -> bytes:
         shapes |= {f"hada_w{n}_{side}": shapes[part] for n in (1, 2) for side, part in (("a", "up"), ("b", "down"))}
         wide = stem.endswith("conv_in")
         for suffix in chance.choice(groups) + chance.choice(([], [".alpha"])):
-            part = lora.PARTS[suffix]
+            part = adapter_names.PARTS[suffix]
             shape = shapes[part]
             if wide and part in ("down", "up"):
                 shape = [rank, 4, 3, 3] if part == "down" else [*shape, 1, 1]
@@ -298,31 +299,31 @@ class Reader:
         base, reached = a_base(family), "refused"
         try:
             if path.is_file():
-                export.describe(path)
-            read = lora.load(path)
+                proof.describe_file(path)
+            read = read_module.load(path)
             reached = "loaded"
             for module, (parts, alpha) in read.modules.items():
-                added = adapters.change({part: t for part, t in parts.items() if part != "dora_scale"}, alpha)
-                assert tuple(added.shape) == adapters.size(parts), f"{module} makes {tuple(added.shape)}"
-            adapter = export.inject({which: self.bare[which] for which in self.bare}, base, read)
+                added = layers.change({part: t for part, t in parts.items() if part != "dora_scale"}, alpha)
+                assert tuple(added.shape) == layers.size(parts), f"{module} makes {tuple(added.shape)}"
+            adapter = attachment.attach({which: self.bare[which] for which in self.bare}, base, read)
             reached = "injected"
             self.bare["unet"](torch.ones(1, 4, 8, 8), 3, torch.ones(1, 5, 12))
             self.bare["text_encoder"](torch.tensor([[3, 5, 19]]))
             adapter.alphas = dict.fromkeys(adapter.alphas, 5.0)
-            export.begin_from(adapter, base, read)
+            attachment.copy_weights(adapter, base, read)
             reached = "begun from"
             with tempfile.TemporaryDirectory() as folder:
                 known = replace(read, family=read.family or family)
-                export.write(known, Path(folder) / "again.safetensors", dtype=torch.float32)
+                write.save(known, Path(folder) / "again.safetensors", dtype=torch.float32)
             reached = "written again"
         except REFUSALS as error:
             told = str(error)
-            files = (path.name, lora.PEFT, "adapter_config.json", "again.safetensors")
+            files = (path.name, read_module.PEFT, "adapter_config.json", "again.safetensors")
             assert any(file in told for file in files), told
             assert len(told) < 3000 and told.replace("\n", "").isprintable(), ascii(told[:3000])
             reached = f"{reached}, then {type(error).__name__}" if reached != "refused" else type(error).__name__
         finally:
-            adapters.eject(self.bare)
+            injection.eject(self.bare)
         for which, model in self.bare.items():
             now = model.state_dict()
             assert now.keys() == self.before[which].keys(), f"{which} is not as it was"

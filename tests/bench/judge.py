@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo import emoji
+from demo.eyes import WRONG, backgrounds, distort, flatten, reconstruct
+from demo.pretrain import CHANNELS_LAST, generator, load_state, one_cycle, save_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorakit.demo import emoji
-from lorakit.demo.eyes import WRONG, backgrounds, distort, flatten, reconstruct
-from lorakit.demo.pretrain import CHANNELS_LAST, generator, load_state, one_cycle, save_state
-from lorakit.eyes import trunk
+from lorakit.evaluate.vision import trunk
 
 NEW = "flat"  # the judge's word for emoji.NEW_STYLE
 PACKAGES = {**emoji.STYLES, NEW: emoji.NEW_STYLE}

@@ -1,4 +1,4 @@
-"""Kill, damage and starve runs, and see whether anything is lost: the long form of tests/test_killed.py.
+"""Kill, damage and starve runs, and see whether anything is lost: the long form of tests/run/test_killed.py.
 
     python tests/bench/killed.py
 
@@ -29,8 +29,8 @@ import numpy as np
 from conftest import write_base
 from PIL import Image
 
-from lorakit import checkpoint, plots, record
 from lorakit.config import Config
+from lorakit.run import checkpoint, run_folder
 
 KINDS = {  # what a run may keep, and how it may train
     "AdamW, EMA, text encoder, dropout": {"ema_decay": 0.9, "text_encoder_rate": 5e-4, "caption_dropout": 0.3},
@@ -84,7 +84,7 @@ def kill(work: Path, kills: int, chance: random.Random) -> list[list]:
         wanted = kills // len(KINDS) + (number < kills % len(KINDS))
         expected = killing.finished(settings, work / "whole", told)
         seconds = time.monotonic() - began
-        newest = checkpoint.read(checkpoint.paths(work / "whole" / "checkpoints")[0])
+        newest = checkpoint.read(checkpoint.checkpoint_paths(work / "whole" / "checkpoints")[0])
         assert killing.has_8_bits(newest) == ("8bit" in settings.optimizer)
         done = runs = within = 0
         while done < wanted:
@@ -101,7 +101,7 @@ def kill(work: Path, kills: int, chance: random.Random) -> list[list]:
                 within += bool(list((folder / "checkpoints").glob(".*.partial")))
                 before = killing.nothing_lost(before, folder, settings.save_every)
             runs += 1
-            log = [line["step"] for line in plots.read_log(folder / "log.jsonl")]
+            log = [line["step"] for line in run_folder.read_log(folder / "log.jsonl")]
             assert log == list(range(1, settings.steps + 1)), log
             same = killing.same_weights(folder / "thing.safetensors", work / "whole" / "thing.safetensors")
             assert same, f"{kind}: the weights differ from those of a run that was not disturbed"
@@ -131,7 +131,7 @@ def spoil(work: Path, times: int, chance: random.Random) -> list[list]:
         victim = work / "cut" / kept[number % len(kept)]
         how = killing.damage(victim, chance)
         place = kept[number % len(kept)].parts[0]
-        problems = record.describe(work / "cut")["problems"]
+        problems = run_folder.describe_run(work / "cut")["problems"]
         facts = killing.finished(settings, work / "cut", told)
         same = killing.same_weights(work / "cut" / "thing.safetensors", work / "whole" / "thing.safetensors")
         assert same, f"{victim.name}, {how}: the weights differ"
@@ -159,7 +159,7 @@ def starve(work: Path) -> list[list]:
             process.join()
             ended = "finished" if told.exists() else "stopped with advice"
             if (small / "run" / "config.json").exists():
-                problems = record.describe(small / "run")["problems"]
+                problems = run_folder.describe_run(small / "run")["problems"]
                 assert not problems, problems
             found = killing.readable(small / "run")
             subprocess.run(["mount", "-o", "remount,size=1g", small], check=True)

@@ -15,9 +15,8 @@ import judge as judges
 import numpy as np
 import torch
 from base_quality import RESULTS, arguments, counted, load_pipeline, sample, sheet, table, write
+from demo import emoji
 from torch import Tensor
-
-from lorakit.demo import emoji
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import readers

@@ -2,8 +2,8 @@
 
     python tests/bench/memory_truth.py
 
-What is real is the profiler's own record of every allocation and release during one step, as in tests/test_memory.py,
-which does the same on narrower UNets. SD 1.5 takes up to 12 GB of memory and some minutes.
+What is real is the profiler's own record of every allocation and release during one step, as in
+tests/plan/test_memory.py, which does the same on narrower UNets. SD 1.5 takes up to 12 GB of memory and some minutes.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from base_quality import RESULTS, table, write
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "plan"))
 from test_memory import RealStep, make_base, make_config
 
-from lorakit import memory
+from lorakit.plan import memory
 
 CASES = [
     *(

@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 from base_quality import RESULTS, table, write
 
-from lorakit import base as bases
-from lorakit import original
+from lorakit import device as device_module
+from lorakit.base import model as bases
+from lorakit.base import names as base_names
+from lorakit.base import single_file
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "vae", "unet")
 GIB = 2**30
@@ -68,24 +70,24 @@ def write_file(file: Path) -> None:
 
     zeros = lambda shape: torch.zeros(shape, dtype=torch.float16)  # noqa: E731
     weights = {}
-    for component, names in (("unet", original._unet()), ("vae", original._vae())):
-        prefix, own = (original.UNET, original.VAE)[component == "vae"], {}
+    for component, names in (("unet", base_names.unet_names()), ("vae", single_file._vae())):
+        prefix, own = (single_file.UNET_PREFIX, single_file.VAE_PREFIX)[component == "vae"], {}
         for theirs, path in names.items():
             own.setdefault(path, theirs)
         for name, shape in shapes(component).items():
             path, _, leaf = name.rpartition(".")
             weights[f"{prefix}{own[path]}.{leaf}"] = zeros(shape)
     for name, shape in shapes("text_encoder").items():
-        weights[f"{original.CLIP_L}text_model.{name.removeprefix('text_model.')}"] = zeros(shape)
-    outside = {theirs: name for name, theirs in original.OPEN_CLIP.items()}
-    inside = {theirs: name for name, theirs in original.OPEN_CLIP_LAYER.items()}
+        weights[f"{single_file.CLIP_L}text_model.{name.removeprefix('text_model.')}"] = zeros(shape)
+    outside = {theirs: name for name, theirs in base_names.OPEN_CLIP.items()}
+    inside = {theirs: name for name, theirs in base_names.OPEN_CLIP_LAYER.items()}
     for name, shape in shapes("text_encoder_2").items():
         name = name.removeprefix("text_model.")
         if name in outside:
-            weights[original.OPEN_CLIP_G + outside[name]] = zeros(shape)
+            weights[single_file.OPEN_CLIP_G + outside[name]] = zeros(shape)
             continue
         _, _, layer, *leaf, kind = name.split(".")
-        layer = f"{original.OPEN_CLIP_G}transformer.resblocks.{layer}"
+        layer = f"{single_file.OPEN_CLIP_G}transformer.resblocks.{layer}"
         if ".q_proj." in name:
             weights[f"{layer}.attn.in_proj_{kind}"] = zeros((3 * shape[0], *shape[1:]))
         elif ".k_proj." not in name and ".v_proj." not in name:
@@ -102,7 +104,7 @@ def held() -> tuple[int, int]:
 def measure(reference: str) -> None:
     """Open each component, print what each holds and the most that was held meanwhile, in bytes over the start."""
     base, device = bases.open(reference), torch.device("cpu")
-    bases._quiet()
+    device_module.quiet_libraries()
     import diffusers  # noqa: F401 - its own memory is not the component's
     import transformers  # noqa: F401
 

@@ -19,10 +19,11 @@ import judge as judges
 import numpy as np
 import taught
 from base_quality import RESULTS, table, write
+from demo import emoji
 from lora_quality import EXAM, held_out
 
-from lorakit import demo, run
-from lorakit.demo import emoji
+from lorakit import demo
+from lorakit.run import run
 
 STYLES, SEEDS = ("flat", "sketch", "heat"), (0, 1, 2)
 FEW = tuple(zip(STYLES, SEEDS, strict=True))

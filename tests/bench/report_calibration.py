@@ -20,11 +20,14 @@ import judge as judges
 import numpy as np
 import taught
 from base_quality import RESULTS, counted, table, write
+from demo import emoji
 from PIL import Image
 
-from lorakit import compare, demo, eyes, report, run
+from lorakit import demo
 from lorakit.config import Config
-from lorakit.demo import emoji
+from lorakit.evaluate import candidates, checklist, vision
+from lorakit.evaluate import pictures as pictures_module
+from lorakit.run import run
 
 WRONG = "brumo"  # asked for in place of the trigger
 STYLES = ("flat", *taught.AFTER)
@@ -64,7 +67,7 @@ def kinds(work: Path, sets: dict, style: str, seed: int) -> dict[str, Config]:
 COLUMNS = ("shown", "second", "bare", "unrelated")
 
 
-def keep(made: report.Made, file: Path, fault: str, held: dict[str, np.ndarray]) -> None:
+def keep(made: pictures_module.Made, file: Path, fault: str, held: dict[str, np.ndarray]) -> None:
     """Write what was made as arrays, with all else as JSON; `held` as it is."""
     stacked = lambda column: np.stack([np.asarray(picture) for picture in column]) if column else np.zeros(0)  # noqa: E731
     arrays = {f"{name} {i}": stacked(c) for name in COLUMNS for i, c in enumerate(getattr(made, name))}
@@ -78,7 +81,7 @@ def keep(made: report.Made, file: Path, fault: str, held: dict[str, np.ndarray])
     partial.rename(file)
 
 
-def kept(file: Path) -> tuple[report.Made, str, dict[str, np.ndarray]]:
+def kept(file: Path) -> tuple[pictures_module.Made, str, dict[str, np.ndarray]]:
     """What `keep` wrote: the pictures, the fault they were made with, those of held-out subjects."""
     with np.load(file) as arrays:
         facts = json.loads(bytes(arrays["facts"]))
@@ -88,10 +91,10 @@ def kept(file: Path) -> tuple[report.Made, str, dict[str, np.ndarray]]:
         steps = {int(key[5:]): column(key) for key in arrays.files if key.startswith("step ")}
         training = column("training")
         held = {key[5:]: arrays[key] for key in arrays.files if key.startswith("held ")}
-    fault, asked = facts.pop("fault"), report.Asked(**facts.pop("asked"))
+    fault, asked = facts.pop("fault"), pictures_module.Asked(**facts.pop("asked"))
     facts["losses"] = {int(step): loss for step, loss in facts["losses"].items()}
     facts["best"] = facts["best"] and tuple(facts["best"])
-    return report.Made(**facts, asked=asked, **columns, training=training, checkpoints=steps), fault, held
+    return pictures_module.Made(**facts, asked=asked, **columns, training=training, checkpoints=steps), fault, held
 
 
 def make(work: Path, icons: Path, seeds: list[int], styles: list[str], part: str) -> None:
@@ -114,25 +117,25 @@ def make(work: Path, icons: Path, seeds: list[int], styles: list[str], part: str
         except FloatingPointError as error:  # given up by the run itself
             print(f"{file.stem}: {error}", flush=True)
             continue
-        made = report.make(done.folder, most=4, known=known, **quiet)
-        paths = compare.candidates(done.folder).paths
+        made = pictures_module.make_pictures(done.folder, most=4, known=known, **quiet)
+        paths = candidates.find_candidates(done.folder).paths
         steps = {str(step): paths[label] for label in paths if (step := int(label.split()[-1])) in made.checkpoints}
         held = taught.pictures(steps, list(names), known, config.sample_steps, config.sample_guidance)
         keep(made, file, fault, {"true": true, **held})
         if fault == "good":
-            asked = report.make(done.folder, most=1, trigger=WRONG, known=known, **quiet)
+            asked = pictures_module.make_pictures(done.folder, most=1, trigger=WRONG, known=known, **quiet)
             keep(replace(asked, name=f"{made.name} asked as {WRONG}"), wrong, "wrong trigger", {})
         shutil.rmtree(folder / "cache", ignore_errors=True)
         print(f"{file.stem}: made", flush=True)
 
 
 def judged(work: Path, judge: judges.Judge) -> list[dict]:
-    seeing, found = eyes.open("demo"), []
+    seeing, found = vision.open("demo"), []
     for file in sorted((work / "made").glob("*.npz")):
         made, fault, held = kept(file)
         style, seed = file.stem.split(" ")[:2]
-        figures, _ = report._figures(made, report.Seen.of(made, seeing))
-        facts = report.judge(made, seeing).facts()
+        figures, _ = checklist._figures(made, checklist.Seen.of(made, seeing))
+        facts = checklist.judge(made, seeing).facts()
         true, plain = (held.pop(name, None) for name in ("true", "base"))
         found.append({
             "run": file.stem, "fault": fault, "named": (facts["faults"] or ["good"])[0], "all": facts["faults"],

@@ -24,7 +24,8 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from lorakit import dataset, index
+from lorakit.dataset import folder as folders
+from lorakit.storage import index
 
 FORMATS = {".png": {}, ".jpg": {"quality": 92}, ".webp": {"quality": 85}}
 SIDE, DIFFERENT = 1024, 24
@@ -71,7 +72,7 @@ def measure(part: str, folder: Path, workers: int, cache: Path) -> None:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
             list(pool.map(decode, files, chunksize=16))
     else:
-        found = dataset.scan(folder, cache=cache)
+        found = folders.scan(folder, cache=cache)
         assert len(found) == len(files) and not found.problems
     seconds, used = time.perf_counter() - began, 0.0
     for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):

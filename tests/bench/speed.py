@@ -26,9 +26,9 @@ import torch
 from base_quality import RESULTS, table, write
 from PIL import Image
 
-from lorakit import base as bases
-from lorakit import memory
+from lorakit.base import model
 from lorakit.config import parse
+from lorakit.plan import memory
 
 CASES = [(side, precision, kept) for side in (256, 512) for precision in ("no", "bf16") for kept in (True, False)]
 BARS = {(256, "no"): 1.5, (256, "bf16"): 1.7, (512, "no"): 1.2, (512, "bf16"): 1.45}  # without checkpointing
@@ -41,7 +41,7 @@ def write_base(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    configs = bases.known("sd15").configs
+    configs = model.known("sd15").configs
     torch.manual_seed(0)
     make = {
         "unet": lambda config: UNet2DConditionModel.from_config(config),
@@ -56,7 +56,7 @@ def write_base(folder: Path) -> None:
             weights = {k: w.half().contiguous() for k, w in make[component](config).state_dict().items()}
             file = "model" if component == "text_encoder" else "diffusion_pytorch_model"
             save_file(weights, folder / component / f"{file}.safetensors", metadata={"format": "pt"})
-    (folder / "tokenizer").symlink_to(bases.FAMILIES / "tokenizer")
+    (folder / "tokenizer").symlink_to(model.FAMILIES / "tokenizer")
     index = {"_class_name": "StableDiffusionPipeline"} | {component: ["", ""] for component in configs}
     (folder / "model_index.json").write_text(json.dumps(index))
 
@@ -72,7 +72,8 @@ def settings(work: Path, side: int, precision: str, kept: bool, steps: int) -> d
 
 def child(file: Path, folder: Path, began: float) -> None:
     """Train, and print when each step was done, in seconds after `began`, and the most memory that was held."""
-    from lorakit import config, run
+    from lorakit import config
+    from lorakit.run import run
 
     ends = []
 
@@ -151,7 +152,7 @@ def measure(work: Path, name: str, side: int, precision: str, kept: bool) -> dic
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(out.strip().splitlines()[-1])
     ends, config = found["ends"], parse(settings(work, side, precision, kept, STEPS))
-    flops = memory.predict(bases.known("sd15"), config, size=(side, side), dtype=dtype, device="cpu").flops
+    flops = memory.predict(model.known("sd15"), config, size=(side, side), dtype=dtype, device="cpu").flops
     a_step, rate = statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False)), gemm(dtype)
     return {"side": side, "precision": precision, "kept": kept, "step": a_step, "peak": found["peak"],
             "first": ends[0], "flops": flops, "gemm": rate}  # fmt: skip

@@ -10,12 +10,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
+from demo import emoji
 from judge import Judge
 from PIL import Image
 
-from lorakit import base as bases
-from lorakit import compare, demo, report, sample
-from lorakit.demo import emoji
+from lorakit import demo
+from lorakit.base import model
+from lorakit.evaluate import pictures as report_pictures
+from lorakit.evaluate import variants
+from lorakit.sample import sampler
 
 TRIGGER = "flatto"
 SETS = {"flat": emoji.NEW_STYLE, "twemoji": "twemoji", "openmoji": "openmoji"}
@@ -98,14 +101,19 @@ def held_out(sets: dict, but: Collection[str] = ()) -> list[tuple[str, str]]:
         (subject.name, icon)
         for subject in emoji.subjects(sets)
         if (icon := subject.icons[emoji.NEW_STYLE]) not in taught
-        and subject.name not in {*report.SUBJECTS, *but}
+        and subject.name not in {*report_pictures.SUBJECTS, *but}
         and all(drawn(sets, style, icon) is not None for style in SETS)
     ]
     return [found[i] for i in np.random.default_rng(8).permutation(len(found))[:HELD]]
 
 
 def pictures(
-    files: Mapping[str, Path], names: list[str], known: report.Known, steps: int, guidance: float, word: str = TRIGGER
+    files: Mapping[str, Path],
+    names: list[str],
+    known: report_pictures.Known,
+    steps: int,
+    guidance: float,
+    word: str = TRIGGER,
 ) -> dict[str, np.ndarray]:
     """What the bare base ("base") and LoRAs make of subjects, (N, 64, 64, 3) each, all from the same noise.
 
@@ -113,14 +121,14 @@ def pictures(
         known: the bare base's pictures by prompt and seed, as `report.make` takes them.
         word: of the style; "" asks for the subject alone.
     """
-    base = bases.open("demo")
+    base = model.open("demo")
     prompts = [emoji.caption(name, word) for name in names]
     columns = [(None, 0.0), *((label, 1.0) for label in files)]
-    ways = compare.variants(base, columns, files)
+    ways = variants.make_variants(base, columns, files)
     keys = [(prompt, SEED + row) for row, prompt in enumerate(prompts)]
     grid = {(row, 0): known[key] for row, key in enumerate(keys) if key in known}
     cells = {(row, column) for row in range(len(names)) for column in range(len(columns))} - grid.keys()
-    done = sample.stream(
+    done = sampler.stream(
         base, prompts, [ways[column] for column in columns], seeds=SEED, size=(emoji.SIZE, emoji.SIZE), steps=steps,
         guidance=guidance, batch=8, cells=cells,
     )  # fmt: skip

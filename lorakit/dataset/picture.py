@@ -1,0 +1,217 @@
+"""Open pictures and masks of every supported format as RGB, upright, in sRGB."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms
+
+HEIF = {".heic", ".heif", ".hif"}
+RAW = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}
+PICTURES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+PICTURES |= HEIF | RAW
+FOREIGN = {".jxl", ".jp2", ".svg", ".psd", ".xcf", ".kra", ".eps", ".exr", ".hdr", ".tga"}
+
+# Only these decoders see people's files: Pillow has dozens, and one of them starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+CERTAIN = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # nothing can go wrong between these modes and RGB
+
+FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = {2 + i: Image.Transpose[name] for i, name in enumerate(FLIPS.split())}  # by EXIF orientation
+SIDEWAYS = tuple(UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+GiB = 2**30
+
+
+@dataclass(frozen=True)
+class Picture:
+    path: Path
+    caption: str  # what the text encoder will see, "" if nothing
+    caption_source: str  # ".txt", ".caption", "metadata.jsonl" …, "given" (to scan), "folder" (its name) or "none"
+    repeats: int  # times per epoch
+    width: int  # pixels, as open_picture returns it
+    height: int
+    digest: str  # SHA-256 of the file, in hex
+    group: str  # its folder relative to the root, "5_cat"; "" for the root itself
+    instead_of: Path | None = None  # the file whose place it was given, whose name and caption it keeps
+
+    @property
+    def known_as(self) -> Path:
+        """The file that it is named by."""
+        return self.instead_of or self.path
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What of a picture is trained on: white where it is, black where not."""
+
+    path: Path
+    digest: str  # SHA-256 of the file, in hex
+    alpha: bool  # the file is the picture itself, and its transparency the mask
+
+
+def open_picture(picture: Picture | str | os.PathLike) -> Image.Image:
+    """Open a picture as people see it: RGB in sRGB colours, upright, transparency on white, the first frame.
+
+    Raises:
+        ValueError: it cannot be decoded, or (given a Picture) is no longer the file that was scanned.
+    """
+    path = Path(picture.path if isinstance(picture, Picture) else picture)
+    encoded = path.read_bytes()
+    if isinstance(picture, Picture) and hashlib.sha256(encoded).hexdigest() != picture.digest:
+        raise ValueError(f"{path} has changed since it was scanned: scan again (with fresh=True if this comes back)")
+    try:
+        return _rgb(_load(encoded, path.suffix.lower()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def open_mask(mask: Mask) -> Image.Image:
+    """Open a mask, upright: mode L.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    if not mask.alpha:
+        return open_picture(mask.path).convert("L")
+    with Image.open(mask.path, formats=register_formats()) as image:
+        turned, alpha = _turned(image), image.convert("RGBA").getchannel("A")
+    return alpha if turned is None else alpha.transpose(turned)
+
+
+def has_alpha(path: Path) -> bool:
+    if path.suffix.lower() in RAW:
+        return False
+    with Image.open(path, formats=register_formats()) as image:
+        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+            return False
+        return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def measure(file: Path) -> list | str:
+    try:
+        if (size := file.stat().st_size) > GiB:
+            return f"{size / GiB:.1f} GiB is too large for a picture: scale it down"
+        encoded = file.read_bytes()
+        image = _load(encoded, file.suffix.lower())
+        if image.mode not in CERTAIN:
+            _rgb(image)
+        size = image.size[::-1] if _turned(image) in SIDEWAYS else image.size
+        return [*size, hashlib.sha256(encoded).hexdigest()]
+    except OSError as error:
+        return f"cannot be read ({error.strerror}): check its permissions or copy it again"
+    except ValueError as error:
+        return str(error)
+
+
+@functools.cache
+def register_formats() -> list[str]:
+    Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _load(encoded: bytes, suffix: str) -> Image.Image:
+    """Decode a file's first picture, with the pixels as they are stored.
+
+    Raises:
+        ValueError: it cannot be decoded; says why, and what to do.
+    """
+    if not encoded:
+        raise ValueError("empty (0 bytes): copy it again")
+    try:
+        if suffix in RAW:
+            return _develop(encoded)
+        image = Image.open(io.BytesIO(encoded), formats=register_formats())
+        image.load()
+        return image
+    except ImportError:
+        raise ValueError(_needs("camera raw", "rawpy")) from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(_unknown(encoded)) from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too many pixels to decode safely ({error}): scale it down") from error
+    except Exception as error:  # a damaged file can raise nearly anything: SyntaxError, struct.error, …
+        raise ValueError(f"cannot be decoded ({error}): copy it again, or save it as PNG or JPEG") from error
+
+
+def _develop(encoded: bytes) -> Image.Image:
+    """A camera raw, with the camera's white balance and sRGB's own curve."""
+    import rawpy
+
+    with rawpy.imread(io.BytesIO(encoded)) as raw:
+        return Image.fromarray(raw.postprocess(use_camera_wb=True, gamma=(2.4, 12.92)))
+
+
+def _unknown(encoded: bytes) -> str:
+    brands = encoded[8:32] if encoded[4:8] == b"ftyp" else b""
+    if b"avif" in brands:
+        return _needs("AVIF", "pillow>=11.3")
+    if any(brand in brands for brand in (b"heic", b"heix", b"mif1")):
+        return _needs("HEIC", "pillow-heif")
+    return "not a picture that can be read, whatever its name says: save it as PNG or JPEG"
+
+
+def _needs(kind: str, package: str) -> str:
+    return f"{kind}, which {package} reads, and that is not here: pip install {package!r}, or save it as PNG or JPEG"
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture as people see it."""
+    turned, profile, alpha = _turned(image), image.info.get("icc_profile"), None
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow calls it I
+        image, alpha = _eight_bits(image)
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"samples in mode {image.mode} have no known white: save it as PNG or JPEG")
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        alpha = with_alpha.getchannel("A")
+        image = with_alpha.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    image = _srgb(image, profile)
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image if turned is None else image.transpose(turned)
+
+
+def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """16-bit grey → 8-bit grey, and its transparency. A TIFF may mean fewer bits, and by 0 white."""
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.uint32)
+    white = 2 ** tags.get(258, (16,))[0] - 1
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    clear = image.info.get("transparency")
+    alpha = None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    return Image.fromarray(255 - grey if tags.get(262) == 0 else grey), alpha
+
+
+def _turned(image: Image.Image) -> Image.Transpose | None:
+    """How a picture must be turned to stand upright, by its EXIF; None where it does."""
+    try:
+        return UPRIGHT.get(image.getexif().get(0x0112))
+    except Exception:  # broken EXIF does not make a broken picture
+        return None
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to RGB through the picture's ICC profile; one that is broken or of another kind is passed over."""
+    if image.mode not in ("L", "RGB", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}.get(source.profile.xcolor_space.strip())
+            if image.mode == "L" and mode == "RGB":
+                image = image.convert("RGB")
+            if image.mode == mode and not (source.profile.profile_description or "").startswith("sRGB"):
+                return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass
+    return image if image.mode == "RGB" else image.convert("RGB")  # a copy would cost more than decoding did

@@ -1,0 +1,231 @@
+"""What pictures show and what texts say, as vectors that can be compared: CLIP, DINOv2, or the embedded base's own.
+
+They judge pictures for the report, and never take part in training.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lorakit import base as bases
+from lorakit import storage
+from lorakit.device import choose_device, quiet_libraries
+
+MODELS = {  # name → hub id, revision; each keeps its weights as safetensors
+    "clip": ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", None),
+    "clip-large": ("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", None),
+    "dinov2": ("facebook/dinov2-base", None),
+}
+EMBEDDED = Path(__file__).parents[1] / "demo" / "base" / "eyes"
+TOKENS = 77  # at most, of a text
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """A model that sees pictures and, unless it is DINOv2, reads texts."""
+
+    name: str
+    model: torch.nn.Module = field(repr=False)
+    tokenizer: object | None = field(repr=False)  # None: it cannot read
+    size: int  # pixels of the square it sees
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    batch: int = 16
+
+    @property
+    def reads(self) -> bool:
+        return self.tokenizer is not None
+
+    @torch.no_grad()
+    def see(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Unit vectors of pictures, of any sizes: (N, D), float32. Their cosine is how alike two pictures are."""
+        mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
+        found = []
+        for start in range(0, len(pictures), self.batch):
+            arrays = [
+                (np.asarray(self._square(p), np.float32) / 255 - mean) / std for p in pictures[start:][: self.batch]
+            ]
+            x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.model.device, self.model.dtype)
+            if hasattr(self.model, "get_image_features"):
+                found.append(vectors(self.model.get_image_features(pixel_values=x)))
+            else:
+                found.append(self.model(pixel_values=x).last_hidden_state[:, 0])  # the class token
+        return _unit(found)
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts, in the space of the pictures': (N, D), float32.
+
+        Raises:
+            ValueError: this model reads no texts.
+        """
+        if not self.reads:
+            raise ValueError(f"{self.name} sees pictures and reads no texts: use clip for that.")
+        limit, found = min(TOKENS, getattr(self.tokenizer, "model_max_length", TOKENS)), []
+        for start in range(0, len(texts), self.batch):
+            tokens = self.tokenizer(
+                list(texts[start : start + self.batch]), padding=True, truncation=True, max_length=limit,
+                return_tensors="pt",
+            )  # fmt: skip
+            own = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+            found.append(vectors(self.model.get_text_features(**own)))
+        return _unit(found)
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        """The whole picture in the middle of a square as wide as its longer side, in its own mean colour."""
+        picture = picture.convert("RGB")
+        side = max(picture.size)
+        if picture.width != picture.height:
+            colour = tuple(int(value) for value in np.asarray(picture).mean((0, 1)))
+            square = Image.new("RGB", (side, side), colour)
+            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+            picture = square
+        return picture if side == self.size else picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+
+def open(name: str = "clip", device: str = "auto") -> Eyes:
+    """Load a model that sees.
+
+    Args:
+        name: one of MODELS, "demo" for the embedded base's own, a folder, or a hub id, of transformers' classes.
+
+    Raises:
+        FileNotFoundError: no such model, or the hub is out of reach.
+        ValueError: it is none that sees pictures, or its weights are pickles.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    if name == "demo":
+        return _embedded(choose_device(device))
+    folder = storage.fetch_model(name, MODELS)
+    quiet_libraries()
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder.name} holds no .safetensors weights; lorakit reads no pickles. Use another model.")
+    own = {"local_files_only": True, "trust_remote_code": False}
+    target = choose_device(device)
+    dtype = torch.float16 if target.type == "cuda" else torch.float32
+    try:
+        model = AutoModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **own)
+        about = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        reads = hasattr(model, "get_text_features")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own) if reads else None
+        side = about.get("crop_size") or about["size"]
+        side = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
+        mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder.name} is no model that sees pictures with this transformers ({storage.first_line(error)}). "
+            f"Use one of "
+            f"{', '.join(MODELS)}."
+        ) from error
+    return Eyes(name, model.eval().to(target, dtype), tokenizer, int(side), mean, std)
+
+
+# ── The embedded base's own ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Residual(nn.Module):
+    """Two 3 × 3 convolutions beside a shortcut, at half the resolution."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.straight = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(before, after, 1, bias=False))
+        self.bent = nn.Sequential(
+            nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.straight(x) + self.bent(x))
+
+
+def trunk(*widths: int) -> nn.Sequential:
+    """A stem to half the resolution, then one `Residual` for every further width."""
+    stem = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    return nn.Sequential(*stem, *(Residual(*pair) for pair in zip(widths, widths[1:], strict=False)))
+
+
+class Small(nn.Module):
+    """What the embedded base's pictures show and how they are drawn, by a net each; texts by the base's own encoder.
+
+    One net for both learns either far more slowly: subjects want what styles share, styles what they do not.
+
+    Args:
+        text_encoder: the base's; it stays as it is and is no part of the saved weights.
+    """
+
+    SUBJECT, STYLE = 128, 64  # width of either part of a vector
+
+    def __init__(self, text_encoder: nn.Module):
+        super().__init__()
+        self.shape, self.texture = trunk(32, 64, 128, 192), trunk(32, 64, 96)
+        self.subject = nn.Sequential(nn.Dropout(0.1), nn.Linear(4 * 192, self.SUBJECT))
+        self.style = nn.Linear(2 * 96, self.STYLE)
+        wide = 2 * text_encoder.config.hidden_size
+        self.words = nn.Sequential(nn.Linear(wide, 384), nn.GELU(), nn.Linear(384, self.SUBJECT + self.STYLE))
+        object.__setattr__(self, "text_encoder", text_encoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.words[0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.words[0].weight.dtype
+
+    def see(self, x: Tensor, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pictures (N, 3, 64, 64) in [-1, 1] → unit vectors of subject (N, 128) and style (N, 64).
+
+        Args:
+            again: the same pictures as the net of styles shall see them, where that differs.
+        """
+        subject = self.subject(F.adaptive_avg_pool2d(self.shape(x), 2).flatten(1))
+        texture = self.texture(x if again is None else again)
+        style = self.style(torch.cat([texture.mean((2, 3)), texture.amax((2, 3))], 1))
+        return F.normalize(subject.float(), dim=1), F.normalize(style.float(), dim=1)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        return torch.cat(self.see(pixel_values), 1)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the base's text encoder says of texts: the mean over their tokens and the last one's, (N, 256)."""
+        states = self.text_encoder(input_ids).last_hidden_state.float()
+        mask = attention_mask[..., None].float()
+        last = states[torch.arange(len(states)), attention_mask.sum(1) - 1]
+        return torch.cat([(states * mask).sum(1) / mask.sum(1), last], 1)
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` → unit vectors of subject (N, 128), and of style (N, 64), which are short where none is told."""
+        subject, style = self.words(features.to(self.dtype)).float().split([self.SUBJECT, self.STYLE], 1)
+        return F.normalize(subject, dim=1), style / style.norm(dim=1, keepdim=True).clamp(min=1)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.cat(self.read(self.features(input_ids, attention_mask)), 1)
+
+
+def _embedded(device: torch.device) -> Eyes:
+    encoder, tokenizer = bases.load_text_encoder(bases.open("demo"), torch.float32, device)
+    model = Small(encoder)
+    model.load_state_dict(load_file(EMBEDDED / "model.safetensors"))
+    half = (0.5, 0.5, 0.5)
+    model = model.to(device, torch.float32).eval().to(memory_format=torch.channels_last)
+    return Eyes("lorakit/demo", model, tokenizer, 64, half, half, batch=64)
+
+
+def vectors(answer) -> Tensor:
+    """What get_image_features and get_text_features answer: a tensor, or since transformers 5 one within an output."""
+    return answer if isinstance(answer, Tensor) else answer.pooler_output
+
+
+def _unit(found: list[Tensor]) -> np.ndarray:
+    vectors = torch.cat(found).float().cpu().numpy()
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,159 @@
+"""Prompts with weights and of any length: what is read, and what the text encoders say of it."""
+
+import numpy as np
+import pytest
+import torch
+from said import names
+
+from lorakit.base import encode, model
+from lorakit.base import prompts as prompts_module
+from lorakit.sample import denoise, sampler
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a cat", [("a cat", 1)]),
+        ("", [("", 1)]),
+        ("a (cat:1.2) b", [("a ", 1), ("cat", 1.2), (" b", 1)]),
+        ("(a)", [("a", 1.1)]),
+        ("((a))", [("a", 1.21)]),
+        ("[a]", [("a", 1 / 1.1)]),
+        ("(a [b] c)", [("a ", 1.1), ("b", 1), (" c", 1.1)]),
+        ("(a (b:2):0.5)", [("a ", 0.5), ("b", 1)]),
+        (r"saber \(fate\)", [("saber (fate)", 1)]),
+        ("a (b", [("a ", 1), ("b", 1.1)]),
+        ("a) b", [("a) b", 1)]),
+        ("ratio 16:9, (x: 1.5 )", [("ratio 16:9, ", 1), ("x", 1.5)]),
+    ],
+)
+def test_weights_are_read_as_a1111_reads_them(prompt, expected):
+    found = prompts_module.parse(prompt)
+    assert [words for words, _ in found] == [words for words, _ in expected]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+
+
+@pytest.mark.parametrize("text", ["a (b) [c:1.2] \\ d", "(((", "plain"])
+def test_an_escaped_caption_says_the_same_to_the_letter(text):
+    assert prompts_module.parse(prompts_module.escape(text)) == [(text, 1)]
+
+
+def said(base, *prompts, folder, **changes):
+    found = encode.encode_prompts(base, prompts, folder, device=CPU, dtype=torch.float32, **changes)
+    return [found[prompt] for prompt in prompts]
+
+
+LONG = ", ".join(f"red apple number {n}" for n in range(40))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
+def test_weights_move_the_embeddings_and_nothing_else_does(small_bases, tmp_path, family):
+    pytest.importorskip("compel")
+    base = model.open(small_bases[family])
+    plain, one, more, bracketed = said(
+        base, "a red apple", "a (red:1.0) apple", "a (red:1.3) apple", r"a red \(apple\)", folder=tmp_path
+    )
+    assert torch.allclose(one.embeddings, plain.embeddings, atol=1e-5) and not one.fragments
+    assert more.embeddings.shape == plain.embeddings.shape and torch.allclose(more.pooled, plain.pooled, atol=1e-5)
+    empty = said(base, "", folder=tmp_path)[0]
+    # Upwards from the empty prompt, as compel and ComfyUI weigh: words that count 1 stay what they are.
+    words = (more.tokens[0] == model.tokenize(model.load_tokenizer(base), ["red"])[0][1]).nonzero()
+    assert len(words) == 1
+    place = int(words[0])
+    expected = empty.embeddings[place] + 1.3 * (plain.embeddings[place] - empty.embeddings[place])
+    assert torch.allclose(more.embeddings[place], expected, atol=1e-5)
+    others = [i for i in range(len(more.embeddings)) if i != place]
+    assert torch.allclose(more.embeddings[others], plain.embeddings[others], atol=1e-5)
+    literal = encode.encode_texts(base, ["a red (apple)"], tmp_path, device=CPU, dtype=torch.float32)["a red (apple)"]
+    assert torch.allclose(bracketed.embeddings, literal.embeddings, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_a_long_prompt_is_said_whole_in_stretches(small_bases, tmp_path, family, clip_skip):
+    pytest.importorskip("compel")
+    base = model.open(small_bases[family])
+    long, again = said(base, LONG, LONG.replace("number 39", "number 38"), folder=tmp_path, clip_skip=clip_skip)
+    assert len(long.embeddings) % 77 == 0 and len(long.embeddings) >= 4 * 77
+    assert torch.allclose(long.embeddings[:77], again.embeddings[:77], atol=1e-5)
+    assert not torch.equal(long.embeddings, again.embeddings)  # its last word is heard
+    start = said(base, LONG[: LONG.index(", red apple number 1,")], folder=tmp_path, clip_skip=clip_skip)[0]
+    assert torch.allclose(long.embeddings[0], start.embeddings[0], atol=1e-5)
+
+
+def test_what_is_said_is_kept_and_read_again(small_bases, tmp_path, monkeypatch):
+    pytest.importorskip("compel")
+    base = model.open(small_bases["sd15"])
+    first = said(base, LONG, "(a cat:1.2)", "plain", folder=tmp_path)
+    monkeypatch.setattr(model, "load_text_encoder", lambda *_: pytest.fail("loaded again"))
+    for one, other in zip(first, said(base, LONG, "(a cat:1.2)", "plain", folder=tmp_path), strict=True):
+        assert torch.equal(one.embeddings, other.embeddings) and one.fragments == other.fragments
+
+
+def test_without_compel_words_stay_and_weights_are_told_to_count_nothing(small_bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts_module, "can_weigh", lambda: False)
+    base, told = model.open(small_bases["sd15"]), []
+    weighted, plain, long = said(base, "a (red:1.3) apple", "a red apple", LONG, folder=tmp_path, say=told.append)
+    assert torch.allclose(weighted.embeddings, plain.embeddings, atol=1e-5) and len(long.embeddings) == 77
+    assert len(told) == 2 and all(names(text, "compel", "lorakit[prompts]") for text in told)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_pictures_of_long_and_weighted_prompts_depend_on_no_neighbour(small_bases, family):
+    pytest.importorskip("compel")
+    base = model.open(small_bases[family])
+    prompts = ["a cat", LONG, "a (cat:1.4)", "a dog"]
+    how = {"steps": 2, "negative": "blurry, " * 60, "size": (32, 32), "device": "cpu", "precision": "no"}
+    together = sampler.generate(base, prompts, seeds=[1, 2, 3, 4], **how)
+    for prompt, seed, (picture,) in zip(prompts, [1, 2, 3, 4], together, strict=True):
+        ((alone,),) = sampler.generate(base, [prompt], seeds=[seed], **how)
+        assert np.abs(np.int16(alone) - np.int16(picture)).max() <= 1  # rounding differs with the batch
+    (plain,), (weighted,) = sampler.generate(base, ["a cat", "a (cat:1.4)"], seeds=[3, 3], **how)
+    assert plain.tobytes() != weighted.tobytes()
+
+
+@pytest.mark.parametrize("family, which", [("sd15", "text_encoder"), ("sdxl", "text_encoder_2")])
+def test_adapters_of_text_encoders_change_weighted_prompts_too(small_bases, tmp_path, family, which):
+    pytest.importorskip("compel")
+    base = model.open(small_bases[family])
+    texts = said(base, "a (cat:1.4)", "a cat", LONG, folder=tmp_path)
+    encoder = model.load_text_encoder(base, torch.float32, CPU, which)[0]
+    for one, other in zip(texts, encode.reencode_texts(base, {which: encoder}, texts), strict=True):
+        assert torch.allclose(one.embeddings, other.embeddings, atol=1e-5)  # as they were: nothing has changed
+        assert torch.allclose(one.pooled, other.pooled, atol=1e-5) and one.fragments == other.fragments
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight.add_(0.01)
+    for one, other in zip(texts, encode.reencode_texts(base, {which: encoder}, texts), strict=True):
+        assert not torch.allclose(one.embeddings, other.embeddings, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [8, 3])
+def test_pictures_that_do_not_fit_together_are_made_apart(small_bases, monkeypatch, batch):
+    base, sizes = model.open(small_bases["sd15"]), []
+    real = denoise._denoised
+
+    def short(unet, opened, texts, *rest):
+        sizes.append(len(texts))
+        if len(texts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return real(unet, opened, texts, *rest)
+
+    how = {"seeds": 0, "steps": 2, "size": (32, 32), "device": "cpu", "precision": "no", "batch": batch}
+    prompts = [f"apple {n}" for n in range(8)]
+    whole = sampler.generate(base, prompts, **how)
+    monkeypatch.setattr(denoise, "_denoised", short)
+    parts = sampler.generate(base, prompts, **how)
+    for (one,), (other,) in zip(parts, whole, strict=True):
+        assert np.abs(np.int16(one) - np.int16(other)).max() <= 1
+    assert max(sizes) == batch and sizes.count(batch) == 1  # what did not fit once is not tried again
+    assert len(sizes) <= 8
+
+
+def test_a_long_prompt_without_a_space_is_not_cut_off(small_bases):
+    """In other scripts a letter has several tokens."""
+    base = model.open(small_bases["sd15"])
+    assert prompts_module.special("城市夜景中的一只红色小猫坐在窗台上看着下雨的街道和灯光与行人", base)
+    assert prompts_module.special("a red cat", base) == ()

@@ -1,0 +1,215 @@
+"""Single checkpoint files: written here in Stability's layout, read by lorakit and by diffusers' own reader."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from said import naming
+from stability import weights, write_file
+
+from lorakit.base import model as bases
+from lorakit.base import single_file
+
+CPU = torch.device("cpu")
+WIDTHS = {"sd15": (768,), "sd2": (1024,), "sdxl": (768, 1280)}  # diffusers tells text encoders apart by these
+
+
+def write_folder(folder: Path, family: str) -> Path:
+    """A diffusers folder with the family's own levels and blocks, few channels and random weights."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers.schedulers import DDIMScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    published = bases.known({"sd2": "sd21"}.get(family, family)).configs
+    widths = WIDTHS[family]
+    levels = len(published["unet"]["block_out_channels"])
+    narrow = {"block_out_channels": (16, 32, 48, 48)[:levels], "norm_num_groups": 8, "attention_head_dim": 2}
+    if family == "sdxl":
+        narrow |= {"projection_class_embeddings_input_dim": 6 * 4 + widths[1], "addition_time_embed_dim": 4}
+    small = {"block_out_channels": (8, 8, 8, 16), "norm_num_groups": 4}
+    text = [
+        CLIPTextConfig(
+            vocab_size=500, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            projection_dim=width, eos_token_id=499,
+        )
+        for width in widths
+    ]  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(bases.FAMILIES / "tokenizer")
+    parts = {
+        "unet": UNet2DConditionModel.from_config(published["unet"] | narrow | {"sample_size": 8}),
+        "vae": AutoencoderKL.from_config(published["vae"] | small),
+        "scheduler": DDIMScheduler.from_config(published["scheduler"]),
+        "text_encoder": CLIPTextModel(text[0]),
+        "tokenizer": tokenizer,
+    }
+    if family == "sdxl":
+        parts |= {"text_encoder_2": CLIPTextModelWithProjection(text[1]), "tokenizer_2": tokenizer}
+        pipeline = StableDiffusionXLPipeline(**parts)
+    else:
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """family -> (diffusers folder, the same in one file); lorakit's configs of the families are as narrow meanwhile."""
+    root = tmp_path_factory.mktemp("original")
+    (root / "families").mkdir()
+    (root / "families" / "tokenizer").symlink_to(bases.FAMILIES / "tokenizer")
+    both = {}
+    for family in WIDTHS:
+        folder = write_folder(root / family, family)
+        components = ["unet", "vae", "scheduler", "text_encoder"] + ["text_encoder_2"] * (family == "sdxl")
+        configs = {
+            c: json.loads((folder / c / ("scheduler_config.json" if c == "scheduler" else "config.json")).read_text())
+            for c in components
+        }
+        for name in {"sd2": ("sd21", "sd21-base")}.get(family, (family,)):
+            said = {"prediction_type": "v_prediction" if name == "sd21" else "epsilon"}
+            narrow = configs | {"scheduler": configs["scheduler"] | said}
+            (root / "families" / f"{name}.json").write_text(json.dumps(narrow))
+        both[family] = folder, write_file(folder, root / f"{family}.safetensors", family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bases, "FAMILIES", root / "families")
+        yield both
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_diffusers_reads_what_these_tests_write(made, family):
+    """Else a mistake that reader and writer share would go unseen."""
+    import diffusers
+
+    folder, file = made[family]
+    kind = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    pipeline = getattr(diffusers, kind).from_single_file(
+        str(file), config=str(folder), torch_dtype=torch.float16, local_files_only=True
+    )
+    for component in ("unet", "vae", *bases.open(folder).text_encoders):
+        theirs = {name.removeprefix("text_model."): x for name, x in getattr(pipeline, component).state_dict().items()}
+        for name, tensor in weights(folder, component).items():
+            assert torch.equal(theirs[name], tensor), (component, name)
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_a_file_holds_what_its_folder_holds(made, family, monkeypatch):
+    monkeypatch.setattr(bases, "load_tokenizer", lambda *_: None)  # the whole vocabulary, for nothing
+    folder, file = made[family]
+    base, twin = bases.open(file), bases.open(folder)
+    assert (base.family, base.name) == (family, f"{family}.safetensors")
+    assert base.configs["unet"] == twin.configs["unet"]
+    for component in ("unet", "vae", *base.text_encoders):
+        load = {"unet": bases.load_unet, "vae": bases.load_vae}.get(component)
+        read = lambda b, d: load(b, d, CPU) if load else bases.load_text_encoder(b, d, CPU, component)[0]  # noqa: B023, E731
+        expected = read(twin, torch.float32).state_dict()  # of the file's float16 exactly
+        for dtype in (torch.float32, torch.bfloat16):
+            model = read(base, dtype)
+            state = model.state_dict()
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[n], x.to(state[n].dtype)) for n, x in expected.items()), component
+            assert not model.training and not any(weight.requires_grad for weight in model.parameters())
+            assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_a_weight_of_a_file_is_read_alone(made, family):
+    folder, file = (bases.open(reference) for reference in made[family])
+    for component in ("unet", *folder.text_encoders):
+        theirs, ours = bases.weight_places(file, component), bases.weight_places(folder, component)
+        assert ours.keys() - {"embeddings.position_ids"} <= theirs.keys()
+        for name in ours.keys() & theirs.keys():
+            assert theirs[name].shape == ours[name].shape, name
+        ends = ("q_proj.weight", "v_proj.bias", "conv_in.weight", "projection.weight")
+        some = [name for name in ours if name.endswith(ends)]
+        assert some and all(torch.equal(theirs[name].read(), ours[name].read()) for name in some)
+
+
+def test_a_header_is_told_in_the_files_own_order(tmp_path):
+    tensors = {"b": torch.ones(2, 3), "a": torch.ones(4, dtype=torch.float16), "none": torch.empty(0)}
+    save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
+    metadata, table = single_file.read_header(tmp_path / "x.safetensors")
+    assert metadata == {"format": "pt"} and table.keys() == tensors.keys()
+    ends = [0, *(entry["data_offsets"][1] for entry in table.values())]
+    assert [entry["data_offsets"][0] for entry in table.values()] == ends[:-1] and ends[-1] == 32
+    assert table["a"]["dtype"] == "F16" and table["b"]["shape"] == [2, 3]
+
+
+def test_prompts_fill_up_as_each_encoder_learned(made):
+    """OpenAI's CLIP repeats its last word, OpenCLIP has zeros."""
+    for family, which, filling in (
+        ("sd15", "text_encoder", 49407), ("sd2", "text_encoder", 0), ("sdxl", "text_encoder", 49407),
+        ("sdxl", "text_encoder_2", 0),
+    ):  # fmt: skip
+        _, tokenizer = bases.load_text_encoder(bases.open(made[family][1]), torch.float32, CPU, which)
+        ids = tokenizer("a photo of a cat", padding="max_length", max_length=77).input_ids
+        assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [filling] * 70
+
+
+def test_what_a_file_says_of_its_training(made, tmp_path):
+    folder, file = made["sdxl"]
+    assert bases.open(file).prediction_type == "epsilon"
+    marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    base = bases.open(write_file(folder, tmp_path / "v.safetensors", "sdxl", tensors=marks))
+    assert base.prediction_type == "v_prediction"
+    assert float(base.alphas_cumprod()[-1]) == 0
+    folder, file = made["sd2"]
+    assert bases.open(file).prediction_type == "v_prediction"  # the likelier of two that nothing tells apart
+    assert bases.open(file, "epsilon").prediction_type == "epsilon"
+    said = {"modelspec.architecture": "stable-diffusion-v2-512"}
+    assert bases.open(write_file(folder, tmp_path / "e.safetensors", "sd2", **said)).prediction_type == "epsilon"
+    assert float(bases.open(file, zero_terminal_snr=True).alphas_cumprod()[-1]) == 0
+    with pytest.raises(ValueError, match=naming("prediction_type", "v", "auto", "epsilon", "v_prediction")):
+        bases.open(file, "v")
+
+
+def test_a_fingerprint_follows_one_component(made, tmp_path):
+    folder, file = made["sd15"]
+    key = single_file.VAE_PREFIX + "quant_conv.bias"
+    other = bases.open(write_file(folder, tmp_path / "o.safetensors", "sd15", tensors={key: torch.ones(8)}))
+    base = bases.open(file)
+    assert bases.fingerprint(base, "vae") != bases.fingerprint(other, "vae")
+    assert bases.fingerprint(base, "text_encoder") == bases.fingerprint(other, "text_encoder")
+
+
+def test_half_a_checkpoint_is_refused(made, tmp_path):
+    refusals = set()
+    for left_out, named in (
+        ("cond_stage_model.", ("text encoder",)), ("first_stage_model.", ("VAE",)),
+        ("model.diffusion_model.out.", ("sd15", 682, 686)), ("model.diffusion_model.", ()),
+    ):  # fmt: skip
+        file = write_file(made["sd15"][0], tmp_path / "half.safetensors", "sd15", leave_out=left_out)
+        with pytest.raises(ValueError, match=naming("half.safetensors", *named)) as raised:
+            bases.open(file)
+        refusals.add(str(raised.value))
+    assert len(refusals) == 4
+
+
+def test_other_files_are_named_for_what_they_are(made, tmp_path):
+    kinds = set()
+    for key, kind in (
+        ("lora_unet_x.lora_down.weight", "LoRA"), ("double_blocks.0.img.weight", "Flux"),
+        ("conditioner.embedders.0.model.ln_final.weight", "refiner"), ("something", ""),
+        ("down_blocks.0.resnets.0.conv1.weight", "diffusers"),
+    ):  # fmt: skip
+        save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=naming("x.safetensors", kind)) as raised:
+            bases.open(tmp_path / "x.safetensors")
+        kinds.add(str(raised.value))
+    assert len(kinds) == 5
+    wide = {single_file.UNET_PREFIX + "input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}
+    with pytest.raises(ValueError, match=naming("paint.safetensors", 9, 4)):
+        bases.open(write_file(made["sd15"][0], tmp_path / "paint.safetensors", "sd15", tensors=wide))
+    narrow = {single_file.UNET_PREFIX + "out.2.weight": torch.zeros(4, 8, 3, 3)}
+    base = bases.open(write_file(made["sd15"][0], tmp_path / "odd.safetensors", "sd15", tensors=narrow))
+    named = "odd.safetensors", "unet", 1, len(weights(made["sd15"][0], "unet")), "conv_out.weight", "(4, 8, 3, 3)"
+    with pytest.raises(ValueError, match=naming(*named)):
+        bases.load_unet(base, torch.float32, CPU)
+    whole = (tmp_path / "odd.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=naming("cut.safetensors", f"{len(whole) // 2:,}")):
+        bases.open(tmp_path / "cut.safetensors")

@@ -1,0 +1,221 @@
+"""Captions: the forms one is trained in; many edited at once, seen first, written whole and undone to the byte."""
+
+import pytest
+from PIL import Image
+from said import names, naming
+
+from lorakit.dataset import captions
+from lorakit.dataset import folder as folders
+
+
+def test_one_form_where_nothing_is_varied():
+    assert captions.caption_variants("a, b, c", 8) == ("a, b, c",)
+    assert captions.caption_variants("a", 8, shuffle=True) == ("a",)
+    assert captions.caption_variants("a, b", 8, shuffle=True, keep_tokens=2, tag_dropout=0.5) == ("a, b",)
+
+
+def test_shuffling_keeps_every_tag_and_the_first_in_place():
+    forms = captions.caption_variants("sks, red, big, round, old", 16, shuffle=True, keep_tokens=1)
+    assert len(forms) == 16 and len(set(forms)) > 8
+    for form in forms:
+        assert form.startswith("sks, ")
+        assert sorted(captions.tags(form)) == sorted(["sks", "red", "big", "round", "old"])
+
+
+def test_dropout_drops_about_its_share_and_keeps_the_order():
+    forms = captions.caption_variants("sks, a, b, c, d", 400, keep_tokens=1, tag_dropout=0.25)
+    left = [captions.tags(form)[1:] for form in forms]
+    assert 0.2 < 1 - sum(map(len, left)) / 1600 < 0.3
+    assert all(tags == sorted(tags) for tags in left)
+
+
+def test_chance_depends_on_seed_and_words_alone():
+    first = captions.caption_variants("a, b, c, d", 8, shuffle=True, seed=1)
+    assert first == captions.caption_variants("a, b, c, d", 8, shuffle=True, seed=1)
+    assert first != captions.caption_variants("a, b, c, d", 8, shuffle=True, seed=2)
+
+
+def test_the_class_takes_the_triggers_place():
+    assert captions.without_trigger("a photo of sks cat, red", "sks cat", "cat") == "a photo of cat, red"
+    assert captions.without_trigger("a photo of Sks cat, red", "sks", "cat") == "a photo of cat, red"
+    assert captions.without_trigger("art at a party,  by night", "art", "\\x") == "\\x at a party, by night"
+    assert captions.without_trigger("a party,  by night", "art", "cat") == "a party,  by night"
+    assert captions.without_trigger("sks cat", "sks", "") == "cat"
+
+
+# ── Many at once ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_guides_template_is_put_on_once():
+    once = captions.apply_template({"1": "a dog, on grass", "2": "", "3": "a photo of sks"}, trigger="sks")
+    assert once == {"1": "a photo of sks, a dog, on grass", "2": "a photo of sks", "3": "a photo of sks"}
+    assert captions.apply_template(once, trigger="sks") == once
+    assert captions.apply_template({"1": "a dog"}, "{caption}, oil painting")["1"] == "a dog, oil painting"
+    assert captions.apply_template({"1": "a {dog}"}, "{trigger}", "sks")["1"] == "sks"
+
+
+@pytest.mark.parametrize("form, wrong", [("{subject}, {caption}", "subject"), ("{trigger}, {caption}", "trigger")])
+def test_a_form_that_cannot_be_filled_is_refused(form, wrong):
+    with pytest.raises(ValueError, match=naming(repr(form))) as caught:
+        captions.apply_template({"1": "a dog"}, form)
+    assert names(str(caught.value).replace(form, ""), wrong)
+
+
+def test_plain_text_is_replaced_as_it_stands():
+    assert captions.replace_text({"1": r"a (dog) [x] \1"}, "(dog) [x]", r"cat\1") == {"1": r"a cat\1 \1"}
+    assert captions.replace_text({"1": "Dog dog"}, "dog", "cat") == {"1": "Dog cat"}
+
+
+def test_patterns_may_name_groups():
+    assert captions.replace_text({"1": "red car, blue car"}, r"(\w+) car", r"car in \1", regex=True)["1"] == (
+        "car in red, car in blue"
+    )
+
+
+@pytest.mark.parametrize("find, by", [("a(", "b"), ("a", r"\1"), ("a", r"\g<x>"), ("", "b")])
+def test_a_broken_pattern_is_explained(find, by):
+    with pytest.raises(ValueError) as caught:
+        captions.replace_text({"1": "a"}, find, by, regex=True)
+    assert not find or names(str(caught.value), repr(find), repr(by))
+
+
+def test_tags_are_edited_behind_those_that_are_kept():
+    before = {"1": "Sks, long_hair, ^_^, Hat, long hair, grass", "2": "sks"}
+    after = captions.retag(before, keep=1, spaces=True, lower=True, remove=["SKS", "hat"], add=["photo"], unique=True)
+    assert after == {"1": "sks, long hair, ^_^, grass, photo", "2": "sks, photo"}
+    assert captions.retag({"1": "sks, b, A, c"}, keep=1, sort=True) == {"1": "sks, A, b, c"}
+
+
+def test_the_preview_shows_what_changes_alone():
+    before = {"1": "a dog", "2": "a cat", "3": "a dog"}
+    found = captions.changes(before, captions.replace_text(before, "dog", "wolf"))
+    assert [change.name for change in found] == ["1", "3"]
+    title, *lines, last = captions.preview(found, most=1).splitlines()
+    assert names(title, 2) and lines == ["1", "  - a dog", "  + a wolf"] and names(last, 1)
+    assert names(captions.preview([]), 0)
+
+
+# ── Written and undone ──────────────────────────────────────────────────────────────────────────────────────────────
+
+ODD = {
+    "crlf.txt": b"a dog,\r\non grass\r\n",
+    "bom.txt": b"\xef\xbb\xbfa dog",
+    "wide.txt": "a dög".encode("utf-16"),
+    "west.txt": "a dög".encode("cp1252"),
+    "blank.txt": b"",
+    "other.caption": b"a dog",
+}
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Captions in every encoding, of pictures in a subfolder; one picture has none."""
+    folder = tmp_path / "set" / "5_dog"
+    folder.mkdir(parents=True)
+    for name, raw in ODD.items():
+        (folder / name).write_bytes(raw)
+    for name in [*ODD, "none.txt"]:
+        Image.new("RGB", (8, 8), tuple(name.encode()[:3])).save((folder / name).with_suffix(".png"))
+    return tmp_path / "set"
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.rglob("*.*") if file.suffix != ".png"}
+
+
+def test_an_edit_is_undone_to_the_byte(odd):
+    before, pictures = contents(odd), folders.scan(odd)
+    old = captions.captions_of(pictures)
+    assert old["5_dog/crlf.png"] == "a dog, on grass" and old["5_dog/wide.png"] == "a dög" == old["5_dog/west.png"]
+    new = captions.apply_template(old, trigger="sks")
+    written = captions.write_captions(captions.changes(old, new), odd)
+    assert sorted(path.name for path in written) == sorted([*ODD, "none.txt"])
+    assert captions.captions_of(folders.scan(odd)) == new
+    assert not [name for name in contents(odd) if name not in {path.name for path in written}]
+    assert sorted(captions.undo_captions(odd)) == sorted(written)
+    assert contents(odd) == before
+    with pytest.raises(ValueError, match=naming("set")):
+        captions.undo_captions(odd)
+
+
+def test_edits_are_undone_one_by_one_and_those_of_one_name_together(odd):
+    states, pictures = [contents(odd)], ["5_dog/crlf.png", "5_dog/bom.png", "5_dog/none.png"]
+    for edit, batches in (("a", [pictures]), ("b", [pictures[:1], pictures[1:]])):
+        for some in batches:
+            old = captions.captions_of(folders.scan(odd))
+            captions.write_captions(
+                [captions.Change(name, old[name], f"{edit}, {old[name]}") for name in some], odd, edit=edit
+            )
+        states.append(contents(odd))
+    captions.undo_captions(odd)
+    assert contents(odd) == states[1]
+    captions.undo_captions(odd)
+    assert contents(odd) == states[0]
+
+
+def test_a_hand_edit_is_neither_overwritten_nor_undone(odd):
+    old = captions.captions_of(folders.scan(odd))
+    found = captions.changes(old, captions.apply_template(old, trigger="sks"))
+    (odd / "5_dog" / "bom.txt").write_text("by hand", encoding="utf-8")
+    before = contents(odd)
+    with pytest.raises(ValueError, match=naming("5_dog/bom.png")):
+        captions.write_captions(found, odd)
+    assert contents(odd) == before
+    captions.write_captions([change for change in found if "bom" not in change.name], odd)
+    (odd / "5_dog" / "none.txt").write_text("by hand", encoding="utf-8")
+    before = contents(odd)
+    with pytest.raises(ValueError, match=naming("none.txt")):
+        captions.undo_captions(odd)
+    assert contents(odd) == before
+
+
+def test_captions_of_which_the_first_line_counts_are_no_hand_edits(odd):
+    old = captions.captions_of(folders.scan(odd, first_line=True))
+    captions.write_captions([captions.Change("5_dog/crlf.png", old["5_dog/crlf.png"], "a cat")], odd)
+    assert old["5_dog/crlf.png"] == "a dog," and contents(odd)["crlf.txt"] == b"a cat\n"
+
+
+def test_captions_are_written_all_or_none(odd, monkeypatch):
+    old, before = captions.captions_of(folders.scan(odd)), contents(odd)
+    found, put, calls = captions.changes(old, captions.apply_template(old, trigger="sks")), captions._put, []
+
+    def full(path, raw):
+        calls.append(path)
+        if len(calls) == 4:
+            raise OSError(28, "no space left")
+        put(path, raw)
+
+    monkeypatch.setattr(captions, "_put", full)
+    with pytest.raises(OSError, match="no space"):
+        captions.write_captions(found, odd)
+    assert contents(odd) == before
+    with pytest.raises(ValueError, match=naming("set")):
+        captions.undo_captions(odd)
+
+
+def test_another_folder_and_another_history_leave_the_pictures_alone(odd, tmp_path):
+    old, before = captions.captions_of(folders.scan(odd)), contents(odd)
+    found = captions.changes(old, captions.apply_template(old, trigger="sks"))
+    history = tmp_path / "drive" / "history.jsonl"
+    captions.write_captions(found, odd, into=tmp_path / "out", history=history)
+    assert contents(odd) == before and history.is_file()
+    assert (tmp_path / "out" / "5_dog" / "none.txt").read_text() == "a photo of sks, dog\n"
+    captions.undo_captions(odd, history=history)
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_torn_line_of_a_history_is_passed_over(odd):
+    captions.write_captions([captions.Change("5_dog/none.png", "", "a dog")], odd)
+    with captions._history(odd).open("a") as stream:
+        stream.write('{"edit": "cut sh')
+    captions.undo_captions(odd)
+    assert not (odd / "5_dog" / "none.txt").exists()
+
+
+def test_the_caption_file_that_is_there_is_used(tmp_path):
+    for name in ("a.TXT", "b.caption", "e\u0301.txt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    found = captions.caption_files(["a.png", "b.png", "\u00e9.png", "new.jpg"], tmp_path)
+    assert [path.name for path in found.values()] == ["a.TXT", "b.caption", "e\u0301.txt", "new.txt"]
+    with pytest.raises(ValueError, match=naming("a.png", "a.jpg", "a.TXT")):
+        captions.caption_files(["a.png", "a.jpg"], tmp_path)

@@ -1,0 +1,387 @@
+"""The checklist, filled in: what is asked, what is concluded, and what the page holds."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from html import escape
+
+import numpy as np
+import pytest
+from PIL import Image
+from said import QUIET, line, names, naming
+
+from lorakit.adapter.lora import FAMILIES
+from lorakit.evaluate import checklist
+from lorakit.evaluate import pictures as pictures_module
+from lorakit.evaluate import vision as vision_module
+from lorakit.evaluate.checklist import CURES, LIMITS, Mark, diagnose, lines, recommend
+from lorakit.run import finish, run, run_folder
+from lorakit.sample import sampler
+
+GOOD = {
+    "gain": 0.8, "hits": 1.0, "chance": 0.001, "unevenness": 0.1, "adherence": 0.95, "variety": 0.95, "copied": 0.0,
+    "gap": 0.02, "shift": 0.1, "clipped": 0.0, "residue": 1.1, "broken": 0.0, "rises": 1.0, "holds": 1.0, "leak": 0.2,
+    "unrelated": 0.2, "called": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_eyes(tmp_path_factory):
+    """A folder of a small model that sees and reads, of transformers' own classes, with random weights."""
+    import torch
+    from conftest import TOKENIZER
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTokenizer,
+        ConvNextConfig,
+        VisionTextDualEncoderConfig,
+        VisionTextDualEncoderModel,
+    )
+
+    folder, tokenizer = tmp_path_factory.mktemp("eyes"), CLIPTokenizer.from_pretrained(TOKENIZER)
+    vision = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32, hidden_size=16)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = VisionTextDualEncoderConfig(vision_config=vision.to_dict(), text_config=text.to_dict())
+        VisionTextDualEncoderModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {"size": {"shortest_edge": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    return folder
+
+
+# ── Eyes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pictures_and_texts_become_unit_vectors_whatever_the_batch(small_eyes):
+    seeing = vision_module.open(str(small_eyes))
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (40, 30 + i, 3), np.uint8)) for i in range(18)]
+    seen = seeing.see(pictures)
+    assert seen.shape == (18, 512) and np.allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-5)
+    assert np.allclose(seen[17], seeing.see(pictures[17:])[0], atol=1e-5)
+    read = seeing.read(["a dog", "a cat and a dog", "x " * 200])
+    assert read.shape == (3, 512) and seeing.reads
+    assert np.allclose(read[0], seeing.read(["a dog"])[0], atol=1e-4)
+
+
+def test_what_does_not_see_is_refused_in_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match=naming("blind", *vision_module.MODELS)):
+        vision_module.open("blind")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=naming(tmp_path.name, ".safetensors")):
+        vision_module.open(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=naming(tmp_path.name, "config.json", *vision_module.MODELS)):
+        vision_module.open(str(tmp_path))
+
+
+def test_the_embedded_base_has_eyes_that_know_its_subjects_in_a_style_they_never_saw():
+    from lorakit import demo
+
+    files = sorted(demo.PICTURES.rglob("*.png"))
+    names = [file.stem.replace("-", " ") for file in files]
+    seeing = vision_module.open("demo")
+    seen, read = seeing.see([Image.open(file) for file in files]), seeing.read(names)
+    assert seen.shape == read.shape and np.allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-5)
+    right = ((seen @ read.T).argmax(1) == np.arange(len(files))).mean()
+    assert right > 0.9, f"{right:.0%} of {len(files)}"
+    styled = seeing.read([f"{style} style, {name}" for style in ("noto", "ink") for name in names])
+    by_style = styled.reshape(2, len(names), -1).mean(1)
+    assert by_style[0] @ by_style[1] / np.prod(np.linalg.norm(by_style, axis=1)) < 0.9  # styles are words, too
+
+
+# ── What is concluded ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("figures", "fault"),
+    [
+        ({}, None),
+        ({"gain": 0.2}, "undertrained"),
+        ({"gain": 0.02}, "undertrained"),
+        ({"hits": 0.3, "leak": 0.9}, "undertrained"),
+        ({"gain": 0.05, "called": 0.0}, "wrong trigger"),
+        ({"copied": 0.5}, "overfitted"),
+        ({"adherence": 0.3}, "overfitted"),
+        ({"adherence": 0.03, "gain": -0.2}, "learning rate"),
+        ({"shift": 60.0, "adherence": 0.3}, "learning rate"),
+        ({"broken": 0.5}, "learning rate"),
+        ({"leak": 0.95}, "leaking"),
+        ({"unrelated": 0.9}, "leaking"),
+    ],
+)
+def test_each_fault_is_told_by_its_figures(figures, fault):
+    found = diagnose(GOOD | figures)
+    assert (found[0] if found else None) == fault
+    assert fault is None or fault in CURES
+
+
+def test_what_was_not_measured_accuses_nobody():
+    assert diagnose({}) == ()
+    assert {row.verdict for row in lines({}, ())} == {"not measured"}
+
+
+def test_a_bad_line_names_the_cure_of_the_guide():
+    rows = lines(GOOD | {"copied": 0.5, "shift": 99.0}, ("learning rate",))
+    bad = [row for row in rows if row.verdict == "bad"]
+    assert len(bad) == 2 and {row.cure for row in bad} == {CURES["overfitted"], CURES["learning rate"]}
+    assert all(row.cure == "" for row in rows if row.verdict != "bad")
+    wrong = lines(GOOD | {"gain": 0.05}, ("wrong trigger",))[0]
+    assert wrong.verdict == "bad" and wrong.cure == CURES["wrong trigger"]
+    assert set(LIMITS) == {row[0] for row in checklist.ROWS}
+
+
+def test_the_checkpoint_to_keep_is_like_and_obedient():
+    mark = lambda step, gain, adherence, loss=None: Mark(f"step {step}", step, loss, gain, adherence)  # noqa: E731
+    marks = [mark(100, 0.4, 1.0), mark(200, 0.79, 1.0), mark(300, 0.9, 0.95), mark(400, 2.4, 0.8), mark(500, 3.0, 0.5)]
+    label, why = recommend(marks)
+    assert label == "step 300" and "0.90" in why  # to be more like them than they are to each other is no merit
+    assert recommend([mark(100, 1.1, 1.0), mark(200, 1.2, 1.1)])[0] == "step 200"
+    assert recommend([]) == (None, "") and recommend([mark(100, None, None)]) == (None, "")
+    label, why = recommend([mark(100, 0.9, 0.1), mark(200, -0.1, 1.0)])
+    assert label is None and why
+
+
+# ── Whole ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def trained(small_bases, tmp_path_factory):
+    from lorakit.config import Config
+
+    folder = tmp_path_factory.mktemp("report")
+    pictures = folder / "pictures" / "2_sks thing"
+    pictures.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(6):
+        Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"a photo of sks thing, number {number}")
+    config = Config(
+        base=str(small_bases["sd15"]), dataset=str(pictures.parent), name="thing", trigger="sks", kind="object",
+        resolution=32, bucket_step=8, rank=4, alpha=2, batch_size=2, steps=6, learning_rate=1e-3, save_every=2,
+        sample_every=100, sample_prompts=("sks thing",), sample_steps=2, validation_share=0.2, validate_every=2,
+        device="cpu", mixed_precision="no",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "draw", lambda *_: None)
+        return run.start(config, folder / "run", **QUIET).folder
+
+
+@pytest.fixture(scope="module")
+def pictured(trained) -> pictures_module.Made:
+    """The pictures that `report` makes of that run."""
+    return pictures_module.make_pictures(trained, contexts=["on grass", "in snow"], say=lambda _: None)
+
+
+@pytest.fixture
+def made_already(pictured, monkeypatch):
+    """`report` makes no pictures anew: the test is about how they are judged."""
+    monkeypatch.setattr(pictures_module, "make_pictures", lambda *_, **__: pictured)
+
+
+def verdicts(made: checklist.Report) -> dict[str, str]:
+    """The verdict on each figure."""
+    return {row[0]: told.verdict for row, told in zip(checklist.ROWS, made.lines, strict=True)}
+
+
+@pytest.fixture
+def telling(monkeypatch):
+    """What models with random weights say counts."""
+    monkeypatch.setattr(checklist, "NO_WAY", -1)
+    monkeypatch.setattr(checklist, "DEAF_BASE", -1)
+
+
+@pytest.mark.usefixtures("made_already")
+def test_what_the_eyes_cannot_tell_is_left_open(trained, small_eyes, monkeypatch):
+    monkeypatch.setattr(checklist, "NO_WAY", 9)
+    monkeypatch.setattr(checklist, "DEAF_BASE", 9)
+    made = checklist.report(trained, see=str(small_eyes), say=lambda _: None)
+    assert len(made.missing) == 2 and all(escape(text) in made.html() for text in made.missing)
+    assert {verdicts(made)[figure] for figure in ("gain", "hits", "adherence")} == {"not measured"}
+    assert made.recommended == f"step {int(run_folder.best_checkpoint(trained)[0].stem[5:])}"  # by validation loss
+    assert not {"undertrained", "leaking"} & set(made.faults)
+
+
+def test_a_run_is_judged_and_the_page_holds_all(trained, small_eyes, telling):
+    said, known = [], {}
+    how = {"see": str(small_eyes), "contexts": ["on grass", "in snow", "at night"], "known": known, "say": said.append}
+    made = checklist.report(trained, **how)
+    assert made.made == 3 * 5 + (3 + 3 + 4) * 2 + 3 * 2  # the last checkpoint is the one at all strengths
+    assert {row.verdict for row in made.lines} <= {"good", "doubtful", "bad"} and len(made.lines) == 16
+    assert made.prompts[0] == "a photo of sks thing, on grass" and len(made.rows) == 3 and len(made.rows[0]) == 5
+    assert [mark.step for mark in made.marks] == [2, 4, 6] and made.why
+    assert (made.recommended, made.why) == recommend(made.marks)
+    assert all(mark.validation_loss and mark.gain is not None for mark in made.marks)
+    page, facts = checklist.save_report(made, trained)
+    text = page.read_text("utf-8")
+    assert text.count("data:image/jpeg") >= 15 and not re.search(r'(src|href)="(?!data:)', text)
+    assert str(trained.parent) not in text and text.count("<polyline") == 3  # the checkpoints' curves
+    assert all(escape(row.what) in text and row.told in text for row in made.lines)
+    told = json.loads(facts.read_text("utf-8"))
+    assert told["recommended"] == made.recommended and len(told["lines"]) == 16
+    assert str(trained.parent) not in facts.read_text("utf-8")
+    assert line(made.describe().splitlines(), *filter(None, [made.recommended, made.why]))
+    assert checklist.report(trained, **how).facts() == made.facts()  # the bare base's pictures are made once
+    first, second = said
+    assert names(first, made.made, 3, 5) and names(second, made.made - 13, 3, 5) and len(known) == 13
+
+
+@pytest.mark.usefixtures("made_already")
+def test_without_eyes_the_rest_is_measured_and_what_lacks_is_told(trained):
+    made = checklist.report(trained, see=None, say=lambda _: None)
+    told = verdicts(made)
+    assert {told[figure] for figure in ("gain", "hits", "chance")} == {"not measured"}
+    assert "not measured" not in {
+        told[figure] for figure in (*checklist.ARTIFACTS, "leak", "unrelated", "rises", "holds")
+    }
+    assert len(made.missing) == 1 and escape(made.missing[0]) in made.html()
+    best = run_folder.best_checkpoint(trained)  # by validation loss
+    assert made.recommended == f"step {int(best[0].stem[5:])}" and made.why == str(best[1])
+
+
+def test_a_phrase_is_what_captions_share_and_not_a_whole_caption():
+    sentences = [f"a photo of sks man sitting on bench {number}" for number in range(6)]
+    assert pictures_module._phrase(sentences, "sks") == "sks"
+    assert (
+        pictures_module._phrase([f"a photo of sks man, on bench {n}" for n in range(6)], "sks") == "a photo of sks man"
+    )
+    assert pictures_module._phrase([], "sks") == "sks" and pictures_module._phrase(["a cat"], "") == ""
+
+
+def test_a_checkpoint_that_is_damaged_is_left_out_and_one_of_another_family_is_refused(trained, small_bases, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    first = folder / "checkpoints" / "step-000002.safetensors"
+    first.write_bytes(first.read_bytes()[:-7] + b"damaged")
+    said = []
+    made = checklist.report(folder, see=None, contexts=["on grass"], say=said.append)
+    assert [mark.step for mark in made.marks] == [4, 6] and line(said, "step-000002.safetensors")
+    with pytest.raises(ValueError, match=naming("sdxl", "step-000006.safetensors", FAMILIES["sd15"], FAMILIES["sdxl"])):
+        checklist.report(folder, base=str(small_bases["sdxl"]), see=None, contexts=["on grass"], say=said.append)
+
+
+@pytest.mark.usefixtures("made_already")
+def test_a_hub_out_of_reach_is_told_and_ends_nothing(trained, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = []
+    made = checklist.report(trained, say=said.append)
+    assert line(said, vision_module.MODELS["clip"][0]) and len(made.missing) == 1
+    assert verdicts(made)["gain"] == verdicts(made)["adherence"] == "not measured"
+
+
+def test_a_file_is_judged_without_its_run(trained, small_bases, small_eyes, tmp_path):
+    made = checklist.report(
+        shutil.copy(trained / "thing.safetensors", tmp_path), base=str(small_bases["sd15"]), see=str(small_eyes),
+        steps=2, device="cpu", contexts=["on grass", "in snow"], say=lambda _: None,
+    )  # fmt: skip
+    assert made.trigger == "sks" and made.marks == () and made.recommended is None
+    assert verdicts(made)["gain"] == "not measured" and line(made.missing, pictures_module.FEWEST)
+
+
+def test_a_lora_without_a_trigger_is_not_called_leaking(trained, small_eyes):
+    """What is asked with the trigger and without it would be the same."""
+    asked = pictures_module.Asked.of(None, "", "style", ["a cat", "a dog"], False)
+    assert asked.prompts == ["a cat", "a dog"] and asked.bare == asked.unrelated == [] and len(asked.rows(7)) == 4
+    from lorakit import config as configs
+    from lorakit.adapter import read as read_module
+    from lorakit.adapter import write
+
+    config = configs.load(trained / "config.json")
+    file = trained.parent / "plain.safetensors"
+    lora = read_module.load(trained / "thing.safetensors")
+    write.save(replace(lora, metadata={k: v for k, v in lora.metadata.items() if "trigger" not in k}), file)
+    made = checklist.report(
+        file, base=config.base, see=str(small_eyes), steps=2, device="cpu", contexts=["on grass", "in snow"],
+        say=lambda _: None,
+    )  # fmt: skip
+    assert made.trigger == "" and line(made.missing, "trigger")
+    assert verdicts(made)["leak"] == verdicts(made)["unrelated"] == "not measured"
+    assert "leaking" not in made.faults and made.untriggered == () and made.html().count("<img") == 2 * 5
+
+
+def test_a_trigger_is_found_as_a_word_and_exchanged_for_the_class(tmp_path):
+    from lorakit.dataset import folder as folders
+
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("ink woman drinking at a party, sunny")
+    pictures = folders.scan(tmp_path)
+    asked = pictures_module.Asked.of(pictures, "ink woman", "character", ["on a beach"], False, "woman")
+    assert asked.prompts == ["ink woman drinking at a party, on a beach"]
+    assert asked.bare == ["woman drinking at a party, on a beach"]
+    bare = lambda class_word: pictures_module.Asked.of(pictures, "ink", "object", ["a"], False, class_word).bare  # noqa: E731
+    assert bare("woman") == ["woman drinking at a party, a"]  # where the class is said already
+    assert bare("\\pen") == ["\\\\pen woman drinking at a party, a"]
+    assert pictures_module._phrase(["一张sks人的照片"], "sks") == "一张sks人的照片"
+    assert (
+        pictures_module._phrase([picture.caption for picture in pictures.pictures], "art") == "art"
+    )  # not that of "party"
+
+
+def test_a_report_says_what_is_wrong_before_it_makes_pictures(trained, monkeypatch):
+    monkeypatch.setattr(sampler, "stream", lambda *_, **__: pytest.fail("it made pictures"))
+    with pytest.raises(FileNotFoundError, match=naming("clipp", *vision_module.MODELS)):
+        checklist.report(trained, see="clipp")
+    with pytest.raises(ValueError, match=naming("person", *pictures_module.CONTEXTS)):
+        checklist.report(trained, kind="person", see=None)
+
+
+def test_a_run_whose_pictures_are_gone_is_judged_by_what_is_left(trained, tmp_path):
+    from lorakit import config as configs
+
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    gone = configs.load(folder / "config.json").with_(dataset=str(tmp_path / "gone"), mixed_precision="fp16")
+    (folder / "config.json").write_text(gone.to_json())  # in half precision, too, which a CPU does not train in
+    said = []
+    how = {"see": None, "contexts": ["on grass"], "say": said.append}
+    made = checklist.report(folder, **how)
+    assert line(said, str(tmp_path / "gone")) and len(made.missing) == 3 and len(made.marks) == 3
+    assert all(escape(text) in made.html() for text in made.missing) and str(tmp_path) not in made.html()
+    newest = folder / "checkpoints" / "step-000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7] + b"damaged")
+    assert [mark.step for mark in checklist.report(folder, **how).marks] == [2, 4]
+    shutil.rmtree(folder / "checkpoints")  # the finished file is left
+    assert checklist.report(folder, **how).marks == ()
+
+
+def test_a_checkpoint_is_judged_with_the_settings_of_its_run(trained, small_eyes, telling, monkeypatch):
+    monkeypatch.chdir(trained / "checkpoints")
+    made = checklist.report("step-000004.safetensors", see=str(small_eyes), contexts=["on grass"], say=lambda _: None)
+    assert (made.name, made.kind, made.trigger) == ("thing-step-000004", "object", "sks") and made.marks == ()
+    assert made.lines[0].verdict != "not measured"  # its run's pictures
+    page, facts = checklist.save_report(made, trained, "thing-step-000004.report")
+    assert page.name == "thing-step-000004.report.html" and facts.is_file()
+
+
+@pytest.mark.usefixtures("made_already")
+def test_bad_lines_without_a_fault_are_told_with_their_cure(trained, small_eyes):
+    made = checklist.report(trained, see=str(small_eyes), say=lambda _: None)
+    bad = replace(made, faults=(), lines=lines(GOOD | {"gap": 1.5}, ()))
+    good = replace(bad, lines=lines(GOOD, ()))
+    assert names(bad.verdict, 1, 16) and not re.search(r"\d", good.verdict)
+    assert CURES["overfitted"] in bad.html() and CURES["overfitted"] not in good.html()
+    told = bad.html()
+    assert told.count("<img") >= 2 * 5 + (2 + 4) * 2 + 2 * 3
+
+
+def test_a_loss_that_is_no_number_reaches_no_report(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    log = folder / "log.jsonl"
+    log.write_text(re.sub(r'("overfit_gap"|"validation_loss"): [\d.e-]+', r"\1: NaN", log.read_text()))
+    made = checklist.report(folder, see=None, contexts=["on grass"], say=lambda _: None)
+    assert all(mark.validation_loss is None for mark in made.marks) and "NaN" not in json.dumps(made.facts())
+
+
+def test_leaking_is_no_fault_where_likeness_was_not_measured():
+    blind = {name: value for name, value in GOOD.items() if name not in ("gain", "hits", "chance")}
+    assert diagnose(blind | {"leak": 0.95}) == ()
+    (told,) = (row for row in lines({"leak": 0.9}, (), {"leak": ("change", "by pixels")}) if row.figure)
+    assert told.verdict == "bad" and (told.what, told.method) == ("change", "by pixels")
