@@ -6,9 +6,9 @@
 #   bash colab_setup.sh test [...]   … then lint and test (options: pytest --help)
 #   bash colab_setup.sh test --all   … in browsers and on Colab's versions too, with coverage
 #
-# What the host ships stays as it is: pip is told to keep every package that is there at its version. Only a package
+# What the host ships stays as it is: pip keeps every installed package at its version. Only a package
 # older than lorakit can use is replaced, never torch, and a torchao that peft refuses is removed. Where the host has
-# no torch to offer, everything goes into .venv beside this file. LORAKIT_PYTHON names the Python to install into
+# no torch to offer, everything goes into .venv next to this file. LORAKIT_PYTHON names the Python to install into
 # instead: a notebook gives its kernel's.
 #
 # Run without its checkout (as Vast.ai's PROVISIONING_SCRIPT is), it clones $LORAKIT_REPOSITORY first.
@@ -98,7 +98,7 @@ make_venv() {
 
 # Sets missing (how many requirements besides torch), torch (its version, none or old:VERSION), torchao (the version
 # that peft refuses, or none), package (ok, or missing where Python does not find this lorakit) and release (Python's).
-# Writes into $work: missing.txt for pip, host.txt (what pip must leave alone), tested.txt (the same and, for all that
+# Writes into $work: missing.txt for pip, host.txt (what pip must not change), tested.txt (the same and, for all that
 # is not there yet, the versions lorakit was tested with) and installed.txt.
 look() {
     # shellcheck disable=SC2086 # extras is a list of words
@@ -276,7 +276,7 @@ set_up() {
     # For 8-bit optimizers; lorakit runs without.
     if [[ -n $nvidia ]] && ! "$python" -c 'import importlib.metadata as m; m.version("bitsandbytes")' 2>"$work/log"; then
         look
-        add "bitsandbytes>=0.45" || did+=("went on without bitsandbytes, which could not be installed")
+        add "bitsandbytes>=0.45" || did+=("continued without bitsandbytes, which could not be installed")
     fi
     if [[ $package != ok ]]; then
         # Colab's kernel already runs: it finds a copy, but not an editable install, which is read at the start.
@@ -320,6 +320,7 @@ run_tests() {
     fi
     "$python" -m ruff check . || failed="ruff check"
     "$python" -m ruff format --check . || failed="${failed:+$failed, }ruff format"
+    "$python" -m mypy --cache-dir "$work/mypy" || failed="${failed:+$failed, }mypy"
     "$python" -m pytest -q --numprocesses logical --maxprocesses 4 --dist worksteal ${more[@]+"${more[@]}"} "$@" ||
         failed="${failed:+$failed, }pytest"
     [[ -z $failed ]] || die "failed: $failed"
@@ -341,7 +342,7 @@ main() {
     if [[ ! -f $root/lorakit/__init__.py ]]; then
         root=${WORKSPACE:-$PWD}/lorakit
         if [[ ! -f $root/colab_setup.sh ]]; then
-            [[ -n ${LORAKIT_REPOSITORY:-} ]] || die "there is no lorakit beside this file, nor in $root." \
+            [[ -n ${LORAKIT_REPOSITORY:-} ]] || die "there is no lorakit next to this file, nor in $root." \
                 "Run it from its checkout, or say where to clone it from: LORAKIT_REPOSITORY=https://…"
             git clone --quiet --depth 1 "$LORAKIT_REPOSITORY" "$root"
         fi

@@ -1,26 +1,34 @@
 """lorakit at a terminal: `python -m lorakit --help`."""
 
+import dataclasses
+import functools
+import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+if TYPE_CHECKING:
+    from lorakit import sample as sampling
+    from lorakit.adapter import Lora
+    from lorakit.device import Compute
+    from lorakit.run import Result
 
 app = typer.Typer(
     help="Train Stable Diffusion LoRAs (SD 1.5, SD 2.x, SDXL).", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
 
-MISSING = 3  # exit status of a run that finished, with something missing
-
-Dtype = Annotated[str, typer.Option(help="fp16, bf16 or fp32")]
-Layout = Annotated[str, typer.Option("--format", help="kohya, peft or diffusers")]
+MISSING = 3  # exit status of a run that finished with something missing
 
 
 def main() -> None:
-    """Run a command; a problem that was foreseen is told in words, without a traceback (LORAKIT_DEBUG=1 shows it)."""
+    """Run a command; an expected error prints its message only (LORAKIT_DEBUG=1 shows the traceback)."""
     try:
         app()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -33,23 +41,115 @@ def main() -> None:
         sys.exit(130)
 
 
-@app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for the run")] = Path("runs/demo")) -> None:
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function a command; a parameter that is a dataclass becomes one option for each of its fields."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in groups:
+            options = get_type_hints(groups[name], include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    field.name, parameter.KEYWORD_ONLY, annotation=options[field.name], default=field.default
+                )
+                for field in dataclasses.fields(groups[name])
+            ]
+        else:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    @functools.wraps(function)
+    def call(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+        function(**values)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return app.command()(call)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+# ── Options that commands share ─────────────────────────────────────────────────────────────────────────────────────
+
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for other programs")]
+BaseName = Annotated[str, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")]
+Kind = Annotated[str, typer.Option("--type", help="character, style, object or clothing")]
+Trigger = Annotated[str, typer.Option(help="the trigger word")]
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """How pictures are made."""
+
+    prediction_type: Annotated[str, typer.Option(help="auto, epsilon or v_prediction")] = "auto"
+    negative: Annotated[str, typer.Option(help="negative prompt")] = ""
+    seed: Annotated[int, typer.Option(min=0, help="of the first picture; the next ones count up")] = 0
+    width: Annotated[int | None, typer.Option(help="pixels; the base's own by default")] = None
+    height: Annotated[int | None, typer.Option(help="pixels; the base's own by default")] = None
+    steps: int = 25
+    guidance: float = 7.0
+    scheduler: Annotated[str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc or lcm")] = (
+        "dpm++_2m_karras"
+    )
+    clip_skip: Annotated[int, typer.Option(min=1, max=4, help="as the LoRA was trained; 2 is usual for anime")] = 1
+
+    def open(self, base: str) -> tuple[Any, "sampling.Sampling"]:
+        """The base, and the settings of the sampler."""
+        from lorakit import base as bases
+        from lorakit.sample import Sampling
+
+        opened = bases.open(base, self.prediction_type)
+        size = (self.height or opened.resolution, self.width or opened.resolution)
+        return opened, Sampling(
+            self.negative, self.steps, self.guidance, self.scheduler, size, self.clip_skip, self.seed
+        )
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How a LoRA file is written."""
+
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; of a merged base its own, else fp16")] = None
+    layout: Annotated[str, typer.Option("--format", help="kohya, peft or diffusers")] = "kohya"
+
+    def write(self, lora: "Lora", out: Path, text: str) -> None:
+        """Write a LoRA, read it back and print the proof."""
+        from lorakit import adapter
+
+        adapter.save(lora, out, dtype=adapter.dtype_of(self.dtype or "fp16"), layout=self.layout)
+        print(text)
+        print(f"proof     read back: {adapter.prove(out, lora, layout=self.layout).describe()}")
+
+
+# ── Train ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@command
+def demo(out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/demo")) -> None:
     """Teach the embedded base a new style from 30 pictures, and show that it learned."""
     from lorakit.demo import config
     from lorakit.run import start
 
-    finish(start(config(), out))
+    _finish(start(config(), out))
 
 
-@app.command()
+@command
 def train(
     config: Annotated[Path, typer.Argument(help="JSON file with the settings; `preset` writes one")],
-    out: Annotated[Path | None, typer.Option(help="folder for the run; runs/NAME when left out")] = None,
-    fork: Annotated[Path | None, typer.Option(help="begin where the run in this folder is")] = None,
-    backup: Annotated[str | None, typer.Option(help="second place: a folder, or hub:owner/name")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME by default")] = None,
+    fork: Annotated[
+        Path | None, typer.Option(help="start from the newest checkpoint of the run in this folder")
+    ] = None,
+    backup: Annotated[str | None, typer.Option(help="where to keep copies: a folder, or hub:owner/name")] = None,
 ) -> None:
-    """Train a LoRA, or go on with a run that was cut.
+    """Train a LoRA, or resume a run that was cut.
 
     Exit status: 0 finished, 3 finished with something missing, 130 stopped, 1 an error.
     """
@@ -59,11 +159,11 @@ def train(
     settings = configs.load(config)
     if backup is not None:
         settings = settings.with_(backup=backup)
-    finish(start(settings, out or Path("runs") / settings.name, fork=fork))
+    _finish(start(settings, out or Path("runs") / settings.name, fork=fork))
 
 
-def finish(result) -> None:
-    """Print where the file is; exit with 3 where something else is missing, with 130 where the run was stopped."""
+def _finish(result: "Result") -> None:
+    """Print the path of the file; exit with 3 when something is missing, with 130 when the run was stopped."""
     if result.lora:
         print(f"done      {result.lora}" + ", with what is missing above" * bool(result.missing))
         sys.exit(MISSING if result.missing else 0)
@@ -71,93 +171,22 @@ def finish(result) -> None:
         sys.exit(130)
 
 
-@app.command()
-def caption(
-    what: Annotated[str, typer.Argument(help="audit, draft, template, replace or undo")],
-    dataset: Annotated[str, typer.Argument(help="folder with the pictures")],
-    words: Annotated[list[str] | None, typer.Argument(help="template: FORM; replace: FIND NEW")] = None,
-    trigger: Annotated[str, typer.Option(help="the word that calls the LoRA up")] = "",
-    kind: Annotated[str, typer.Option("--type", help="of audit: character, style, object or clothing")] = "character",
-    model: Annotated[
-        str, typer.Option(help="of draft: blip, blip-large, blip2, florence2, smolvlm, qwen3-vl, wd14, folder, hub id")
-    ] = "blip",
-    regex: Annotated[bool, typer.Option(help="FIND is a pattern, and NEW may name its groups")] = False,
-    overwrite: Annotated[bool, typer.Option(help="draft for captions written by hand as well")] = False,
-    write: Annotated[bool, typer.Option(help="do it; without, it is only shown")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
-) -> None:
-    """Audit captions, draft them, put them into a form, replace text in them; seen first, and undone to the byte."""
-    from lorakit import dataset as datasets
-
-    pictures, words = datasets.scan(dataset), words or []
-    old, root = datasets.captions_of(pictures), pictures.root
-    if what == "undo":
-        print(f"undone    {len(datasets.undo_captions(root))} captions are what they were before the last edit")
-        return
-    if what == "audit":
-        from lorakit.dataset import audit_captions
-
-        audited = audit_captions(pictures, trigger, kind=kind)
-        print(json.dumps(audited.facts(), indent=2, ensure_ascii=False) if as_json else audited.describe())
-        return
-    if what == "draft":
-        from lorakit.dataset import draft_captions
-
-        new = draft_captions(pictures, model, into=root if write else None, overwrite=overwrite)
-    elif what == "template" and len(words) < 2:
-        new = datasets.apply_template(old, *words, trigger=trigger)
-    elif what == "replace" and len(words) == 2:
-        new = datasets.replace_text(old, *words, regex=regex)
-    else:
-        raise ValueError(f"There is no {' '.join([what, *words])!r}: use audit, draft, template, replace or undo.")
-    found = datasets.changes(old, new)
-    if write and what != "draft":  # drafts are written as they are made
-        datasets.write_captions(found, root)
-    if as_json:
-        print(json.dumps({c.name: [c.before, c.after] for c in found}, indent=2, ensure_ascii=False))
-    elif write:
-        print(f"written   {len(found)} captions; `caption undo` takes them back")
-    else:
-        print(datasets.preview(found))
-        print("Nothing is written yet: --write does it.")
-
-
-@app.command()
-def check(
-    dataset: Annotated[str, typer.Argument(help="folder, zip or tar with the pictures")],
-    kind: Annotated[str, typer.Option("--type", help="character, style, object or clothing")] = "character",
-    resolution: Annotated[int, typer.Option(help="training size in pixels")] = 512,
-    trigger: Annotated[str, typer.Option(help="the word that every caption should have")] = "",
-    step: Annotated[int, typer.Option(help="pixels by which bucket sides differ")] = 64,
-    rule: Annotated[str, typer.Option(help="of the buckets: kohya, no_upscale or least_crop")] = "kohya",
-    min_side: Annotated[int | None, typer.Option(help="shortest side of a bucket; half the resolution")] = None,
-    max_side: Annotated[int | None, typer.Option(help="longest side of a bucket; twice the resolution")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
-) -> None:
-    """Check pictures and captions before training: what is left out, what is wrong, and what to do about it."""
-    from lorakit import dataset as datasets
-
-    report = datasets.check_quality(
-        datasets.scan(dataset), kind=kind, resolution=resolution, trigger=trigger, step=step, rule=rule,
-        sides=(min_side, max_side),
-    )  # fmt: skip
-    print(json.dumps(report.facts(), indent=2, ensure_ascii=False) if as_json else report.describe())
-
-
-@app.command()
+@command
 def preset(
-    kind: Annotated[str, typer.Argument(help="character, style, object, clothing, or the name of one of your own")],
-    family: Annotated[str | None, typer.Argument(help="sd15, sd2 or sdxl; sd15, or your own preset's base")] = None,
+    kind: Annotated[
+        str, typer.Argument(help="character, style, object, clothing, or the name of a preset of your own")
+    ],
+    family: Annotated[
+        str | None, typer.Argument(help="sd15, sd2 or sdxl; by default sd15, or your preset's base")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="folder or zip with the pictures")] = "dataset",
-    trigger: Annotated[str, typer.Option(help="the word that calls the LoRA up")] = "",
-    quick: Annotated[
-        bool, typer.Option(help="half the length, with what makes up for it: cosine, LoCon, EVA …")
-    ] = False,
+    trigger: Trigger = "",
+    quick: Annotated[bool, typer.Option(help="half the steps, with cosine, LoCon, EVA … to make up for it")] = False,
     save_from: Annotated[
-        Path | None, typer.Option(help="a run's folder or config file whose settings are kept under the name")
+        Path | None, typer.Option(help="a run's folder or config file: keep its settings under the name")
     ] = None,
 ) -> None:
-    """Print the settings to start from, as JSON: `preset style > style.json`; or keep a run's as one of your own."""
+    """Print settings to start from, as JSON: `preset style > style.json`; or keep a run's as a preset of your own."""
     from lorakit import config as configs
     from lorakit import presets
 
@@ -166,348 +195,382 @@ def preset(
         file = presets.save_preset(kind, settings)
         print(f"kept      {kind} in {file.parent}: {', '.join(presets.kept(kind))}")
         return
-    settings = presets.preset(kind, family).with_(dataset=dataset, trigger=trigger)
+    settings = presets.preset(kind, family, dataset=dataset, trigger=trigger)
     print((presets.quick(settings) if quick else settings).to_json(), end="")
 
 
-@app.command()
+@dataclass(frozen=True)
+class PlanOptions:
+    """Settings to plan with, in place of the config's."""
+
+    resolution: Annotated[int | None, typer.Option(help="pixels; the base's own by default")] = None
+    rank: Annotated[int | None, typer.Option(help="of the adapter")] = None
+    batch_size: Annotated[int | None, typer.Option()] = None
+    steps: Annotated[int | None, typer.Option(help="of the run")] = None
+    quantize: Annotated[str, typer.Option(help="none, nf4 or int8: hold the frozen base in fewer bits")] = "none"
+    checkpointing: Annotated[bool, typer.Option(help="gradient checkpointing from the start")] = False
+    text_encoders: Annotated[bool, typer.Option(help="train the text encoders too")] = False
+
+    def changes(self, settings: Any, own_config: bool) -> dict[str, Any]:
+        """The settings that differ from the config's."""
+        given = {name: getattr(self, name) for name in ("resolution", "rank", "batch_size", "steps")}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if self.quantize != "none":
+            changes["quantize"] = self.quantize
+        if self.checkpointing:
+            changes["gradient_checkpointing"] = True
+        if self.text_encoders:
+            changes["text_encoder_rate"] = settings.text_encoder_rate or settings.learning_rate
+        if self.rank is not None and not own_config:
+            changes["alpha"] = self.rank / 2
+        return changes
+
+
+@command
 def plan(
+    options: PlanOptions,
     base: Annotated[
         str, typer.Option(help="sd15, sd21, sd21-base, sdxl, a diffusers folder, a hub id or 'demo'")
     ] = "sd15",
-    config: Annotated[Path | None, typer.Option(help="JSON file whose settings are planned")] = None,
-    resolution: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
-    rank: Annotated[int | None, typer.Option(help="of the adapter")] = None,
-    batch_size: Annotated[int | None, typer.Option()] = None,
-    steps: Annotated[int | None, typer.Option(help="of the run")] = None,
-    card: Annotated[list[str] | None, typer.Option(help="T4, 3060, 3090, 4090, A100; all when left out")] = None,
-    quantize: Annotated[str, typer.Option(help="none, nf4 or int8: the frozen base in fewer bits")] = "none",
-    checkpointing: Annotated[bool, typer.Option(help="gradient checkpointing from the start")] = False,
-    text_encoders: Annotated[bool, typer.Option(help="train the text encoders too")] = False,
-    methods: Annotated[bool, typer.Option(help="compare DreamBooth and textual inversion of the same base")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    config: Annotated[Path | None, typer.Option(help="JSON file with the settings to plan")] = None,
+    card: Annotated[list[str] | None, typer.Option(help="T4, 3060, 3090, 4090 or A100; all by default")] = None,
+    methods: Annotated[bool, typer.Option(help="compare with DreamBooth and textual inversion")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Predict memory, file size and time for a card, and choose settings that fit; nothing is downloaded."""
+    """Predict memory, file size and time for cards, and choose settings that fit; nothing is downloaded."""
     from lorakit import base as bases
     from lorakit import config as configs
-    from lorakit import plan
+    from lorakit import plan as plans
 
     opened = bases.known(base) if base in (*bases.KNOWN, *bases.KNOWN.values()) else bases.open(base)
-    settings = (
-        configs.load(config)
-        if config
-        else configs.Config(steps=2000, resolution=opened.resolution, bucket_step=min(64, opened.resolution))
-    )
-    asked = {"resolution": resolution, "rank": rank, "batch_size": batch_size, "steps": steps}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    if quantize != "none":
-        asked["quantize"] = quantize
-    if checkpointing:
-        asked["gradient_checkpointing"] = True
-    if text_encoders:
-        asked["text_encoder_rate"] = settings.text_encoder_rate or settings.learning_rate
-    if rank is not None and config is None:
-        asked["alpha"] = rank / 2
+    side = opened.resolution
+    usual = configs.Config(steps=2000, resolution=side, bucket_step=min(64, side))
+    settings = configs.load(config) if config else usual
+    settings = settings.with_(**options.changes(settings, config is not None))
     if methods:
         import torch
 
-        found = plan.compare_methods(
-            opened, settings.with_(**asked), dtype=torch.float16, store=plan.prediction_store()
+        _print_methods(
+            plans.compare_methods(opened, settings, dtype=torch.float16, store=plans.prediction_store()), as_json
         )
-        facts = [
-            {"method": m.name, "peak_gib": round(m.peak / 2**30, 3), "file_mb": round(m.file_size / 1e6, 3)}
-            for m in found
-        ]
-        if as_json:
-            print(json.dumps(facts, indent=2))
-            return
-        print("The same base, pictures, batch, optimizer and checkpointing; predicted:")
-        for row in facts:
-            print(f"{row['method']:<18}{row['peak_gib']:>8.2f} GiB   leaves a file of {row['file_mb']:,.2f} MB")
         return
-    planned = plan.plan_for_cards(opened, settings.with_(**asked), card)
+    predictions = plans.plan_for_cards(opened, settings, card)
     if as_json:
-        print(json.dumps([row.facts() for row in planned], indent=2, ensure_ascii=False))
+        _print_json([prediction.facts() for prediction in predictions])
         return
-    print(planned[0].asked.describe())
-    for row in planned:
-        print(f"{row.card.name:<8}{row.describe()}")
+    print(predictions[0].requested.describe())
+    for prediction in predictions:
+        print(f"{prediction.card.name:<8}{prediction.describe()}")
     print("Predicted: what is allocated at the peak. Times are estimates from the work of a step and the card's rate.")
 
 
-@app.command()
-def sweep(
-    config: Annotated[Path, typer.Argument(help="JSON file with the settings of all runs")],
-    setting: Annotated[str, typer.Argument(help="the one in which they differ, as rank")],
-    values: Annotated[list[str], typer.Argument(help="its values; after -- where one begins with -")],
-    out: Annotated[Path | None, typer.Option(help="folder for the runs; runs/NAME-SETTING when left out")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="to compare with; the settings' own when left out")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="of each prompt; 42 when left out")] = None,
-    strength: Annotated[float, typer.Option(help="of the LoRAs")] = 1.0,
-    pictures: Annotated[bool, typer.Option(help="in the comparison")] = True,
-) -> None:
-    """Train runs that differ in one setting and compare them; called again, it goes on."""
-    import threading
-
-    from lorakit import config as configs
-    from lorakit import evaluate
-
-    settings, stop = configs.load(config), threading.Event()
-    made = evaluate.sweep(
-        settings, setting, [_value(value) for value in values], out or Path("runs") / f"{settings.name}-{setting}",
-        prompts=prompt or (), seeds=seed or (42,), strength=strength, pictures=pictures, stop=stop,
-    )  # fmt: skip
-    print(made.describe())
-    if stop.is_set():
-        sys.exit(130)
-    if made.missing:
-        sys.exit(MISSING)
+def _print_methods(methods: Any, as_json: bool) -> None:
+    facts = [
+        {"method": m.name, "peak_gib": round(m.peak / 2**30, 3), "file_mb": round(m.file_size / 1e6, 3)}
+        for m in methods
+    ]
+    if as_json:
+        _print_json(facts)
+        return
+    print("The same base, pictures, batch, optimizer and checkpointing; predicted:")
+    for row in facts:
+        print(f"{row['method']:<18}{row['peak_gib']:>8.2f} GiB   leaves a file of {row['file_mb']:,.2f} MB")
 
 
-def _value(text: str):
-    """A setting's value as JSON has it; what is no JSON is a text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="folders of runs, or of a sweep")],
-    prompt: Annotated[list[str] | None, typer.Option(help="the first run's own when left out")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="of each prompt; 42 when left out")] = None,
-    strength: Annotated[float, typer.Option(help="of the LoRAs")] = 1.0,
-    pictures: Annotated[bool, typer.Option(help="the same of every run, and of the base alone")] = True,
-    base: Annotated[str | None, typer.Option(help="for the pictures; the first run's when left out")] = None,
-    out: Annotated[Path, typer.Option(help="folder for comparison.html")] = Path("comparison"),
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
-) -> None:
-    """Put runs beside each other: settings that differ, curves, figures, the same prompts and seeds."""
-    from lorakit import evaluate
-
-    made = evaluate.compare_runs(
-        runs, prompts=prompt or (), seeds=seed or (42,), strength=strength, pictures=pictures, base=base,
-        say=lambda text: print(text, file=sys.stderr),
-    )  # fmt: skip
-    page, _ = evaluate.save_comparison(made, out)
-    print(json.dumps(made.facts(), indent=2, ensure_ascii=False) if as_json else f"{made.describe()}\nlook at {page}")
-    if made.missing:
-        sys.exit(MISSING)
-
-
-@app.command()
+@command
 def kohya(
     file: Annotated[Path, typer.Argument(help="sd-scripts' .toml, the GUI's .json, or a text with a command line")],
 ) -> None:
-    """Print settings of kohya's as lorakit's own, as JSON; what cannot be taken over is told beside."""
-    from lorakit import kohya
+    """Print kohya's settings as lorakit's, as JSON; settings that cannot be converted are named."""
+    from lorakit import kohya as converter
 
-    imported = kohya.read(file)
-    for note in imported.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(imported.config.to_json(), end="")
+    converted = converter.read(file)
+    for note in converted.notes:
+        _to_stderr(f"note: {note}")
+    print(converted.config.to_json(), end="")
 
 
-@app.command()
+# ── Pictures and captions ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """How captions are audited, drafted and edited."""
+
+    trigger: Trigger = ""
+    kind: Kind = "character"
+    model: Annotated[
+        str, typer.Option(help="of draft: blip, blip-large, blip2, florence2, smolvlm, qwen3-vl, wd14, folder, hub id")
+    ] = "blip"
+    regex: Annotated[bool, typer.Option(help="FIND is a pattern, and NEW may name its groups")] = False
+    overwrite: Annotated[bool, typer.Option(help="draft captions that a person has written, too")] = False
+    write: Annotated[bool, typer.Option(help="write the changes; by default they are only shown")] = False
+
+
+@command
+def caption(
+    options: CaptionOptions,
+    action: Annotated[str, typer.Argument(metavar="WHAT", help="audit, draft, template, replace or undo")],
+    dataset: Annotated[str, typer.Argument(help="folder with the pictures")],
+    words: Annotated[list[str] | None, typer.Argument(help="template: FORM; replace: FIND NEW")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Audit, draft, reformat or edit captions; changes are shown before they are written, and can be undone."""
+    from lorakit import dataset as datasets
+
+    pictures = datasets.scan(dataset)
+    if action == "undo":
+        print(f"undone    {len(datasets.undo_captions(pictures.root))} captions are as before the last edit")
+    elif action == "audit":
+        report = datasets.audit_captions(pictures, options.trigger, kind=options.kind)
+        _print_json(report.facts()) if as_json else print(report.describe())
+    else:
+        _edit_captions(action, words or [], pictures, options, as_json)
+
+
+def _edit_captions(action: str, words: list[str], pictures: Any, options: CaptionOptions, as_json: bool) -> None:
+    from lorakit import dataset as datasets
+
+    old, root = pictures.captions, pictures.root
+    if action == "draft":
+        into = root if options.write else None
+        new = datasets.draft_captions(pictures, options.model, into=into, overwrite=options.overwrite)
+    elif action == "template" and len(words) < 2:
+        new = datasets.apply_template(old, trigger=options.trigger, **dict(zip(["form"], words, strict=False)))
+    elif action == "replace" and len(words) == 2:
+        new = datasets.replace_text(old, *words, regex=options.regex)
+    else:
+        raise ValueError(f"There is no {' '.join([action, *words])!r}: use audit, draft, template, replace or undo.")
+    changes = datasets.caption_changes(old, new)
+    if options.write and action != "draft":  # drafts are written as they are made
+        datasets.write_captions(changes, root)
+    if as_json:
+        _print_json({change.name: [change.before, change.after] for change in changes})
+    elif options.write:
+        print(f"written   {len(changes)} captions; `caption undo` takes them back")
+    else:
+        print(datasets.describe_changes(changes))
+        print("Nothing is written yet: add --write to write it.")
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """How pictures are fitted into buckets."""
+
+    resolution: Annotated[int, typer.Option(help="training size in pixels")] = 512
+    step: Annotated[int, typer.Option(help="pixels by which bucket sides differ")] = 64
+    rule: Annotated[Any, typer.Option(help="kohya, no_upscale or least_crop", parser=str)] = "kohya"
+    min_side: Annotated[int | None, typer.Option(help="shortest side of a bucket; half the resolution")] = None
+    max_side: Annotated[int | None, typer.Option(help="longest side of a bucket; twice the resolution")] = None
+
+
+@command
+def check(
+    buckets: BucketOptions,
+    dataset: Annotated[str, typer.Argument(help="folder, zip or tar with the pictures")],
+    kind: Kind = "character",
+    trigger: Annotated[str, typer.Option(help="the trigger word, which every caption should have")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check pictures and captions before training: what is left out, what is wrong, and what to do about it."""
+    from lorakit import dataset as datasets
+
+    sides = buckets.min_side, buckets.max_side
+    chosen = datasets.Buckets(buckets.resolution, buckets.step, buckets.rule, *sides)
+    report = datasets.check_quality(datasets.scan(dataset), kind=kind, trigger=trigger, buckets=chosen)
+    _print_json(report.facts()) if as_json else print(report.describe())
+
+
+@command
+def frames(
+    video: Annotated[Path, typer.Argument(help="the video file")],
+    folder: Annotated[Path, typer.Argument(help="for the pictures")],
+    every: Annotated[float, typer.Option(help="seconds between pictures")] = 1.0,
+    scenes: Annotated[bool, typer.Option(help="one picture of each scene's beginning instead")] = False,
+    window: Annotated[float, typer.Option(help="seconds in which the sharpest frame is searched")] = 0.5,
+    suffix: Annotated[str, typer.Option(help=".png or .jpg")] = ".png",
+) -> None:
+    """Extract the sharpest frames of a video as pictures to train on, none of them like an earlier one."""
+    from lorakit import dataset as datasets
+
+    pictures = datasets.extract_frames(video, folder, every=None if scenes else every, window=window, suffix=suffix)
+    print(f"done      {len(pictures)} pictures in {folder}")
+
+
+# ── Make pictures ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@command
 def sample(
+    options: PictureOptions,
     prompts: Annotated[list[str], typer.Argument(help="one picture each")],
-    base: Annotated[str, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = "demo",
-    prediction_type: Annotated[str, typer.Option(help="auto, epsilon or v_prediction")] = "auto",
-    lora: Annotated[list[Path] | None, typer.Option(help="LoRA, run folder or checkpoint; several at once")] = None,
-    weight: Annotated[list[float] | None, typer.Option(help="of each LoRA, in their order; 1 when left out")] = None,
+    base: BaseName = "demo",
+    lora: Annotated[
+        list[Path] | None, typer.Option(help="LoRA, run folder or checkpoint; may be given several times")
+    ] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="of each LoRA, in their order; 1 by default")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="of all LoRAs together; several make a sheet")] = None,
-    negative: Annotated[str, typer.Option(help="what to steer away from")] = "",
-    seed: Annotated[int, typer.Option(help="of the first picture")] = 0,
-    width: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
-    height: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
-    steps: int = 25,
-    guidance: float = 7.0,
-    scheduler: Annotated[
-        str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc, lcm")
-    ] = "dpm++_2m_karras",
-    clip_skip: Annotated[int, typer.Option(min=1, max=4, help="as the LoRA was trained: 2 is usual for anime")] = 1,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
 ) -> None:
     """Make pictures, with LoRAs at one strength or several; each is written as soon as it is made."""
-    from lorakit import base as bases
-    from lorakit import evaluate, plots, sample
+    from lorakit import evaluate, plots
+    from lorakit import sample as samples
 
     strengths, paths = strength or [1.0], lora or []
     weights = weight or [1.0] * len(paths)
     if len(weights) != len(paths):
         raise ValueError(f"{len(weights)} weights were given for {len(paths)} LoRAs. Give one each, or none.")
-    opened, known = bases.open(base, prediction_type), {}
+    opened, sampling = options.open(base)
+    known: dict = {}
     used = [[(path, own * value) for path, own in zip(paths, weights, strict=True)] for value in strengths]
     variants = [evaluate.variant(opened, parts, known) for parts in used]
-    size = (height or opened.resolution, width or opened.resolution)
-    made_with = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler_name": scheduler,
-                 "clip_skip": clip_skip}  # fmt: skip
     rows: list[list] = [[None] * len(strengths) for _ in prompts]
-    for row, column, picture in sample.stream(opened, prompts, variants, seeds=seed, size=size, **made_with):
+    for row, column, picture in samples.stream(opened, prompts, variants, sampling):
         rows[row][column] = picture
-        named = [(path.name.removesuffix(".safetensors"), value) for path, value in used[column]]
-        told = sample.infotext(prompts[row], seed + row, size, model=opened.name, loras=named, **made_with)
+        loras = [(path.name.removesuffix(".safetensors"), value) for path, value in used[column]]
+        seed = options.seed + row
+        text = samples.infotext(prompts[row], seed, picture.size[::-1], sampling, opened.name, loras)
         folder = out / f"strength-{strengths[column]:g}" if len(strengths) > 1 else out
-        print(sample.write_picture(picture, folder / f"{row:02d}-seed-{seed + row}.png", told))
+        print(samples.write_picture(picture, folder / f"{row:02d}-seed-{seed}.png", text))
     if len(strengths) > 1:
-        labels = ["base" if value == 0 else f"strength {value:g}" for value in strengths]
+        labels = plots.strength_labels(strengths)
         plots.grid(rows, row_labels=list(prompts), column_labels=labels, path=out / "sheet.png")
         print(out / "sheet.png")
 
 
-@app.command()
-def frames(
-    video: Annotated[Path, typer.Argument(help="the film")],
-    folder: Annotated[Path, typer.Argument(help="for the pictures")],
-    every: Annotated[float, typer.Option(help="seconds from picture to picture")] = 1.0,
-    scenes: Annotated[bool, typer.Option(help="of each scene's beginning one, whatever --every says")] = False,
-    window: Annotated[float, typer.Option(help="seconds in which the sharpest frame is looked for")] = 0.5,
-    suffix: Annotated[str, typer.Option(help=".png or .jpg")] = ".png",
-) -> None:
-    """Take the sharpest frames of a video as pictures to train on; none that looks like one before."""
-    from lorakit import dataset as datasets
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What pictures a base makes, and how many at once."""
 
-    found = datasets.extract_frames(video, folder, every=None if scenes else every, window=window, suffix=suffix)
-    print(f"done      {len(found)} pictures in {folder}")
+    count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1
+    repeats: Annotated[int, typer.Option(help="times that each counts in an epoch")] = 1
+    quantize: Annotated[str, typer.Option(help="none, nf4 or int8: hold the base in fewer bits")] = "none"
+    batch: Annotated[int, typer.Option(min=1, help="pictures at once")] = 4
+
+    def compute(self) -> "Compute":
+        from lorakit.device import Compute
+
+        return dataclasses.replace(Compute.choose(quantize=self.quantize), batch=self.batch)
 
 
-@app.command()
+@command
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="what the pictures show; their captions")],
-    out: Annotated[Path, typer.Option(help="folder of the dataset; they go into REPEATS_NAME/ in it")],
-    name: Annotated[str, typer.Option(help="what they show in a word, as 'woman'")],
-    base: Annotated[str, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = "demo",
-    prediction_type: Annotated[str, typer.Option(help="auto, epsilon or v_prediction")] = "auto",
-    count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="of the first; the next ones count up")] = 0,
-    repeats: Annotated[int, typer.Option(help="times that each counts an epoch")] = 1,
-    negative: Annotated[str, typer.Option(help="what to steer away from")] = "",
-    width: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
-    height: Annotated[int | None, typer.Option(help="pixels; the base's own when left out")] = None,
-    steps: int = 25,
-    guidance: float = 7.0,
-    scheduler: Annotated[str, typer.Option(help="euler, euler_a, dpm++_2m_karras, ddim, unipc")] = "dpm++_2m_karras",
-    clip_skip: Annotated[int, typer.Option(min=1, max=4, help="1 takes the text encoder's last layer")] = 1,
-    quantize: Annotated[str, typer.Option(help="none, nf4 or int8: the base in fewer bits")] = "none",
-    batch: Annotated[int, typer.Option(min=1, help="pictures at once")] = 4,
+    options: PictureOptions,
+    more: GenerateOptions,
+    prompts: Annotated[list[str], typer.Argument(help="what the pictures show; also their captions")],
+    out: Annotated[Path, typer.Option(help="folder of the dataset; the pictures go into REPEATS_NAME/ in it")],
+    name: Annotated[str, typer.Option(help="what they show in a word, such as 'woman'")],
+    base: BaseName = "demo",
 ) -> None:
-    """Let a base make pictures with captions, as regularisation or training data; called again, it goes on."""
-    from lorakit import base as bases
-    from lorakit import sample
+    """Make pictures with captions from a base, as regularisation or training data; called again, it continues."""
+    from lorakit import sample as samples
 
-    opened = bases.open(base, prediction_type)
-    folder = sample.generate_pictures(
-        opened, prompts, out, name=name, repeats=repeats, seeds=range(seed, seed + count), negative=negative,
-        size=(height or opened.resolution, width or opened.resolution), steps=steps, guidance=guidance,
-        scheduler_name=scheduler, clip_skip=clip_skip, quantize=quantize, batch=batch,
-    )  # fmt: skip
+    opened, sampling = options.open(base)
+    sampling = dataclasses.replace(sampling, seeds=range(options.seed, options.seed + more.count))
+    folder = samples.generate_pictures(
+        opened, prompts, out, name, sampling, repeats=more.repeats, compute=more.compute()
+    )
     print(f"done      {len(list(folder.glob('*.png')))} pictures in {folder}")
 
 
-@app.command()
+# ── LoRA files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@command
 def export(
+    file: FileOptions,
     source: Annotated[Path, typer.Argument(help="a run folder, one of its checkpoints, or a LoRA file or folder")],
-    out: Annotated[Path, typer.Option(help="the file to write; a folder of layout peft")],
-    layout: Layout = "kohya",
-    dtype: Dtype = "fp16",
+    out: Annotated[Path, typer.Option(help="the file to write; a folder with --format peft")],
     step: Annotated[str, typer.Option(help="of a run: newest, best, or a number")] = "newest",
 ) -> None:
-    """Write a run's weights, or a LoRA that others made, for other programs, and prove the file."""
-    from lorakit import adapter as adapters
+    """Write a run's weights, or another program's LoRA, for other programs, and prove the file."""
     from lorakit.run import lora_of
 
     lora = lora_of(source, step)
-    adapters.save(lora, out, dtype=adapters.dtype_of(dtype), layout=layout)
-    print(f"export    {out} from {lora.name}, layout {layout}, {dtype}")
-    print(f"proof     read back: {adapters.prove(out, lora, layout=layout).describe()}")
+    file.write(lora, out, f"export    {out} from {lora.name}, layout {file.layout}, {file.dtype or 'fp16'}")
 
 
-@app.command()
+@command
 def merge(
+    file: FileOptions,
     loras: Annotated[list[Path], typer.Argument(help="LoRA files, or folders of runs")],
     out: Annotated[Path, typer.Option(help="the LoRA file to write; with --base a new folder or file for the base")],
-    strength: Annotated[list[float] | None, typer.Option(help="of each LoRA, in their order; 1 when left out")] = None,
-    rank: Annotated[int | None, typer.Option(help="of the result; left out, all are put side by side, exactly")] = None,
-    base: Annotated[str | None, typer.Option(help="merge into this base; with --rank, what DoRAs are taken of")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; of a base its own when left out")] = None,
-    layout: Layout = "kohya",
+    strength: Annotated[list[float] | None, typer.Option(help="of each LoRA, in their order; 1 by default")] = None,
+    rank: Annotated[int | None, typer.Option(help="of the result; by default the sum of all ranks, exactly")] = None,
+    base: Annotated[str | None, typer.Option(help="merge into this base; with --rank, the base of DoRAs")] = None,
 ) -> None:
-    """Make one LoRA of several, or put LoRAs into a base."""
-    from lorakit import adapter as adapters
+    """Merge several LoRAs into one, or LoRAs into a base."""
+    from lorakit import adapter
     from lorakit import base as bases
     from lorakit.run import lora_of
 
-    found = [lora_of(path) for path in loras]
-    strengths = strength or [1.0] * len(found)
+    read = [lora_of(path) for path in loras]
+    strengths = strength or [1.0] * len(read)
     opened = bases.open(base) if base else None
     if opened and rank is None:
-        made = adapters.merge_into_base(
-            opened, found, strengths, out, dtype=adapters.dtype_of(dtype) if dtype else None
-        )
-        print(f"done      {made}")
+        dtype = adapter.dtype_of(file.dtype) if file.dtype else None
+        print(f"done      {adapter.merge_into_base(opened, read, strengths, out, dtype=dtype)}")
         return
-    _write(adapters.merge(found, strengths, rank, opened), out, dtype or "fp16", layout)
+    merged = adapter.merge(read, strengths, rank, opened)
+    file.write(merged.lora, out, f"done      {out}: {merged.describe()}")
 
 
-@app.command()
+@command
 def resize(
+    file: FileOptions,
     lora: Annotated[Path, typer.Argument(help="a LoRA file, or the folder of a run")],
     out: Annotated[Path, typer.Option(help="the file to write")],
     rank: Annotated[int | None, typer.Option(help="at most this")] = None,
     energy: Annotated[float | None, typer.Option(help="share of each module's change to keep, 0 to 1")] = None,
-    dtype: Dtype = "fp16",
-    layout: Layout = "kohya",
 ) -> None:
-    """Bring a LoRA to another rank."""
-    from lorakit import adapter as adapters
+    """Change a LoRA's rank."""
+    from lorakit import adapter
     from lorakit.run import lora_of
 
-    _write(adapters.resize(lora_of(lora), rank, energy), out, dtype, layout)
+    resized = adapter.resize(lora_of(lora), rank, energy)
+    file.write(resized.lora, out, f"done      {out}: {resized.describe()}")
 
 
-@app.command()
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What of the difference is kept."""
+
+    rank: Annotated[int, typer.Option(help="at most this")] = 32
+    energy: Annotated[float | None, typer.Option(help="share of each module's difference to keep, 0 to 1")] = None
+    targets: Annotated[str, typer.Option(help="attention or attention+conv")] = "attention"
+    text_encoders: Annotated[bool, typer.Option(help="their difference too")] = True
+
+
+@command
 def extract(
+    file: FileOptions,
+    options: ExtractOptions,
     tuned: Annotated[str, typer.Argument(help="the fine-tuned base: folder, checkpoint file or hub id")],
     original: Annotated[str, typer.Argument(help="the base that it was made of")],
     out: Annotated[Path, typer.Option(help="the LoRA file to write")],
-    rank: Annotated[int, typer.Option(help="at most this")] = 32,
-    energy: Annotated[float | None, typer.Option(help="share of each module's difference to keep, 0 to 1")] = None,
-    targets: Annotated[str, typer.Option(help="attention or attention+conv")] = "attention",
-    text_encoders: Annotated[bool, typer.Option(help="their difference too")] = True,
-    dtype: Dtype = "fp16",
-    layout: Layout = "kohya",
 ) -> None:
-    """Make a LoRA of what parts two bases."""
-    from lorakit import adapter as adapters
+    """Extract the difference between two checkpoints as a LoRA."""
+    from lorakit import adapter
     from lorakit import base as bases
 
-    made = adapters.extract(
-        bases.open(tuned), bases.open(original), rank, energy=energy, targets=targets, text_encoders=text_encoders
-    )
-    _write(made, out, dtype, layout)
+    extracted = adapter.extract(
+        bases.open(tuned), bases.open(original), options.rank, energy=options.energy, targets=options.targets,
+        text_encoders=options.text_encoders,
+    )  # fmt: skip
+    file.write(extracted.lora, out, f"done      {out}: {extracted.describe()}")
 
 
-def _write(made, out: Path, dtype: str, layout: str) -> None:
-    """Write and prove a LoRA that was made of others."""
-    from lorakit import adapter as adapters
-
-    adapters.save(made.lora, out, dtype=adapters.dtype_of(dtype), layout=layout)
-    print(f"done      {out}: {made.describe()}")
-    print(f"proof     read back: {adapters.prove(out, made.lora, layout=layout).describe()}")
-
-
-@app.command()
+@command
 def upload(
     source: Annotated[Path, typer.Argument(help="a finished run's folder, or a LoRA file")],
-    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub; made where there is none")],
-    licence: Annotated[str | None, typer.Option(help="as the Hub names it; the base's usual one when left out")] = None,
-    public: Annotated[bool, typer.Option(help="a repository that is made is for everybody to see")] = False,
-    pictures: Annotated[bool, typer.Option(help="the dataset's pictures and captions too")] = False,
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub; made if there is none")],
+    licence: Annotated[str | None, typer.Option(help="by the Hub's name; the base's usual one by default")] = None,
+    public: Annotated[bool, typer.Option(help="make a new repository public")] = False,
+    pictures: Annotated[bool, typer.Option(help="upload the dataset's pictures and captions too")] = False,
     comment: Annotated[str, typer.Option(help="a paragraph for the model card")] = "",
     overwrite: Annotated[bool, typer.Option(help="replace a README.md that lorakit did not write")] = False,
 ) -> None:
-    """Put a LoRA with a model card on the Hugging Face Hub, private unless told otherwise."""
+    """Upload a LoRA with a model card to the Hugging Face Hub; a new repository is private by default."""
     from lorakit import publish
 
     address = publish.upload(
@@ -516,61 +579,137 @@ def upload(
     print(f"done      {address}")
 
 
-@app.command()
-def report(
-    source: Annotated[Path, typer.Argument(help="a run folder, one of its checkpoints, or a LoRA file")],
-    out: Annotated[Path | None, typer.Option(help="folder for the report; the run's by default")] = None,
-    base: Annotated[str | None, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = None,
-    pictures: Annotated[str | None, typer.Option(help="that a file was trained on: folder or zip")] = None,
-    trigger: Annotated[str, typer.Option(help="the word that calls it up; else what the run or file says")] = "",
-    kind: Annotated[str, typer.Option("--type", help="character, style, object or clothing; else the run's")] = "",
-    see: Annotated[str, typer.Option(help="what judges: auto, clip, clip-large, dinov2, a folder, or none")] = "auto",
-    seed: Annotated[int, typer.Option(help="of the first picture")] = 1000,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
-) -> None:
-    """Make pictures with a LoRA and without, measure them, and fill in the guide's checklist."""
-    from lorakit import dataset as datasets
-    from lorakit import evaluate
-
-    made = evaluate.report(
-        source, base=base, pictures=datasets.scan(pictures) if pictures else None, trigger=trigger, kind=kind,
-        see=None if see == "none" else see, seed=seed, device=device, say=lambda text: print(text, file=sys.stderr),
-    )  # fmt: skip
-    page, _ = evaluate.save_report(
-        made, out or (source if source.is_dir() else source.parent),
-        "report" if source.is_dir() else f"{source.name.removesuffix('.safetensors')}.report",
-    )  # fmt: skip
-    print(json.dumps(made.facts(), indent=2, ensure_ascii=False) if as_json else f"{made.describe()}\nlook at {page}")
-
-
-@app.command()
+@command
 def info(
-    path: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or a LoRA file")],
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    path: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or a LoRA file")], as_json: AsJson = False
 ) -> None:
-    """Tell what a run folder or a LoRA file is, from its own records."""
-    from lorakit import adapter as adapters
-    from lorakit.run import describe_run, is_run
+    """Describe a run folder or a LoRA file."""
+    from lorakit import adapter
+    from lorakit.run import RunFolder, is_run
 
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}. Give a run folder or a .safetensors file.")
-    if is_run(path):
-        facts, table = describe_run(path), ""
-    else:
-        facts = adapters.describe_file(path)
-        table = "" if facts["kind"] == "checkpoint" else adapters.norms_table(adapters.norms(adapters.load(path)))
+    facts = RunFolder(path).describe() if is_run(path) else adapter.describe_file(path)
     if as_json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        _print_json(facts)
         return
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k}={v!r}" for k, v in value.items())
         elif isinstance(value, list):
             value = ", ".join(str(v.get("file", v)) if isinstance(v, dict) else str(v) for v in value)
-        print(f"{key:<12} {value}")
-    if table:
-        print(f"\nWhat it changes, by the norm of its updates:\n{table}")
+        print(f"{key:<14}{value}")
+    if not is_run(path) and facts["kind"] != "checkpoint":
+        print(adapter.norms_table(adapter.norms(adapter.load(path))))
+
+
+# ── Judge ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """Pictures of a comparison of runs."""
+
+    prompt: Annotated[list[str] | None, typer.Option(help="the first run's own by default")] = None
+    seed: Annotated[list[int] | None, typer.Option(help="of each prompt; 42 by default")] = None
+    strength: Annotated[float, typer.Option(help="of the LoRAs")] = 1.0
+    pictures: Annotated[bool, typer.Option(help="make pictures with every run, and with the bare base")] = True
+
+    def made(self, base: str | None = None) -> Any:
+        """The options of `evaluate.compare_runs`; False makes no pictures."""
+        from lorakit import evaluate
+
+        return self.pictures and evaluate.PictureOptions(self.prompt or (), self.seed or (42,), self.strength, base)
+
+
+@command
+def sweep(
+    options: ComparisonOptions,
+    config: Annotated[Path, typer.Argument(help="JSON file with the settings of all runs")],
+    setting: Annotated[str, typer.Argument(help="the one in which they differ, such as rank")],
+    values: Annotated[list[str], typer.Argument(help="its values; after -- if one begins with -")],
+    out: Annotated[Path | None, typer.Option(help="folder of the runs; runs/NAME-SETTING by default")] = None,
+) -> None:
+    """Train runs that differ in one setting, and compare them; called again, it continues."""
+    from lorakit import config as configs
+    from lorakit import evaluate
+    from lorakit.console import Console
+
+    settings, console = configs.load(config), Console()
+    folder = out or Path("runs") / f"{settings.name}-{setting}"
+    comparison = evaluate.sweep(
+        settings, setting, [_value(value) for value in values], folder, options.made(), console=console
+    )
+    print(comparison.describe())
+    if console.stop.is_set():
+        sys.exit(130)
+    if comparison.missing:
+        sys.exit(MISSING)
+
+
+def _value(text: str) -> Any:
+    """A setting's value in JSON; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@command
+def compare(
+    options: ComparisonOptions,
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs, or of a sweep")],
+    base: Annotated[str | None, typer.Option(help="for the pictures; the first run's by default")] = None,
+    out: Annotated[Path, typer.Option(help="folder for comparison.html")] = Path("comparison"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs side by side: settings that differ, curves, figures, the same prompts and seeds."""
+    from lorakit import evaluate
+    from lorakit.console import Console
+
+    comparison = evaluate.compare_runs(runs, options.made(base), console=Console(_to_stderr))
+    page, _ = evaluate.save_comparison(comparison, out)
+    _print_json(comparison.facts()) if as_json else print(f"{comparison.describe()}\nlook at {page}")
+    if comparison.missing:
+        sys.exit(MISSING)
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What a report is about."""
+
+    base: Annotated[str | None, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = None
+    pictures: Annotated[str | None, typer.Option(help="that a file was trained on: folder or zip")] = None
+    trigger: Annotated[str, typer.Option(help="the trigger word; the run's or file's by default")] = ""
+    kind: Annotated[str, typer.Option("--type", help="character, style, object or clothing; the run's by default")] = ""
+    see: Annotated[str, typer.Option(help="model that judges: auto, clip, clip-large, dinov2, a folder or none")] = (
+        "auto"
+    )
+    seed: Annotated[int, typer.Option(help="of the first picture")] = 1000
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu")] = "auto"
+
+
+@command
+def report(
+    options: JudgeOptions,
+    source: Annotated[Path, typer.Argument(help="a run folder, one of its checkpoints, or a LoRA file")],
+    out: Annotated[Path | None, typer.Option(help="folder for the report; the run's by default")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make pictures with and without a LoRA, measure them, and fill in the guide's checklist."""
+    from lorakit import dataset as datasets
+    from lorakit import evaluate
+    from lorakit.console import Console
+
+    vision = None if options.see == "none" else options.see
+    asked = evaluate.ReportOptions(options.trigger, options.kind, seed=options.seed, vision=vision)
+    pictures = datasets.scan(options.pictures) if options.pictures else None
+    made = evaluate.report(
+        source, asked, base=options.base, pictures=pictures, device=options.device, console=Console(_to_stderr)
+    )
+    name = "report" if source.is_dir() else f"{source.name.removesuffix('.safetensors')}.report"
+    page, _ = evaluate.save_report(made, out or (source if source.is_dir() else source.parent), name)
+    _print_json(made.facts()) if as_json else print(f"{made.describe()}\nlook at {page}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,10 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
     what Python does.
     """
     module = sys.modules[package]
-    sources: dict[str, tuple[str, str]] = {}
-    for block in ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")).body:
-        if isinstance(block, ast.If):
-            for node in block.body:
-                if isinstance(node, ast.ImportFrom):
-                    sources |= {alias.asname or alias.name: (str(node.module), alias.name) for alias in node.names}
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    blocks = [node.body for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block if isinstance(node, ast.ImportFrom)]
+    sources = {alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names}
 
     def __getattr__(name: str) -> Any:
         if name not in sources:

@@ -1,7 +1,7 @@
-"""Write what all notebooks share, and strip what running them leaves behind: `python notebooks/tidy.py`.
+"""Write the shared parts of all notebooks, and remove outputs and other traces of runs: `python notebooks/tidy.py`.
 
-Shared are the set-up cell (up to what a notebook imports for itself), the badge that opens it in Colab, and the
-metadata. The address in both is the one that pyproject.toml gives under [project.urls]; without one there is no badge.
+The shared parts are the set-up cell (before a notebook's own imports), the badge that opens it in Colab, and the
+metadata. The address in both is that of pyproject.toml, under [project.urls]; without one there is no badge.
 """
 
 import json
@@ -22,24 +22,24 @@ import importlib.util
 import sys
 from pathlib import Path
 
-here, found = Path.cwd(), importlib.util.find_spec("lorakit")
-if found and found.origin:  # a mere folder of that name has none
-    scripts = [*Path(found.origin).parent.parent.glob("colab_setup.sh")]
+folder, package = Path.cwd(), importlib.util.find_spec("lorakit")
+if package and package.origin:  # a folder that is no package has none
+    scripts = [*Path(package.origin).parent.parent.glob("colab_setup.sh")]
 else:
-    scripts = [*here.glob("../colab_setup.sh"), *here.glob("colab_setup.sh"), *here.glob("*/colab_setup.sh")]
+    scripts = [*folder.glob("../colab_setup.sh"), *folder.glob("colab_setup.sh"), *folder.glob("*/colab_setup.sh")]
     if not scripts and not repository:
         raise FileNotFoundError(
-            "lorakit is not here yet. Write the address of a lorakit repository into the field above (https://…), or "
-            "put its files into a folder beside this notebook (in Colab: upload the zip at the left, then !unzip it "
+            "lorakit is not installed. Write the address of a lorakit repository into the field above (https://…), or "
+            "put its files into a folder next to this notebook (in Colab: upload the zip at the left, then !unzip it "
             "in a cell). Then run this cell again."
         )
     if not scripts:
-        scripts = [here / "lorakit-source" / "colab_setup.sh"]
+        scripts = [folder / "lorakit-source" / "colab_setup.sh"]
         !git clone --quiet --depth 1 "{{repository}}" lorakit-source
 if scripts:
     !LORAKIT_PYTHON="{{sys.executable}}" bash "{{scripts[0]}}"
-    if _exit_code:  # noqa: F821 - of the line before
-        raise RuntimeError("The set-up did not finish: what is said above tells why. Then run this cell again.")
+    if _exit_code:  # noqa: F821 - of the previous line
+        raise RuntimeError("The set-up failed; the lines above say why. Run this cell again after that is fixed.")
     sys.path.insert(0, str(scripts[0].parent.resolve()))
     importlib.invalidate_caches()
 """
@@ -54,17 +54,17 @@ METADATA = {
 
 
 def address(pyproject: Path) -> str:
-    """The address of the published repository, "" while there is none."""
+    """The address of the published repository; "" if there is none."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     return project.get("urls", {}).get("Repository", "").removesuffix("/").removesuffix(".git")
 
 
 def tidied(text: str, name: str, repository: str) -> str:
-    """A notebook as it should stand in the repository.
+    """A notebook as it should be in the repository.
 
     Args:
-        text: the .ipynb.
-        name: of its file, for the badge.
+        text: the .ipynb file's.
+        name: of the file, for the badge.
         repository: the address, or "".
 
     Raises:
@@ -94,7 +94,7 @@ def tidied(text: str, name: str, repository: str) -> str:
 
 
 def main(folder: Path = HERE, pyproject: Path = HERE.parent / "pyproject.toml") -> None:
-    """Tidy all notebooks of a folder in place; those that are tidy are not touched."""
+    """Tidy all notebooks of a folder in place; tidy ones are not written."""
     repository = address(pyproject)
     for path in sorted(folder.glob("*.ipynb")):
         before = path.read_text(encoding="utf-8")

@@ -205,16 +205,17 @@ PANELS = {  # notebook → its cells, beside a folder `pictures` with the demo's
         "config = demo.config(base='base', resolution=32, bucket_step=8, steps=5000, batch_size=1, sample_every=5000,\n"
         "                     sample_steps=2, save_every=1000, validation_share=0.04, validate_every=5)\n"
         "panel, clicked = Training(config, 'run'), []\n"
-        "panel.stop.on_click(lambda _: clicked.append(panel.live.step))\n"
+        "panel.stop.on_click(lambda _: clicked.append(panel.control.step))\n"
         "result = panel.train()",
         "print('STEPS-MORE', result.steps - clicked[0])",
     ],
 }
 SLOW_STEPS = """
-import functools, time
+import time
 from lorakit import run
 
-run.start = functools.partial(run.start, listeners=[lambda step: time.sleep(0.2)])  # leaves the processor to others
+train = run.Run.train
+run.Run.train = lambda self: train(self, lambda step: time.sleep(0.2))  # leaves the processor to others
 """
 STOP = 'button:has-text("Stop")'
 
@@ -222,7 +223,7 @@ STOP = 'button:has-text("Stop")'
 def shorter_quickstart(base: Path) -> dict[str, str]:
     """What is exchanged in quickstart.ipynb: few steps on a small base."""
     smaller = f"demo.config(base={str(base)!r}, resolution=32, bucket_step=8, sample_steps=1)"
-    return {"demo.config()": smaller, "steps = 400": "steps = 2", "seeds=seed, ": "seeds=seed, steps=2, "}
+    return {"demo.config()": smaller, "steps = 400": "steps = 2"}
 
 
 def panels(folder: Path, kernel: str, base: Path) -> Path:

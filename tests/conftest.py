@@ -210,4 +210,4 @@ def weights_only(monkeypatch):
     pytest.importorskip("torch")
     from lorakit.run import finish
 
-    monkeypatch.setattr(finish, "draw", lambda *_: None)
+    monkeypatch.setattr(finish, "attempt", lambda *_: None)

@@ -101,7 +101,7 @@ def nothing_lost(before: dict[int, bool], folder: Path, save_every: int) -> dict
     newest = [max((step for step, whole in some.items() if whole), default=0) for some in (before, after)]
     assert newest[0] <= newest[1], f"what could be gone on from was step {newest[0]}, and is step {newest[1]}"
     if after or (folder / "config.json").exists():
-        told = run_folder.describe_run(folder)
+        told = run_folder.RunFolder(folder).describe()
         assert not told["problems"], told["problems"]
     return after
 

@@ -96,7 +96,7 @@ def test_quickstart_runs_whole_on_a_new_machine(executed, tmp_path, content, sma
     (content / "checkout").symlink_to(colab.ROOT, target_is_directory=True)
     cells = executed(machine, browser.shorter_quickstart(small_bases["sd15"]), "quickstart.ipynb")
     assert names(str(cells[0]), "torchao 0.10.0") and not (machine.site / "torchao").exists()
-    assert kinds(cells, "image/png") == 4  # pictures, loss, before/after, prompt
+    assert kinds(cells, "image/png") == 3  # loss, before/after, prompt
     assert "'hash': 'verified'" in cells[-1][-1]["data"]["text/plain"]
     assert next(content.rglob("flatto.safetensors")).is_file()
     assert (machine.site / "lorakit" / "__init__.py").is_file()
@@ -112,7 +112,7 @@ def test_a_session_that_ended_is_gone_on_with_by_run_all_in_a_new_one(executed, 
         "name=name, trigger": "name=name, steps=6, batch_size=1, save_every=2, sample_steps=1, trigger",
         "validation_share=0.1": 'validation_share=0.04, sample_prompts=("flatto style, pizza",)',
     }  # fmt: skip
-    cut = "training.live.stop.is_set = lambda: training.live.step >= 3\nresult = training.train()"
+    cut = "training.control.stop.is_set = lambda: training.control.step >= 3\nresult = training.train()"
     notebooks = ("prepare_dataset.ipynb", "compare_and_export.ipynb", "train_lora.ipynb")
     cells = executed(ready, shorter | {"result = training.train()": cut}, *notebooks)
     panels = [number for number, outputs in enumerate(cells) if kinds([outputs], WIDGET)]  # bars of progress are some

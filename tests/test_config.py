@@ -30,6 +30,33 @@ def test_every_preset_agrees_with_the_guide():
     assert preset("style").resolution == 512
 
 
+def test_a_preset_takes_changes():
+    changed = preset("style", "sd15", dataset="photos", trigger="sks style", epochs=3)
+    assert changed == preset("style").with_(dataset="photos", trigger="sks style", epochs=3)
+    assert (changed.steps, preset("style").dataset) == (None, "dataset")
+    with pytest.raises(ValueError, match=naming("rnk")):
+        preset("style", rnk=4)
+
+
+def test_a_config_shows_what_differs_from_the_defaults_first():
+    changed = preset("style", trigger="<sks>", block_ranks={"mid_block": 8})
+    text, html = str(changed), changed._repr_html_()
+    names_shown = [line.split()[0] for line in text.splitlines()[:-1]]
+    assert names_shown == ["name", "kind", "trigger", "block_ranks", "steps"]
+    assert names(text, "my_style_v1", "<sks>", "{'mid_block': 8}", 2000, len(Config.model_fields) - 5)
+    assert "&lt;sks&gt;" in html and "<sks>" not in html
+    first, folded = html.split("<details>")
+    for name in Config.model_fields:
+        assert f"{name} " in (first if name in names_shown else folded)
+    assert repr(Config(steps=5, rank=8)) == "Config(rank=8, steps=5)"
+    assert eval(repr(changed)) == changed
+
+
+def test_every_problem_of_a_config_is_told_at_once():
+    with pytest.raises(ValueError, match=naming("resolution", 500, "debiased", "min_timestep", 500)):
+        Config(steps=1, resolution=500, debiased=True, min_timestep=500, max_timestep=400)
+
+
 def test_unknown_preset_names_the_known_ones():
     with pytest.raises(ValueError, match=naming("landscape", *(name for key in presets.PRESETS for name in key))):
         preset("landscape")

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from loops import CPU, prepared
+from loops import CPU, examples, prepared
 
 from lorakit import demo, presets
 from lorakit.adapter import injection
+from lorakit.adapter.specs import layer_specs
 from lorakit.base import model
+from lorakit.device import Compute
 from lorakit.run import preparation
 from lorakit.train import loop
 
@@ -44,12 +46,12 @@ def test_the_loss_falls_on_the_demo(tmp_path):
     """In a short run, on the same noise and timesteps for the bare base and for what was learned."""
     settings = demo.config(steps=20, warmup_steps=2)
     ready = prepared(settings, tmp_path)
-    unet = model.load_unet(ready.base, torch.float32, CPU)
-    adapter = injection.inject(unet, settings.rank, settings.alpha, seed=settings.seed)
+    unet = model.load_unet(ready.base, Compute(CPU, torch.float32))
+    adapter = injection.inject(unet, layer_specs(unet, settings.rank, settings.alpha), settings.seed)
     state = loop.initial_state(adapter, settings, CPU, torch.float32)
-    loop.drain(loop.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings))
+    loop.drain(loop.steps(unet, ready.base, state, examples(ready, settings)))
     alphas, probe = ready.base.alphas_cumprod(), settings.with_(seed=1)
-    items = [loop.batch(ready.pictures, ready.texts, range(30), step, 0, probe) for step in range(2)]
+    items = [examples(ready, probe).batch(range(30), step, 0) for step in range(2)]
 
     def loss() -> float:
         with torch.no_grad():

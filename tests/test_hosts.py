@@ -12,6 +12,7 @@ import torch
 from said import names, naming
 
 from lorakit import demo, hosts
+from lorakit.console import Console
 from lorakit.run import preparation, run
 
 FAKES = Path(__file__).parent / "fakes"
@@ -62,10 +63,11 @@ def test_colab_keeps_second_copies_on_drive_where_that_is_wanted(colab, monkeypa
     assert not colab.exists()
     monkeypatch.setenv("FAKE_COLAB_DRIVE", "refused")
     said = []
-    assert hosts.storage(drive=True, say=said.append) == hosts.Storage(colab / "lorakit")
+    console = Console(said.append)
+    assert hosts.storage(drive=True, console=console) == hosts.Storage(colab / "lorakit")
     assert len(said) == 1 and names(said[0], "mount failed")  # Colab's reason
     monkeypatch.delenv("FAKE_COLAB_DRIVE")
-    place = hosts.storage(drive=True, say=said.append)
+    place = hosts.storage(drive=True, console=console)
     assert place.backup == str(colab / "drive" / "MyDrive" / "lorakit") and place.runs == colab / "lorakit" / "runs"
     assert hosts.storage(drive=True) == place and len(said) == 1
     assert demo.config(backup=place.backup).backup == place.backup
@@ -139,7 +141,7 @@ def test_files_are_brought_to_colab_by_its_own_dialog(colab, monkeypatch, tmp_pa
 def test_elsewhere_jupyter_brings_files_and_a_link_takes_them(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     said, shown = [], []
-    assert hosts.upload("pictures", say=said.append) is None and names(said[0], "pictures")
+    assert hosts.upload("pictures", Console(said.append)) is None and names(said[0], "pictures")
     assert not Path("pictures").exists()
     monkeypatch.setattr("IPython.display.display", lambda what, raw: shown.append(what))
     file = tmp_path / "runs" / "my lora & more.safetensors"
@@ -252,20 +254,20 @@ def test_bitsandbytes_is_optional_and_its_absence_has_a_price(monkeypatch):
 
 
 def test_little_room_is_told(monkeypatch):
-    from lorakit.plan import memory
+    from lorakit.plan import cards
 
     class Usage:
         free = 5 * 2**30
 
     monkeypatch.setenv("VAST_CONTAINERLABEL", "C.1")
     monkeypatch.setattr(hosts.shutil, "disk_usage", lambda _: Usage)
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda _: 3 * 2**30)
+    monkeypatch.setattr(cards, "free_memory_bytes", lambda _: 3 * 2**30)
     assert names(fact("disk").text, "5.0 GiB") and fact("disk").tone == "warning"
     assert names(fact("disk").advice, "SD 1.5", 4, hosts.VAST.disk)
     assert names(fact("RAM").text, "3.0 GiB") and fact("RAM").tone == "warning"
     Usage.free = 15 * 2**30
     assert names(fact("disk").advice, "SDXL", 14, hosts.VAST.disk) and fact("disk").tone == "good"
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda _: None)
+    monkeypatch.setattr(cards, "free_memory_bytes", lambda _: None)
     assert "RAM" not in [found.name for found in hosts.check().facts]
 
 

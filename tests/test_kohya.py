@@ -169,12 +169,13 @@ def test_convolutions_keep_their_rank_in_each_block():
     from diffusers import UNet2DConditionModel
 
     from lorakit.adapter import injection
+    from lorakit.adapter.specs import run_specs
     from lorakit.base.model import known
 
     wide = kohya.from_command(BLOCKS + " conv_dim=4").config
     assert wide.block_ranks["up_blocks.0.resnets.2"] == 15 and wide.block_ranks["down_blocks.2.downsamplers"] == 4
     unet = UNet2DConditionModel.from_config(known("sd15").configs["unet"] | {"block_out_channels": [32] * 4})
-    adapter = injection.fresh(unet, wide)  # every place is one
+    adapter = injection.inject(unet, run_specs(unet, wide), wide.seed)  # every place is one
     assert adapter.ranks["up_blocks.0.upsamplers.0.conv"] == adapter.ranks["mid_block.resnets.1.conv2"] == 4
     assert adapter.ranks["up_blocks.0.resnets.2.conv1"] == 4
     assert adapter.ranks["up_blocks.0.resnets.2.time_emb_proj"] == 15

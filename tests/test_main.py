@@ -216,7 +216,7 @@ def test_a_check_fails_where_training_could_not_start(tmp_path):
 
 def test_frames_of_a_video(tmp_path):
     pytest.importorskip("av")
-    from test_video import film, shapes
+    from films import film, shapes
 
     clip = film(tmp_path / "clip.mp4", [shapes(number // 10) for number in range(30)])  # three scenes of a second
     assert line(told("frames", clip, tmp_path / "all").splitlines(), "done", 3, tmp_path / "all")

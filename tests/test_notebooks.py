@@ -131,6 +131,9 @@ def imported(tree: ast.AST) -> dict[str, object]:
     """What a cell imports from lorakit, by the name it has there."""
     found = {}
     for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, ast.Import) else ():
+            if alias.name == "lorakit":
+                found[alias.asname or alias.name] = importlib.import_module(alias.name)
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lorakit":
             for alias in node.names:
                 try:
@@ -189,6 +192,9 @@ def test_what_is_not_there_would_be_found():
     assert faults([begin, "x = 1", "demo.config(steps=x)\nPictures('p', kind='style')"]) == []
     for cell in ("demo.confog()", "demo.copy()", "demo.copy('a', into='b')", "y", "Pictures(cind='style')"):
         assert len(faults([begin, cell])) == 1, cell
+    assert faults(["import lorakit as lk", "lk.plan.predict(lk.demo.config())"]) == []
+    for cell in ("lk.plam", "lk.plan.predikt", "lk.plan.predict()", "lk.run.Run('a', foldr='b')"):
+        assert len(faults(["import lorakit as lk", cell])) == 1, cell
 
 
 # ── Set-up ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -365,7 +371,9 @@ def kinds(cells: list[Cell], kind: str) -> int:
 def test_quickstart_runs_whole_and_shows_what_it_promises(executed, small_bases):
     """With few steps on a smaller base: whether it learns is test_demo's question."""
     cells = executed("quickstart.ipynb", browser.shorter_quickstart(small_bases["sd15"]), script=True)
-    assert kinds(cells, "image/png") == 4  # pictures, loss, before/after, prompt
+    assert kinds(cells, "image/png") == 3  # loss, before/after, prompt
+    assert cell_of(cells, "run.scan_dataset(").shown[0]["text/html"].count("<img") > 20
+    assert names(cell_of(cells, "plan.predict(").shown[0]["text/plain"], 2)  # steps
     assert Path("runs", "quickstart", "flatto.safetensors").is_file()
     facts = ast.literal_eval(cells[-1].shown[-1]["text/plain"])
     assert (facts["family"], facts["hash"]) == ("sd15", "verified")
@@ -386,7 +394,7 @@ def test_a_run_is_made_compared_and_exported(executed, small_bases):
     shorter = {"steps=100, batch_size=2, save_every=50": smaller, "validate_every=50": "validate_every=1"}
     run = Path("runs", "demo").absolute()
     cells = executed("compare_and_export.ipynb", shorter)
-    assert names(cell_of(cells, "run.start(").printed, run)
+    assert names(cell_of(cells, "run.Run(").printed, run)
     (exported,) = Path("exports").iterdir()
     assert exported.name in [f"flatto-step-00000{n}.safetensors" for n in (1, 2)]
     before = (run / "log.jsonl").read_bytes()

@@ -13,6 +13,7 @@ from said import names, naming
 from lorakit import config as configs
 from lorakit import publish
 from lorakit.config import Config
+from lorakit.console import Console
 from lorakit.dataset import selection
 
 TOKEN = "hf_" + "k" * 34
@@ -44,9 +45,12 @@ def saved(tensors, path, metadata=None):
 
 
 def save_samples(run_folder, step, pictures, prompts):
-    from lorakit.sample import png
+    from lorakit import sample
 
-    png.save_picture(pictures, run_folder / "samples" / f"step-{step:06d}", prompts, [42, 43])
+    for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        text = sample.infotext(prompt, 42 + number, picture.size[::-1], sample.Sampling())
+        path = run_folder / "samples" / f"step-{step:06d}" / f"{number:02d}-seed-{42 + number}.png"
+        sample.write_picture(picture, path, text)
 
 
 def table(card):
@@ -82,7 +86,7 @@ def run_folder(pictures, tmp_path, monkeypatch):
 
 def test_a_run_is_put_there_whole_in_one_commit(hub, run_folder):
     said = []
-    assert publish.upload(run_folder, "owner/thing", say=said.append) == f"{hub.url}/owner/thing"
+    assert publish.upload(run_folder, "owner/thing", console=Console(said.append)) == f"{hub.url}/owner/thing"
     assert HfApi().list_repo_files("owner/thing") == [
         ".gitattributes", "thing.safetensors", "README.md", "lorakit.json", "comparison.png",
         "samples/00-seed-42.png", "samples/01-seed-43.png",
@@ -199,7 +203,7 @@ def test_samples_with_a_path_are_not_sent(hub, run_folder):
     (run_folder / "config.json").write_text(Config(steps=20, name="thing").to_json())
     prompts, said = ["sks thing", "sks thing, /home/somebody/3.png"], []
     save_samples(run_folder, 30, [Image.new("RGB", (8, 8))] * 2, prompts)
-    publish.upload(run_folder, "owner/thing", say=said.append)
+    publish.upload(run_folder, "owner/thing", console=Console(said.append))
     shown = [path for path in hub.files["owner/thing"] if path.endswith(".png")]
     assert shown == ["samples/00-seed-42.png"] and b"comparison.png" not in hub.files["owner/thing"]["README.md"]
     assert names(said[0], "samples", "01-seed-43.png") and names(said[1], "samples", "sample_prompts")
@@ -264,7 +268,7 @@ def test_a_card_of_somebody_elses_stays(hub, run_folder):
     hub.create("owner/thing", private=True)
     hub.files["owner/thing"]["README.md"] = theirs = b"---\nlicense: mit\n---\n# Mine, by hand\n"
     said = []
-    publish.upload(run_folder, "owner/thing", say=said.append)
+    publish.upload(run_folder, "owner/thing", console=Console(said.append))
     assert hub.files["owner/thing"]["README.md"] == theirs and "thing.safetensors" in hub.files["owner/thing"]
     assert names(said[0], "card", "README.md", "owner/thing")
     publish.upload(run_folder, "owner/thing", overwrite=True)

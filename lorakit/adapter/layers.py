@@ -1,244 +1,286 @@
-"""The layers an adapter is made of: their forward passes, their parts, and what they add to a weight."""
+"""The torch layers of each algorithm: PEFT's, with forward passes of their own, and the tuners that put them in.
 
-from collections.abc import Iterable, Mapping
+PEFT creates the weights and draws the random numbers. Importing this file imports PEFT.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from types import MethodType
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, ClassVar
 
+import peft
 import torch
 import torch.nn.functional as F
+from peft.tuners import loha, lokr, lora
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from lorakit import base as bases
+from lorakit.adapter.algorithms import ALGORITHMS, LEAST, Algorithm, Parts, row
+from lorakit.adapter.specs import LayerSpec
 
 NAME = "default"
-LEAST = 1e-6  # length that a column is taken to have at least: an input that nothing listens to has none
+Config = peft.LoraConfig | peft.LoHaConfig | peft.LoKrConfig
 
 
-# ── What a layer learns, and what it means ──────────────────────────────────────────────────────────────────────────
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """What every layer of an adapter has in addition to PEFT's attributes."""
+
+    base_layer: Any  # linear or convolution, and quantized or not
+    alpha: dict[str, float]  # by the adapter's name; LoRA's layers have `lora_alpha`
+    scaling: dict[str, float]
+    set_scale: Callable[[str, float], None]
+    algorithm: ClassVar[Algorithm]
+    spec: LayerSpec
+    strength = 1.0
+
+    @property
+    def parts(self) -> dict[str, nn.Parameter]:
+        """The trainable weights, by the names that files give them."""
+        names = (name for name in self.adapter_layer_names if NAME in getattr(self, name, ()))
+        return {name: getattr(self, name)[NAME] for name in names}
+
+    @torch.no_grad()
+    def delta(self, parts: Parts | None = None, alpha: float | None = None) -> Tensor:
+        """What the layer adds to its weight at strength 1, in the weight's shape, float32.
+
+        Args:
+            parts, alpha: of a file, in place of the layer's own.
+        """
+        alpha = self.spec.alpha if alpha is None else alpha
+        weight = bases.layer_weight(self.base_layer) if self.algorithm.needs_base else None
+        change = self.algorithm.delta(self.parts if parts is None else parts, alpha, weight)
+        return change.view(bases.weight_shape(self.base_layer))
+
+    def use(self, strength: float) -> None:
+        """Add strength · delta to the weight from now on."""
+        self.strength = strength
+        self.set_scale(NAME, strength)
+
+    def prepare(self, spec: LayerSpec) -> None:
+        """Make the weights that PEFT created float32 and trainable: GradScaler cannot unscale half-precision gradients.
+
+        A LoKr without a part of low rank has no scale, as in LyCORIS and all that read its files: alpha is the rank.
+        """
+        for weight in self.parts.values():
+            weight.data = weight.data.float()
+            weight.requires_grad_(True)
+        if self.algorithm.rank(self.parts) is None:
+            spec = replace(spec, alpha=float(spec.rank))
+            self.alpha[NAME], self.scaling[NAME] = spec.alpha, 1.0
+        self.spec = spec
 
 
-def layer_parts(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """What a layer learns, by the names its file uses."""
-    if hasattr(layer, "lora_A"):
-        found = {"down": layer.lora_A[NAME].weight, "up": layer.lora_B[NAME].weight}
-        return found | ({"dora_scale": layer.dora_scale} if hasattr(layer, "dora_scale") else {})
-    return {name: getattr(layer, name)[NAME] for name in layer.adapter_layer_names if NAME in getattr(layer, name, ())}
-
-
-def algorithm_of(names: Iterable[str]) -> str:
-    """What parts of these names make: "lora", "dora", "loha" or "lokr"."""
-    names = set(names)
-    if names == {"down", "up"}:
-        return "lora"
-    if names == {"down", "up", "dora_scale"}:
-        return "dora"
-    if names == {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}:
-        return "loha"
-    pairs = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}), ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
-    if any(names == one | two for one in pairs[0] for two in pairs[1]):
-        return "lokr"
-    raise ValueError(f"{', '.join(sorted(names))} make no adapter")
-
-
-def rank_of(parts: Mapping[str, Tensor]) -> int | None:
-    """The rank of a layer's parts; None of a LoKr that has nothing of low rank, and no scale either then."""
-    for name in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
-        if name in parts:
-            return parts[name].shape[0]
-    return None
-
-
-def size(parts: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(out, in · k · k) of the weight that a layer's parts change.
-
-    Raises:
-        ValueError: they are of no known algorithm, or do not go together.
-    """
-    kind = algorithm_of(parts)
-
-    def product(a: Tensor, b: Tensor) -> tuple[int, int]:
-        if a.shape[1] != b.shape[0] or any(n != 1 for n in a.shape[2:]):
-            raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} do not match")
-        return a.shape[0], b[0].numel()
-
-    if kind in ("lora", "dora"):
-        if parts["down"].ndim != parts["up"].ndim:
-            raise ValueError(f"shapes {tuple(parts['up'].shape)} and {tuple(parts['down'].shape)} do not match")
-        return product(parts["up"], parts["down"])
-    prefix = {"loha": "hada", "lokr": "lokr"}[kind]
-    one, two = (
-        (parts[whole].shape[0], parts[whole][0].numel())
-        if (whole := f"{prefix}_w{n}") in parts
-        else product(parts[f"{whole}_a"], parts[f"{whole}_b"])
-        for n in (1, 2)
-    )
-    if kind == "lokr":
-        return one[0] * two[0], one[1] * two[1]
-    if one != two:
-        raise ValueError(f"shapes {one} and {two} do not match")
-    return one
-
-
-def change(parts: Mapping[str, Tensor], alpha: float, weight: Tensor | None = None) -> Tensor:
-    """What a layer's parts add to a weight at strength 1: (out, in · k · k), float32.
-
-    Args:
-        weight: the frozen one, (out, in[, k, k]); asked of DoRA alone, whose change depends on it.
-
-    Source: as `inject`; LoHa's and LoKr's layout as LyCORIS writes it.
-    """
-    parts = {name: part.float() for name, part in parts.items()}
-    kind, rank = algorithm_of(parts), rank_of(parts)
-    if kind in ("lora", "dora"):
-        product = parts["up"].flatten(1) @ parts["down"].flatten(1)
-    elif kind == "loha":
-        product = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
-    else:
-        one, two = (
-            parts[whole].flatten(1)
-            if (whole := f"lokr_w{n}") in parts
-            else parts[f"{whole}_a"] @ parts[f"{whole}_b"].flatten(1)
-            for n in (1, 2)
-        )
-        product = torch.kron(one, two)
-    product = product * (alpha / rank if rank else 1.0)
-    if kind != "dora":
-        return product
-    before = weight.float()
-    merged = before + product.view_as(before)
-    lengths = bases.column_norm(merged).clamp(min=LEAST)
-    return (merged * (parts["dora_scale"].flatten() / lengths).view(_row(before)) - before).flatten(1)
-
-
-def _row(weight: Tensor) -> tuple[int, ...]:
-    """The shape that holds a number for each input of a weight: (1, in[, 1, 1])."""
-    return (1, weight.shape[1], *[1] * (weight.ndim - 2))
-
-
-def meaning(layer: nn.Module, parts: Mapping[str, Tensor], alpha: float) -> Tensor:
-    """What parts, a layer's own or a file's, add to the weight of that layer at strength 1, in the weight's shape."""
-    frozen, weight = layer.get_base_layer(), None
-    if "dora_scale" in parts:
-        weight = bases.layer_weight(frozen)
-        parts = dict(parts) | {"dora_scale": _lengths(layer, parts["dora_scale"].float().flatten())}
-    return change(parts, alpha, weight).view(bases.weight_shape(frozen))
-
-
-def file_dtype(part: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A part as a file of a dtype holds it: DoRA's lengths stay float32, as rounding them would drown what is learned.
-
-    A length of 1 rounds by 2⁻¹¹ in float16; what a LoRA changes of it is hardly more.
-    """
-    return weight.to(torch.float32 if part == "dora_scale" else dtype)
-
-
-# ── LoRA ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── LoRA ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _LowRank(torch.autograd.Function):
-    """x·Wᵀ + b + scale · (x·Aᵀ)·Bᵀ and its way back, each sum made in place: nothing of the output's size is copied.
+    """x·Wᵀ + b + scale · (x·Aᵀ)·Bᵀ and its gradient, each sum in place: nothing of the output's size is copied.
 
-    Autograd alone scales, adds and keeps the two halves apart, in both directions.
+    Autograd by itself scales, adds and keeps the two terms apart, in both directions.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, scale):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
         low = x @ down.T
         ctx.save_for_backward(x, low, weight, down, up)
         ctx.scale = scale
         return F.linear(x, weight, bias).addmm_(low, up.T, alpha=scale)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, down, up = ctx.saved_tensors
         of_low = (gradient @ up).mul_(ctx.scale)
         of_x = (gradient @ weight).addmm_(of_low, down) if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_low.T @ x, (gradient.T @ low).mul_(ctx.scale), None
 
 
-def _lora_forward(layer, x: Tensor) -> Tensor:
-    """In place of PEFT's own: the input is brought to the base's precision once, not for base and adapter each."""
-    frozen, scale = layer.base_layer, layer.scaling[NAME]
-    if scale == 0:
-        return frozen(x)
-    x = x.to(bases.layer_dtype(frozen))
-    down, up = (matrix.weight.to(x.dtype) for matrix in (layer.lora_A[NAME], layer.lora_B[NAME]))
-    if isinstance(frozen, nn.Conv2d):
-        low = F.conv2d(x, down, None, frozen.stride, frozen.padding, frozen.dilation, frozen.groups)
-        return frozen(x) + F.conv2d(low * scale, up)
-    if type(frozen) is not nn.Linear:  # one that is packed
-        return frozen(x) + F.linear(F.linear(x, down) * scale, up)
-    rows = x.reshape(-1, x.shape[-1])
-    return _LowRank.apply(rows, frozen.weight, frozen.bias, down, up, scale).view(*x.shape[:-1], -1)
+class LoRALayer(AdapterLayer):
+    """Brings the input to the base's precision once; PEFT's layers do it for base and adapter each."""
+
+    algorithm = ALGORITHMS["lora"]
+    lora_A: Any
+    lora_B: Any
+
+    @property
+    def parts(self) -> dict[str, nn.Parameter]:
+        return {"down": self.lora_A[NAME].weight, "up": self.lora_B[NAME].weight}
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen, scale = self.base_layer, self.scaling[NAME]
+        if scale == 0:
+            return frozen(x)
+        x = x.to(bases.layer_dtype(frozen))
+        down, up = (matrix.weight.to(x.dtype) for matrix in (self.lora_A[NAME], self.lora_B[NAME]))
+        if isinstance(frozen, nn.Conv2d):
+            low = frozen._conv_forward(x, down, None)  # before frozen(x): it decides the order of sums in gradients
+            return frozen(x) + F.conv2d(low * scale, up)
+        if type(frozen) is not nn.Linear:  # a quantized one
+            return frozen(x) + F.linear(F.linear(x, down) * scale, up)
+        rows = x.reshape(-1, x.shape[-1])
+        return _LowRank.apply(rows, frozen.weight, frozen.bias, down, up, scale).view(*x.shape[:-1], -1)
 
 
-# ── DoRA ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── DoRA ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _make_dora(layer: nn.Module) -> None:
-    """Let a LoRA layer (in place) learn the length of each column of its weight beside the direction.
+class DoRALayer(LoRALayer):
+    """Scaling a column of the weight is scaling that input, so the merged weight is never computed.
 
-    A column is an input's: the paper's reading, and the one on which A1111, Forge, ComfyUI and LyCORIS agree; PEFT
-    takes rows, which they read differently from each other. Scaling a column is scaling that input, so no merged
-    weight is ever made.
-
-    Source: Liu et al. 2024, arXiv:2402.09353; its 4.3 for the norm that counts as a constant in the gradient.
+    Source: Liu et al. 2024, arXiv:2402.09353; section 4.3 for the norm that counts as a constant in the gradient.
     """
-    frozen = layer.get_base_layer()
-    weight = bases.layer_weight(frozen).float()
-    layer.register_buffer("column_squares", weight.square().sum(dim=[0, *range(2, weight.ndim)]), persistent=False)
-    lengths = layer.column_squares.sqrt()
-    if bases.is_quantized(frozen):  # what is learned, and goes into files, is said of the base as it was before
-        lengths = frozen.column_norm.to(lengths.device).clamp(min=LEAST)
-        layer.register_buffer("own_lengths", lengths, persistent=False)
-    layer.dora_scale = nn.Parameter(lengths.view(_row(weight)).clone())
-    layer.strength = 1.0
-    layer.forward = MethodType(_dora_forward, layer)
+
+    algorithm = ALGORITHMS["dora"]
+    column_squares: Tensor
+    file_lengths: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        frozen = self.base_layer
+        weight = bases.layer_weight(frozen).float()
+        self.register_buffer("column_squares", weight.square().sum(dim=[0, *range(2, weight.ndim)]), persistent=False)
+        lengths = self.column_squares.sqrt()
+        if bases.is_quantized(frozen):  # files, and so training, count lengths of the base before it was quantized
+            lengths = frozen.column_norm.to(lengths.device).clamp(min=LEAST)
+            self.register_buffer("file_lengths", lengths, persistent=False)
+        self.dora_scale = nn.Parameter(lengths.view(row(weight)).clone())
+
+    @property
+    def parts(self) -> dict[str, nn.Parameter]:
+        return super().parts | {"dora_scale": self.dora_scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.strength == 0:
+            return self.base_layer(x)
+        share = self._lengths(self.dora_scale.flatten()) / self._merged_norm() - 1  # small: rounding loses little of it
+        share = share.view_as(self.dora_scale)
+        full = super().forward(torch.addcmul(x, x, share.to(x.dtype)))
+        return full if self.strength == 1 else torch.lerp(self.base_layer(x), full, self.strength)
+
+    def delta(self, parts: Parts | None = None, alpha: float | None = None) -> Tensor:
+        parts = self.parts if parts is None else parts
+        lengths = self._lengths(parts["dora_scale"].float().flatten())
+        return super().delta({**parts, "dora_scale": lengths}, alpha)
+
+    def use(self, strength: float) -> None:
+        self.strength = strength
+
+    def _lengths(self, lengths: Tensor) -> Tensor:
+        """Lengths of columns as files have them → of the base that is here, which may be quantized: (in,)."""
+        return lengths / self.file_lengths * self.column_squares.sqrt() if hasattr(self, "file_lengths") else lengths
+
+    @torch.no_grad()
+    def _merged_norm(self) -> Tensor:
+        """‖W + s·B·A‖ of each column, (in,), float32: the square multiplied out, so that B·A is never computed."""
+        weight = bases.layer_weight(self.base_layer)
+        down, up, scale = self.lora_A[NAME].weight, self.lora_B[NAME].weight.flatten(1), self.scaling[NAME]
+        flat, kind = down.flatten(1), weight.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            across = (up.T.to(weight.dtype) @ weight.flatten(1)).float() * flat
+            of_change = ((up.T @ up) @ flat) * flat
+        summed = (2 * scale * across + scale**2 * of_change).sum(0)
+        return (self.column_squares + summed.view(down.shape[1], -1).sum(1)).clamp(min=LEAST**2).sqrt()
 
 
-def _dora_forward(layer, x: Tensor) -> Tensor:
-    if layer.strength == 0:
-        return layer.base_layer(x)
-    share = _lengths(layer, layer.dora_scale.flatten()) / _merged_norm(layer) - 1  # small: rounding loses little of it
-    share = share.view_as(layer.dora_scale)
-    full = _lora_forward(layer, torch.addcmul(x, x, share.to(x.dtype)))
-    return full if layer.strength == 1 else torch.lerp(layer.base_layer(x), full, layer.strength)
+# ── LoHa and LoKr ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _lengths(layer: nn.Module, said: Tensor) -> Tensor:
-    """Lengths that are said of the base as files mean it, for the one that is held: (in,)."""
-    return said / layer.own_lengths * layer.column_squares.sqrt() if hasattr(layer, "own_lengths") else said
+class _WholeLayer(AdapterLayer):
+    """Computes the whole change. PEFT's own layers draw a random number at each call, for a dropout that is not set."""
+
+    get_delta_weight: Callable[[str], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen, added = self.base_layer, self.get_delta_weight(NAME).to(x.dtype)
+        apply = frozen._conv_forward if isinstance(frozen, nn.Conv2d) else F.linear
+        return frozen(x) + apply(x, added, None)
 
 
-@torch.no_grad()
-def _merged_norm(layer) -> Tensor:
-    """‖W + s·B·A‖ of each column, (in,), float32: the square multiplied out, so that B·A is never made."""
-    weight = bases.layer_weight(layer.base_layer)
-    down, up, scale = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight.flatten(1), layer.scaling[NAME]
-    flat = down.flatten(1)
-    kind = weight.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        across = (up.T.to(weight.dtype) @ weight.flatten(1)).float() * flat
-        own = ((up.T @ up) @ flat) * flat
-    summed = (2 * scale * across + scale**2 * own).sum(0)
-    return (layer.column_squares + summed.view(down.shape[1], -1).sum(1)).clamp(min=LEAST**2).sqrt()
+class LoHaLayer(_WholeLayer):
+    algorithm = ALGORITHMS["loha"]
 
 
-# ── LoHa and LoKr ───────────────────────────────────────────────────────────────────────────────────────────────────
+class LoKrLayer(_WholeLayer):
+    algorithm = ALGORITHMS["lokr"]
+
+    def prepare(self, spec: LayerSpec) -> None:
+        """Also replace the weights that PEFT created with zeros of `spec.shapes`, if the spec has any."""
+        device = next(iter(self.parts.values())).device
+        for name in self.parts if spec.shapes else ():
+            del getattr(self, name)[NAME]
+        for name, shape in (spec.shapes or {}).items():
+            getattr(self, name)[NAME] = nn.Parameter(torch.zeros(shape, device=device))
+        super().prepare(spec)
 
 
-def _whole_forward(layer, x: Tensor) -> Tensor:
-    """In place of PEFT's own, which asks the random numbers at each call whether to be left out."""
-    frozen, added = layer.base_layer, layer.get_delta_weight(NAME).to(x.dtype)
-    if isinstance(frozen, nn.Conv2d):
-        return frozen(x) + F.conv2d(x, added, None, frozen.stride, frozen.padding, frozen.dilation, frozen.groups)
-    return frozen(x) + F.linear(x, added)
+# ── Into models ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _divide(layer: nn.Module, like: Mapping[str, Tensor]) -> None:
-    """Let a LoKr layer (in place) have matrices of these shapes, zero: programs divide a weight in different ways."""
-    device = next(iter(layer_parts(layer).values())).device
-    for name in layer_parts(layer):
-        del getattr(layer, name)[NAME]
-    for name, tensor in like.items():
-        getattr(layer, name)[NAME] = nn.Parameter(torch.zeros(tensor.shape, device=device))
+class _Tuner(BaseTuner):
+    """A tuner of PEFT's whose modules have a configuration each."""
+
+    layers_mapping: dict[type[nn.Module], type[nn.Module]]
+
+    def __init__(self, model: nn.Module, configs: Mapping[str, Config]) -> None:
+        self.configs = configs
+        super().__init__(model, replace(next(iter(configs.values())), target_modules=list(configs)), NAME)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        config = self.configs[kwargs["current_key"]]
+        super()._create_and_replace(config, *args[1:], **kwargs)  # type: ignore[safe-super]  # PEFT's tuners have it
+
+
+def _tuner(layer: type[AdapterLayer], module: ModuleType, tuner: type[BaseTuner]) -> type[_Tuner]:
+    """PEFT's tuner of an algorithm, with a layer derived from PEFT's for each kind of module."""
+    classes = {
+        kind: type(f"{layer.algorithm.title}{theirs.__name__}", (layer, theirs), {})
+        for kind, theirs in ((nn.Conv2d, module.Conv2d), (nn.Linear, module.Linear))
+    }
+    return type(f"{layer.algorithm.title}Tuner", (_Tuner, tuner), {"layers_mapping": classes})
+
+
+TUNERS = {
+    "lora": _tuner(LoRALayer, lora, lora.LoraModel), "dora": _tuner(DoRALayer, lora, lora.LoraModel),
+    "loha": _tuner(LoHaLayer, loha, loha.LoHaModel), "lokr": _tuner(LoKrLayer, lokr, lokr.LoKrModel),
+}  # fmt: skip
+
+
+def wrap(model: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
+    """Let PEFT put adapter layers around modules of a model (in place).
+
+    Args:
+        specs: by the modules' paths in the model; all of one algorithm.
+    """
+    tuner = TUNERS[next(iter(specs.values())).algorithm]
+    tuner(model, {path: _config(spec, tuner.layers_mapping) for path, spec in specs.items()})
+    for path, spec in specs.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, AdapterLayer), path
+        layer.prepare(spec)
+
+
+def _config(spec: LayerSpec, classes: dict[type[nn.Module], type[nn.Module]]) -> Config:
+    name, alpha = ALGORITHMS[spec.algorithm].peft
+    config = getattr(peft, name)(r=spec.rank, **{alpha: spec.alpha})
+    if isinstance(config, peft.LoraConfig):
+        config._register_custom_module(classes)  # LoRA's tuner takes them from here, the others from `layers_mapping`
+    if isinstance(config, peft.LoKrConfig):
+        config.decompose_factor, config.decompose_both = spec.factor or -1, spec.decompose_both
+    return config
+
+
+class Stack(nn.Module, BaseTunerLayer):
+    """Layers of several adapters around one frozen layer. What each adds at its strength is summed."""
+
+    def __init__(self, layers: Sequence[AdapterLayer]) -> None:
+        super().__init__()
+        self.base_layer = layers[0].base_layer
+        self.layers = tuple(layers)  # no submodules: `eject` would look for them
+
+    def forward(self, x: Tensor) -> Tensor:
+        bare = self.base_layer(x)
+        first, *others = self.layers
+        return first(x) + sum(layer(x) - bare for layer in others)

@@ -1,15 +1,14 @@
-"""LoRAs from LoRAs and bases: several merged into one or into a base, another rank, what parts two bases; their size.
+"""Merge LoRAs into one or into a base, change their rank, extract the difference of two bases, compare their norms.
 
-All of it is arithmetic on one module's weights at a time, on the CPU, in float32 or better: no model is loaded.
+All of it computes one module's weights at a time, on the CPU, in float32 or better: no model is loaded.
 """
 
 import errno
-import json
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,24 +17,25 @@ from torch import Tensor
 
 from lorakit import base as bases
 from lorakit import storage
-from lorakit.adapter import layers, write
 from lorakit.adapter import metadata as metadata_module
 from lorakit.adapter import targets as targets_module
-from lorakit.adapter.lora import FAMILIES, Lora, finite, usual
+from lorakit.adapter import write
+from lorakit.adapter.algorithms import ALGORITHMS, Entry, Parts, algorithm_of, square_of_product
+from lorakit.adapter.lora import FAMILIES, Lora, Size, check_sizes, distinct, finite
 from lorakit.base import Base, WeightPlace
+from lorakit.console import Console
 
-Parts = Mapping[str, Tensor]  # of a module, as `adapter.parts` names them
 Addend = tuple[Parts, float, float]  # parts, alpha, strength
 Spectrum = tuple[Tensor, Tensor, Tensor, float]  # U (out, n), singular values (n,), Vᵀ (n, in · k · k), energy of all
 
 
 @dataclass(frozen=True)
-class Made:
-    """A LoRA that was made here, and how much it keeps of the change that it stands for."""
+class Approximation:
+    """A computed LoRA, and how much of the change that it approximates it keeps."""
 
     lora: Lora
     energies: dict[str, tuple[float, float]] = field(repr=False)
-    """Module → squared Frobenius norm of what is kept of its change, and of the whole."""
+    """Module → squared Frobenius norm of its change that is kept, and of its whole change."""
 
     @property
     def kept(self) -> dict[str, float]:
@@ -51,68 +51,68 @@ class Made:
     def describe(self) -> str:
         kept, ranks = self.kept, [len(parts["down"]) for parts in self.lora.parts.values()]
         least = min(kept, key=kept.__getitem__)
-        said = f"{len(kept)} modules of rank {_span(ranks)} keep {self.share:.1%} of the change"
-        return said + (f", the least {kept[least]:.1%} in {least}" if kept[least] < 0.9995 else "")
+        text = f"{len(kept)} modules of rank {_span(ranks)} keep {self.share:.1%} of the change"
+        return text + (f", the least {kept[least]:.1%} in {least}" if kept[least] < 0.9995 else "")
 
 
 # ── Several in one ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def merge(loras: Sequence[Lora], strengths: Sequence[float], rank: int | None = None, base: Base | None = None) -> Made:
-    """One LoRA that does what several do together. Scales and strengths go into the weights: alpha is the rank.
+def merge(
+    loras: Sequence[Lora], strengths: Sequence[float], rank: int | None = None, base: Base | None = None
+) -> Approximation:
+    """One LoRA that adds what several add together. Scales and strengths go into the weights: alpha is the rank.
 
     Args:
         rank: None puts the matrices of plain LoRAs side by side, which is exact: a module's rank is the sum of theirs.
-            A number keeps the best approximation of at most that rank, of LoRAs of any kind.
+            A number keeps the best approximation of at most that rank, of LoRAs of any algorithm.
         base: the one whose weights a DoRA's change depends on.
 
     Raises:
-        ValueError: LoRAs of several families or bases; a kind that needs a rank or a base, without it.
+        ValueError: LoRAs of several families or bases; an algorithm that needs a rank or a base, without it.
     """
     family = _family(loras, strengths, base)
     _sensible(rank)
-    kinds = {layers.algorithm_of(parts): lora.name for lora in loras for parts in lora.parts.values()}
-    for kind, name in kinds.items():
-        if kind != "lora" and rank is None:
-            raise ValueError(f"{name} is a {kind}, and plain LoRAs alone can be put side by side. Give a rank.")
-        if kind == "dora" and base is None:
-            raise ValueError(f"{name} is a DoRA: what it changes depends on the base's weights. Give the base.")
-    sizes: dict[str, tuple[int, int]] = {}
+    algorithms = {algorithm: lora.name for lora in loras for algorithm in lora.algorithms.values()}
+    for algorithm, name in algorithms.items():
+        if rank is None and not algorithm.sums:
+            raise ValueError(f"{name} is a {algorithm.name}; only plain LoRAs can be put side by side. Give a rank.")
+        if base is None and algorithm.needs_base:
+            raise ValueError(f"{name} is a {algorithm.title}: its change depends on the base's weights. Give the base.")
+    sizes: dict[str, Size] = {}
     for lora in loras:
-        for module, (out, inputs) in _sizes(lora).items():
+        for module, (out, inputs) in lora.sizes.items():
             if sizes.setdefault(module, (out, inputs)) != (out, inputs):
                 raise ValueError(
                     f"{lora.name} is for another base than those before it: its {module} is {out}×{inputs}, theirs "
                     f"{sizes[module][0]}×{sizes[module][1]}."
                 )
-    places = _places(base, sizes, _named(loras, strengths)) if "dora" in kinds else {}
+    places = _places(base, sizes, _named(loras, strengths)) if base and any(a.needs_base for a in algorithms) else {}
     modules, energies = {}, {}
     for module in sizes:
         addends = _addends(module, loras, strengths)
-        if all(parts.keys() == {"down", "up"} for parts, _, _ in addends):
+        if all(algorithm_of(parts).sums for parts, _, _ in addends):
             up, down = _side_by_side(addends)
-            energies[module] = (_square_of_product(up, down),) * 2
+            energies[module] = (square_of_product(up, down),) * 2
             if rank is not None:
                 up, down, energies[module] = _cut(_svd_of_product(up, down), rank)
         else:
             change = _added(addends, places[module].read() if places else None)
             up, down, energies[module] = _cut(_svd(change, rank), rank)
         modules[module] = _formed(up, down, _kernel(module, addends[0][0], family)), float(len(down))
-    told = {key: {lora.metadata[key] for lora in loras if key in lora.metadata} for key in OF_BASE}
-    agreed = {key: values.pop() for key, values in told.items() if len(values) == 1}
-    metadata = _of_base(family) | {
-        key: value for key, value in agreed.items() if not metadata_module.names_machine(value)
-    }
+    entries = {key: {lora.metadata[key] for lora in loras if key in lora.metadata} for key in OF_BASE}
+    agreed = {key: values.pop() for key, values in entries.items() if len(values) == 1}
+    metadata = metadata_module.base_metadata(family) | _shareable(agreed)
     words = dict.fromkeys(word.strip() for lora in loras for word in lora.metadata.get(TRIGGER, "").split(","))
     if trigger := ", ".join(filter(None, words)):
         metadata[TRIGGER] = trigger
-    metadata |= _of_network(modules, f"merged from {_named(loras, strengths)}")
+    metadata |= _network(modules, f"merged from {_named(loras, strengths)}")
     aside = {key: tensor for lora in reversed(loras) for key, tensor in lora.aside.items()}
-    return Made(Lora("the merged LoRA", family, metadata, modules, aside), energies)
+    return Approximation(Lora("the merged LoRA", family, metadata, modules, aside), energies)
 
 
 def _family(loras: Sequence[Lora], strengths: Sequence[float], base: Base | None) -> str | None:
-    """The family that LoRAs, and a base, have in common; None where none of them tells.
+    """The family that LoRAs, and a base, have in common; None where it is not known of any.
 
     Raises:
         ValueError: they have none in common; a LoRA without modules; strengths that are not a finite number each.
@@ -126,8 +126,8 @@ def _family(loras: Sequence[Lora], strengths: Sequence[float], base: Base | None
     for name, family in known:
         if family != known[0][1]:
             raise ValueError(
-                f"{name} is an {FAMILIES[family]} LoRA, {known[0][0]} is {FAMILIES[known[0][1]]}: the two do not go "
-                "together. Use LoRAs and bases of one family."
+                f"{name} is an {FAMILIES[family]} LoRA, {known[0][0]} is {FAMILIES[known[0][1]]}: they cannot "
+                "be combined. Use LoRAs and bases of one family."
             )
     return known[0][1] if known else None
 
@@ -136,15 +136,11 @@ def _sensible(rank: int | None, energy: float | None = None) -> None:
     if rank is not None and rank < 1:
         raise ValueError(f"rank {rank} leaves nothing. Give 1 or more.")
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy {energy} is no share of the change. Give one above 0 and up to 1, such as 0.98.")
+        raise ValueError(f"energy {energy} is no share. Give one above 0 and up to 1, such as 0.98.")
 
 
 def _named(loras: Sequence[Lora], strengths: Sequence[float]) -> str:
     return ", ".join(f"{lora.name} at {strength:g}" for lora, strength in zip(loras, strengths, strict=True))
-
-
-def _sizes(lora: Lora) -> dict[str, tuple[int, int]]:
-    return {module: layers.size(parts) for module, parts in lora.parts.items()}
 
 
 def _addends(module: str, loras: Sequence[Lora], strengths: Sequence[float]) -> list[Addend]:
@@ -155,94 +151,80 @@ def _side_by_side(addends: Sequence[Addend]) -> tuple[Tensor, Tensor]:
     """Up (out, r) and down (r, in · k · k) whose product is the sum of plain LoRAs' changes, float32."""
     ups, downs = [], []
     for parts, alpha, strength in addends:
-        factor = strength * _scale(parts, alpha)
-        root = abs(factor) ** 0.5  # on one side alone a small scale would leave float16 few digits
+        factor = strength * algorithm_of(parts).scale(parts, alpha)
+        root = abs(factor) ** 0.5  # a small scale in one of the two would leave float16 few digits
         ups.append(parts["up"].flatten(1).float() * math.copysign(root, factor))
         downs.append(parts["down"].flatten(1).float() * root)
     return torch.cat(ups, 1), torch.cat(downs)
 
 
 def _added(addends: Sequence[Addend], weight: Tensor | None) -> Tensor:
-    """What is added to a module's weight by one after the other: (out, in · k · k), float32.
+    """The sum of changes to a module's weight, one after the other: (out, in · k · k), float32.
 
     Args:
-        weight: (out, in[, k, k]); asked of DoRA alone.
+        weight: (out, in[, k, k]); only DoRA needs it.
     """
-    total: Tensor | None = None
-    for parts, alpha, strength in addends:
-        so_far = weight if weight is None or total is None else weight.float() + total.view_as(weight)
-        change = strength * layers.change(parts, alpha, so_far)
-        total = change if total is None else total.add_(change)
+    (parts, alpha, strength), *others = addends
+    total = strength * algorithm_of(parts).delta(parts, alpha, weight)
+    for parts, alpha, strength in others:
+        so_far = None if weight is None else weight.float() + total.view_as(weight)
+        total.add_(strength * algorithm_of(parts).delta(parts, alpha, so_far))
     return total
 
 
-def _places(base: Base, sizes: Mapping[str, tuple[int, int]], name: str) -> dict[str, WeightPlace]:
+def _places(base: Base, sizes: Mapping[str, Size], name: str) -> dict[str, WeightPlace]:
     """Where a base has the weights of modules.
 
     Args:
         sizes: module → (out, in · k · k).
-        name: whose modules they are.
+        name: of the LoRA with these modules, for the message.
 
     Raises:
         ValueError: it lacks one, or has it in another size.
     """
-    weights = {
-        w: bases.weight_places(base, w) for w in {targets_module.model_of(m) for m in sizes} & base.configs.keys()
-    }
-    places, wrong = {}, []
-    for module, size in sizes.items():
-        which = targets_module.model_of(module)
-        path = module if which == "unet" else module.partition(".")[2]
-        place = weights.get(which, {}).get(f"{path}.weight")
-        here = place and (place.shape[0], math.prod(place.shape[1:]))
-        if here != size:
-            wrong.append(f"{module} is {size[0]}×{size[1]} there, {f'{here[0]}×{here[1]}' if here else 'missing'} here")
-        places[module] = place
-    if wrong:
-        raise ValueError(
-            f"{name} does not fit {base.name} in {len(wrong)} of {len(sizes)} modules: " + "; ".join(wrong[:3])
-            + ". It was made for another base."
-        )  # fmt: skip
+    models = {targets_module.model_of(module) for module in sizes} & base.configs.keys()
+    weights = {which: bases.weight_places(base, which) for which in models}
+    keys = {module: (targets_module.model_of(module), f"{targets_module.path_of(module)}.weight") for module in sizes}
+    places = {module: weights[which][key] for module, (which, key) in keys.items() if key in weights.get(which, ())}
+    check_sizes(name, sizes, base.name, {module: place.shape for module, place in places.items()})
     return places
 
 
 # ── Into a base ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the weights as they were
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # they do not hold for changed weights
 
 
 def merge_into_base(
     base: Base, loras: Sequence[Lora], strengths: Sequence[float], out: str | Path, *,
-    dtype: torch.dtype | None = None, say: Callable[[str], None] = print,
+    dtype: torch.dtype | None = None, console: Console | None = None,
 ) -> Path:  # fmt: skip
     """Write a base with LoRAs merged into it, one after the other; whole or not at all.
 
     It has its source's form: a diffusers folder with the same shards, or a file with the same keys and metadata. One
-    tensor at a time is in memory; sums are made in float32 and rounded once.
+    tensor at a time is in memory; sums are computed in float32 and rounded once.
 
     Args:
         out: a new folder, or a `.safetensors` file where the base is one.
         dtype: of all models' weights; None leaves each as it is.
-        say: told of each file that is written anew, and of embeddings in a LoRA, which a base has no place for.
+        console: gets a line for each changed file, and for embeddings in a LoRA, which a base cannot hold.
 
     Raises:
         ValueError: LoRAs of another family, or with modules that the base lacks; an `out` of the wrong form.
         FloatingPointError: a sum is too large for the dtype.
         OSError: no room for it, or no right to write; nothing is left behind.
     """
-    out = Path(out)
+    out, console = Path(out), console or Console()
     _family(loras, strengths, base)
     kind, form = ("file", "another file's, with .safetensors") if base.file else ("folder", "a new folder's")
     if bool(base.file) != (out.suffix == ".safetensors") or (base.file and out.resolve() == base.file.resolve()):
-        raise ValueError(
-            f"{base.name} is a {kind}, and what is made of it is one too: give {form} name, not {out.name}."
-        )
+        raise ValueError(f"{base.name} is a {kind}, and so is the merged base: give {form} name, not {out.name}.")
     places: dict[str, WeightPlace] = {}
     for lora in loras:
-        places |= _places(base, _sizes(lora), lora.name)
+        places |= _places(base, lora.sizes, lora.name)
         if lora.aside:
-            say(f"merge     {len(lora.aside)} embeddings of {lora.name} are left out: a base has no place for them")
+            console.say(f"merge     {len(lora.aside)} embeddings of {lora.name} are left out: a base cannot hold them")
     changes: dict[Path, dict[str, list]] = defaultdict(lambda: defaultdict(list))  # file → key → its parts' addends
     for module, place in places.items():
         changes[place.file][place.key].append((place, _addends(module, loras, strengths)))
@@ -260,40 +242,43 @@ def merge_into_base(
                 continue
             _rewrite(file, target, plans[file], changes[file])
             name = out.name if base.file else file.relative_to(base.folder).as_posix()
-            say(f"merge     {name}: {len(changes[file])} of {len(plans[file].dtypes)} tensors changed")
+            console.say(f"merge     {name}: {len(changes[file])} of {len(plans[file].dtypes)} tensors changed")
     return out
 
 
 class _Plan(NamedTuple):
-    """A file that is to be written."""
+    """A file of the merged base."""
 
     header: bytes
-    dtypes: dict[str, torch.dtype | None]  # of its tensors in their order; None as it is
+    dtypes: dict[str, torch.dtype | None]  # of its tensors in their order; None leaves one as it is
     size: int
 
 
+Pieces = Sequence[tuple[WeightPlace, Sequence[Addend]]]  # places in a tensor, and the changes of each
+
+
 def _plans(
-    base: Base, changes: Mapping[Path, Mapping], note: dict[str, str], dtype: torch.dtype | None
+    base: Base, changed: Container[Path], note: dict[str, str], dtype: torch.dtype | None
 ) -> tuple[dict[Path, _Plan], list[Path]]:
     """A base's files that are written anew, and those that are copied.
 
     Args:
-        note: what the metadata of those that change say more.
+        changed: the files with tensors that LoRAs change.
+        note: more metadata for those.
     """
-    if base.file:  # noise schedules beside the models' weights keep their dtype
+    if base.file:  # noise schedules in the file keep their dtype
         models = (bases.UNET_PREFIX, bases.VAE_PREFIX, *bases.ENCODER_PREFIXES[base.family].values())
         return {base.file: _plan(base.file, note, dtype, models)}, []
     plans, copied = {}, [file for file in [base.folder / "model_index.json"] if file.is_file()]
     for folder in bases.component_folders(base):
-        own = sorted(file for file in folder.rglob("*") if file.is_file())
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
         if folder.name in base.configs.keys() - {"scheduler"}:
-            # Other forms of the weights (fp16, non-EMA, pickles) would not be merged: they stay behind.
+            # Other forms of the weights (fp16, non-EMA, pickles) would not be merged: they are not copied.
             weights = bases.weight_files(base, folder.name)
-            for file in weights:
-                if dtype or file in changes:
-                    plans[file] = _plan(file, note if file in changes else {}, dtype)
-            own = [file for file in own if file.suffix in (".json", ".txt") or file in weights and file not in plans]
-        copied += own
+            anew = [file for file in weights if dtype or file in changed]
+            plans.update({file: _plan(file, note if file in changed else {}, dtype) for file in anew})
+            files = [file for file in files if file.suffix in (".json", ".txt") or file in weights and file not in anew]
+        copied += files
     return plans, copied
 
 
@@ -301,14 +286,14 @@ def _plan(file: Path, note: dict[str, str], dtype: torch.dtype | None, models: t
     """A file as it will be.
 
     Args:
-        models: what keys begin with whose tensors get the dtype.
+        models: prefixes of the keys whose tensors get the dtype.
     """
-    metadata, table = bases.read_header(file)
-    name = next((name for name, own in FLOATS.items() if own == dtype), "")
+    metadata, table = storage.read_header(file)
+    name = next((name for name, known in FLOATS.items() if known == dtype), "")
     dtypes, at = {}, 0
     for key, entry in table.items():
         begin, end = entry["data_offsets"]
-        if name and entry["dtype"] in FLOATS and key.startswith(models):
+        if dtype and name and entry["dtype"] in FLOATS and key.startswith(models):
             entry["dtype"], end = name, begin + math.prod(entry["shape"]) * dtype.itemsize
         entry["data_offsets"] = [at, at := at + end - begin]
         dtypes[key] = FLOATS.get(entry["dtype"])
@@ -323,36 +308,34 @@ def _check_room(path: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, f"no room for {path.name} in {folder}: {needed}")
 
 
-def _rewrite(
-    file: Path, target: Path, plan: _Plan, changes: Mapping[str, list[tuple[WeightPlace, list[Addend]]]]
-) -> None:
-    """Write a file as planned, one tensor at a time.
-
-    Args:
-        changes: key → places in that tensor, and what is added there.
-    """
-    with bases.open_checkpoint(file) as source, target.open("wb") as stream:
+def _rewrite(file: Path, target: Path, plan: _Plan, changes: Mapping[str, Pieces]) -> None:
+    """Write a file as planned, one tensor at a time. `changes` are by key."""
+    with storage.open_safetensors(file) as source, target.open("wb") as stream:
         stream.write(plan.header)
         for key, dtype in plan.dtypes.items():
             tensor = source.get_tensor(key)
             dtype = dtype or tensor.dtype
             if key in changes:
-                pieces = list(tensor.chunk(changes[key][0][0].parts))
-                for place, addends in changes[key]:
-                    piece = pieces[place.part].float()
-                    pieces[place.part] = _added(addends, piece).view_as(piece).add_(piece)
-                tensor = torch.cat([piece.to(dtype) for piece in pieces])
+                tensor = _changed(tensor, changes[key], dtype)
                 finite({key: tensor}, file.name, f"Sums exceed {dtype}: give lower strengths, or another dtype")
             stream.write(tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _changed(tensor: Tensor, changes: Pieces, dtype: torch.dtype) -> Tensor:
+    pieces = list(tensor.chunk(changes[0][0].parts))
+    for place, addends in changes:
+        piece = pieces[place.part].float()
+        pieces[place.part] = _added(addends, piece).view_as(piece).add_(piece)
+    return torch.cat([piece.to(dtype) for piece in pieces])
 
 
 # ── Another rank ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def resize(lora: Lora, rank: int | None = None, energy: float | None = None) -> Made:
+def resize(lora: Lora, rank: int | None = None, energy: float | None = None) -> Approximation:
     """A LoRA of another rank. LoHa and LoKr become plain LoRAs.
 
-    The scale, alpha / rank, of each module stays, so that programs and training go on as before. Singular values are
+    The scale, alpha / rank, of each module stays, so that programs and training treat it as before. Singular values are
     split evenly between down and up.
 
     Args:
@@ -365,74 +348,69 @@ def resize(lora: Lora, rank: int | None = None, energy: float | None = None) -> 
     if rank is None and energy is None:
         raise ValueError("Give a rank, the share of energy to keep, or both.")
     _sensible(rank, energy)
-    if any("dora_scale" in parts for parts in lora.parts.values()):
+    if any(algorithm.needs_base for algorithm in lora.algorithms.values()):
         raise ValueError(
-            f"{lora.name} is a DoRA, whose lengths belong to its matrices as they are. Merge it alone, with a rank and "
-            "its base: that makes a plain LoRA of what it changes there."
+            f"{lora.name} is a DoRA, whose lengths belong to its matrices as they are. Merge it by itself, with a rank "
+            "and its base: that makes a plain LoRA of its change there."
         )
     modules, energies = {}, {}
     for module, (parts, alpha) in lora.modules.items():
-        if "down" in parts:
+        algorithm = algorithm_of(parts)
+        if algorithm.sums:
             spectrum = _svd_of_product(parts["up"].flatten(1), parts["down"].flatten(1))
         else:
-            spectrum = _svd(layers.change(parts, layers.rank_of(parts) or 1), rank)
-        up, down, own = _cut(spectrum, rank, energy)
-        scale = _scale(parts, alpha)
-        energies[module] = scale**2 * own[0], scale**2 * own[1]
+            spectrum = _svd(algorithm.product(parts), rank)
+        up, down, (kept, whole) = _cut(spectrum, rank, energy)
+        scale = algorithm.scale(parts, alpha)
+        energies[module] = scale**2 * kept, scale**2 * whole
         modules[module] = _formed(up, down, _kernel(module, parts, lora.family)), scale * len(down)
-    # Alphas in diffusers' settings would not be these; what tells of its maker's machine could not be written again.
-    gone = ("lora_adapter_metadata", "ss_network_args", *HASHES)
-    metadata = {
-        key: value
-        for key, value in lora.metadata.items()
-        if key not in gone and not metadata_module.names_machine(value)
-    }
-    asked = [f"rank {rank}"] * (rank is not None) + [f"{energy} of the energy"] * (energy is not None)
-    comment = f"resized from {lora.name} to {', '.join(asked)}; {metadata.get(COMMENT, '')}".rstrip("; ")
-    return Made(Lora(lora.name, lora.family, metadata | _of_network(modules, comment), modules, lora.aside), energies)
+    outdated = ("lora_adapter_metadata", "ss_network_args", *HASHES)  # ranks, alphas and weights of before
+    metadata = _shareable({key: value for key, value in lora.metadata.items() if key not in outdated})
+    limits = [f"rank {rank}"] * (rank is not None) + [f"{energy} of the energy"] * (energy is not None)
+    comment = f"resized from {lora.name} to {', '.join(limits)}; {metadata.get(COMMENT, '')}".rstrip("; ")
+    metadata |= _network(modules, comment)
+    return Approximation(replace(lora, metadata=metadata, modules=modules), energies)
 
 
-# ── Out of two bases ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The difference of two bases ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def extract(
     tuned: Base, original: Base, rank: int, *, energy: float | None = None, targets: str = "attention",
-    text_encoders: bool = True, say: Callable[[str], None] = print,
-) -> Made:  # fmt: skip
-    """What parts a fine-tuned base from the one that it was made of, as a LoRA for that one. Alpha is the rank.
+    text_encoders: bool = True, console: Console | None = None,
+) -> Approximation:  # fmt: skip
+    """The difference of a fine-tuned base and its original, as a LoRA for the original. Alpha is the rank.
 
     Either is a folder or a file; one pair of weights is read at a time. Modules that do not differ are left out, and so
-    are those that differ because one base was rounded.
+    are those that differ only because one base was rounded.
 
     Args:
         rank, energy: as for `resize`.
-        targets: as for `adapter.target_names`.
-        text_encoders: theirs as well.
+        targets: as for `target_names`.
+        text_encoders: extract the difference of the text encoders too.
 
     Raises:
         ValueError: bases of several families; a weight that one lacks, or has in another size; no difference.
-        RuntimeError: not all modules are found that the config says there are.
+        RuntimeError: as `target_names`.
         FloatingPointError: weights are NaN.
     """
     _sensible(rank, energy)
     if tuned.family != original.family:
         raise ValueError(
-            f"{tuned.name} is {FAMILIES[tuned.family]}, {original.name} is {FAMILIES[original.family]}: the one was "
-            "not made of the other."
+            f"{tuned.name} is {FAMILIES[tuned.family]}, {original.name} is {FAMILIES[original.family]}: one cannot be "
+            "a fine-tuned form of the other."
         )
-    sizes = {}
-    for which in ("unet", *(original.text_encoders if text_encoders else ())):
-        model = bases.empty(original, which)
-        names = (
-            targets_module.target_names(model, targets) if which == "unet" else targets_module.text_names(model, which)
-        )
-        shapes = {name: targets_module.find({which: model}, name).weight.shape for name in names}
-        sizes |= {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
+    console = console or Console()
+    parts = ("unet", *(original.text_encoders if text_encoders else ()))
+    models = {which: bases.empty(original, which) for which in parts}
+    names = targets_module.adapted_names(models, targets)
+    shapes = {name: bases.weight_shape(targets_module.find(models, name)) for name in names}
+    sizes = {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
     pairs = [_places(base, sizes, original.name) for base in (original, tuned)]
     modules, energies = {}, {}
     for count, module in enumerate(sizes):
         if count % 100 == 0:
-            say(f"extract   module {count + 1} of {len(sizes)}")
+            console.say(f"extract   module {count + 1} of {len(sizes)}")
         before, after = (places[module].read() for places in pairs)
         finite({original.name: before, tuned.name: after}, module, "A base is damaged")
         coarser = max(before.dtype, after.dtype, key=lambda dtype: torch.finfo(dtype).eps)
@@ -444,20 +422,20 @@ def extract(
     if not modules:
         raise ValueError(f"{tuned.name} does not differ from {original.name} in any of {len(sizes)} modules.")
     comment = f"difference of {tuned.name} and {original.name}"
-    metadata = _of_base(original.family, original) | _of_network(modules, comment)
-    return Made(Lora("the extracted LoRA", original.family, metadata, modules, {}), energies)
+    metadata = metadata_module.base_metadata(original.family, original) | _network(modules, comment)
+    return Approximation(Lora("the extracted LoRA", original.family, metadata, modules, {}), energies)
 
 
 # ── Singular values ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-LARGE = 256  # the smaller side from which a few singular values are found faster than all
+LARGE = 256  # the smaller side from which computing a few singular values is faster than all
 
 
 def _svd(matrix: Tensor, rank: int | None = None) -> Spectrum:
     """The singular values of a matrix; of a large one only those that a small rank needs.
 
-    Those are found to about 1e-4 of their energy, of the flattest spectra to 1e-2, the same at every call.
+    Those are exact to about 1e-4 of their energy, of the flattest spectra to 1e-2, and the same at every call.
 
     Source: Halko et al. 2011, arXiv:0909.4061 (power iterations on random vectors).
     """
@@ -477,14 +455,14 @@ def _svd(matrix: Tensor, rank: int | None = None) -> Spectrum:
 
 
 def _svd_of_product(up: Tensor, down: Tensor) -> Spectrum:
-    """The singular values of up @ down, which is never made: those of the R in their QR decompositions."""
+    """The singular values of up @ down, without computing it: those of the R in their QR decompositions."""
     (left, inner), (right, outer) = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
     u, s, vh = torch.linalg.svd(inner @ outer.T, full_matrices=False)
     return left @ u, s, vh @ right.T, s.square().sum().item()
 
 
 def _cut(spectrum: Spectrum, rank: int | None, energy: float | None = None) -> tuple[Tensor, Tensor, tuple]:
-    """The best approximation of a rank: up (out, r) and down (r, in · k · k), float32; its energy, and that of all.
+    """The best approximation of a rank: up (out, r) and down (r, in · k · k), float32; its energy, and the whole's.
 
     Source: Eckart and Young 1936, doi:10.1007/BF02288367.
     """
@@ -497,24 +475,19 @@ def _cut(spectrum: Spectrum, rank: int | None, energy: float | None = None) -> t
 
 
 def _formed(up: Tensor, down: Tensor, kernel: Sequence[int]) -> Parts:
-    """Parts in the form of a module's layer: down (r, in[, k, k]), up (out, r[, 1, 1])."""
+    """Parts in the shapes of a module's layer: down (r, in[, k, k]), up (out, r[, 1, 1])."""
     down, up = down.reshape(len(down), -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
     return {"down": down.contiguous(), "up": up.contiguous()}
 
 
 def _kernel(module: str, parts: Parts, family: str | None) -> Sequence[int]:
-    """A module's kernel, () of a linear layer: by its matrices, or of LoHa and LoKr, whose do not tell, by its name."""
-    if "down" in parts:
-        return parts["down"].shape[2:]
-    leaf = module.rpartition(".")[2]
-    if leaf in ("conv", "conv1", "conv2", "conv_in", "conv_out"):
+    """A module's kernel, () of a linear layer: by its parts, or where these do not say (LoHa, LoKr) by its name."""
+    if (kernel := algorithm_of(parts).kernel(parts)) is not None:
+        return kernel
+    if targets_module.is_wide(module):
         return (3, 3)
+    leaf = module.rpartition(".")[2]
     return (1, 1) if leaf == "conv_shortcut" or (leaf in ("proj_in", "proj_out") and family == "sd15") else ()
-
-
-def _scale(parts: Parts, alpha: float) -> float:
-    rank = layers.rank_of(parts)
-    return alpha / rank if rank else 1.0
 
 
 # ── Metadata ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -527,32 +500,20 @@ OF_BASE = (
 )  # fmt: skip
 
 
-def _of_base(family: str | None, base: Base | None = None) -> dict[str, str]:
-    """What programs tell families by, and the base's name."""
-    version = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", None: ""}[family]
-    v = "_v" if base and base.prediction_type == "v_prediction" and family != "sdxl" else ""
-    known = {"ss_base_model_version": version + v, "ss_v2": str(family == "sd2")} if family else {}
-    return known | ({"ss_sd_model_name": base.name} if base else {})
+def _shareable(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Entries without paths or tokens: those of the machine that wrote the file could not be written again."""
+    return {key: value for key, value in metadata.items() if not metadata_module.names_machine(value)}
 
 
-def _of_network(modules: Mapping[str, tuple[Parts, float]], comment: str) -> dict[str, str]:
-    """Ranks and alphas that most modules have, those of wide convolutions apart, as kohya writes them."""
+def _network(modules: Mapping[str, Entry], comment: str) -> dict[str, str]:
+    """The metadata of computed LoRAs."""
     ranks = {module: len(parts["down"]) for module, (parts, _) in modules.items()}
     alphas = {module: alpha for module, (_, alpha) in modules.items()}
-    wide = [module for module, (parts, _) in modules.items() if max(parts["down"].shape[2:], default=1) > 1]
-    narrow = [module for module in modules if module not in set(wide)] or wide
-    facts = {
-        "ss_network_module": "networks.lora", "ss_network_dim": f"{usual(ranks[m] for m in narrow)}",
-        "ss_network_alpha": f"{usual(alphas[m] for m in narrow):g}", COMMENT: comment,
-    }  # fmt: skip
-    if wide:
-        convolutions = {"conv_dim": f"{usual(ranks[m] for m in wide)}"}
-        convolutions["conv_alpha"] = f"{usual(alphas[m] for m in wide):g}"
-        facts["ss_network_args"] = json.dumps(convolutions)
-    return facts
+    kernels = {module: parts["down"].shape[2:] for module, (parts, _) in modules.items()}
+    return metadata_module.network_metadata(ranks, alphas, kernels, ALGORITHMS["lora"]) | {COMMENT: comment}
 
 
-# ── What a file does, and where ───────────────────────────────────────────────────────────────────────────────────────
+# ── The size of the change by block ───────────────────────────────────────────────────────────────────────────────────
 
 ORDER = (
     "text_encoder", "text_encoder_2", "conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block",
@@ -567,7 +528,7 @@ class Row:
     block: str  # "text_encoder", "down_blocks.0", "mid_block" …
     part: str  # "attention" or "convolutions" of a UNet's block
     modules: int
-    ranks: list[int]  # that occur; none where nothing is of low rank
+    ranks: list[int]  # the different ones; none of a LoKr without a part of low rank
     norm: float  # Frobenius norm of all its changes together
     share: float  # of the whole LoRA's squared norm, 0 to 1
     largest: str  # the module with the largest change
@@ -575,66 +536,45 @@ class Row:
 
 
 def norms(lora: Lora, base: Base | None = None) -> list[Row]:
-    """What a LoRA changes, block by block, from the text to the picture. Of LoRA and LoKr no change is made whole.
+    """How much a LoRA changes, block by block, from the text to the picture.
 
     Args:
-        base: that the change of a DoRA is taken of; without it only the low-rank part is.
+        base: whose weights a DoRA's change depends on; without it, only its low-rank part is measured.
 
     Raises:
         ValueError: the LoRA does not fit the base.
     """
-    dora = any("dora_scale" in parts for parts in lora.parts.values())
+    algorithms, ranks = lora.algorithms, lora.ranks
+    needs_base = any(algorithm.needs_base for algorithm in algorithms.values())
     if base:
         _family([lora], [1.0], base)
-    places = _places(base, _sizes(lora), lora.name) if base and dora else {}
+    places = _places(base, lora.sizes, lora.name) if base and needs_base else {}
     squares, blocks = {}, defaultdict(list)
     for module, (parts, alpha) in lora.modules.items():
-        squares[module] = _square(parts, alpha, places[module].read() if places else None)
+        squares[module] = algorithms[module].square(parts, alpha, places[module].read() if places else None)
         first, second, *_ = [*module.split("."), ""]
         block = f"{first}.{second}" if first in ("down_blocks", "up_blocks") else first
         part = "attention" if ".attentions." in module else "convolutions"
         blocks[ORDER.index(first), block, part if "block" in first else ""].append(module)
     whole = sum(squares.values()) or 1.0
     rows = []
-    for (_, block, part), own in sorted(blocks.items()):
-        ranks = {rank for module in own if (rank := layers.rank_of(lora.parts[module]))}
-        square, largest = sum(squares[module] for module in own), max(own, key=squares.__getitem__)
-        only = dora and not places
-        rows.append(Row(block, part, len(own), sorted(ranks), square**0.5, square / whole, largest, only))
+    for (_, block, part), modules in sorted(blocks.items()):
+        square, largest = sum(squares[module] for module in modules), max(modules, key=squares.__getitem__)
+        only = needs_base and not places
+        of_block = distinct(ranks[module] for module in modules)
+        rows.append(Row(block, part, len(modules), of_block, square**0.5, square / whole, largest, only))
     return rows
 
 
-def _square(parts: Parts, alpha: float, weight: Tensor | None = None) -> float:
-    """The squared Frobenius norm of a module's change; of a DoRA without its weight that of the low-rank part."""
-    kind = layers.algorithm_of(parts)
-    if kind == "loha" or weight is not None:
-        return layers.change(parts, alpha, weight).double().square().sum().item()
-    if kind != "lokr":
-        return _scale(parts, alpha) ** 2 * _square_of_product(parts["up"].flatten(1), parts["down"].flatten(1))
-    one, two = (  # ‖A ⊗ B‖ = ‖A‖ · ‖B‖
-        parts[whole].double().square().sum().item()
-        if (whole := f"lokr_w{n}") in parts
-        else _square_of_product(parts[f"{whole}_a"], parts[f"{whole}_b"].flatten(1))
-        for n in (1, 2)
-    )
-    return _scale(parts, alpha) ** 2 * one * two
-
-
-def _square_of_product(a: Tensor, b: Tensor) -> float:
-    """‖a @ b‖² = tr((aᵀa)(bbᵀ)), of matrices (m, r) and (r, n)."""
-    a, b = a.double(), b.double()
-    return ((a.T @ a) * (b @ b.T)).sum().item()
-
-
 def norms_table(rows: Sequence[Row]) -> str:
-    """What `norms` tells, in aligned lines for a terminal."""
+    """Rows of `norms` as aligned lines for a terminal."""
     lines = [f"{'block':<15} {'part':<13}{'modules':>8}{'rank':>9}{'norm':>11}{'share':>8}  largest"]
     for row in rows:
         size = f"{row.modules:>8}{_span(row.ranks):>9}{row.norm:>11.4g}{row.share:>8.1%}"
         lines.append(f"{row.block:<15} {row.part:<13}{size}  {row.largest}")
     lines.append(f"{'all':<29}{sum(row.modules for row in rows):>8}{math.hypot(*(row.norm for row in rows)):>20.4g}")
     if any(row.low_rank_only for row in rows):
-        lines.append("A DoRA without its base: its low-rank part alone, without the lengths that it gives to columns.")
+        lines.append("A DoRA without its base: only its low-rank part, without the lengths of columns.")
     return "\n".join(lines)
 
 

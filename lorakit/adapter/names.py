@@ -1,40 +1,40 @@
-"""What LoRA files call modules and tensors: kohya's, diffusers' and PEFT's names."""
+"""The names of modules and tensors in LoRA files: kohya's, diffusers' and PEFT's."""
 
 import re
 from functools import cache
 
-from lorakit.adapter import targets
+from lorakit.adapter import algorithms, targets
 from lorakit.base import adaptable
 
-# ── Names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @cache
 def _modules_by_name() -> dict[str, str]:
     """kohya's name without prefix, in either naming → diffusers' path."""
-    return {name.replace(".", "_"): path for path, own in adaptable().items() for name in (path, own)}
+    return {name.replace(".", "_"): path for path, other in adaptable().items() for name in (path, other)}
 
 
-def kohya_name(module: str, family: str) -> str:
-    """What kohya's files call a module: of SDXL's UNet by Stability's names, of others' by diffusers'.
+def kohya_name(module: str, family: str | None) -> str:
+    """The name of a module in kohya's files: Stability's in SDXL's UNet, diffusers' in others.
 
     Raises:
         ValueError: no Stable Diffusion has such a module.
     """
     if (which := targets.model_of(module)) != "unet":
-        path, begin = module.partition(".")[2], KOHYA_TEXT.get((which, family == "sdxl"))
-        if not (begin and targets.TEXT.fullmatch(path)):
+        path, prefix = targets.path_of(module), KOHYA_TEXT.get((which, family == "sdxl"))
+        if not (prefix and targets.TEXT.fullmatch(path)):
             raise ValueError(f"{module} is no module of a text encoder, so no other program would find it.")
-        return f"{begin}_text_model_{path.replace('.', '_')}"
+        return f"{prefix}_text_model_{path.replace('.', '_')}"
     if module not in adaptable():
         raise ValueError(f"{module} is no module of a Stable Diffusion UNet, so no other program would find it.")
     return "lora_unet_" + (adaptable()[module] if family == "sdxl" else module).replace(".", "_")
 
 
-KOHYA_TEXT = {  # which, whether the base is an SDXL -> how kohya's keys begin
+KOHYA_TEXT = {  # (text encoder, whether the base is an SDXL) → the prefix of kohya's keys
     ("text_encoder", False): "lora_te", ("text_encoder", True): "lora_te1", ("text_encoder_2", True): "lora_te2",
 }  # fmt: skip
-KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight"}  # what LyCORIS adds is called in files as it is here
+KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight"}  # the names of other parts are LyCORIS'
 
 
 # ── Reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -45,8 +45,7 @@ PARTS = {
     ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers before PEFT
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",  # its text encoders
     "_lora.down.weight": "down", "_lora.up.weight": "up",  # its attention processors
-    **{f".{part}": part for part in ("dora_scale", *(f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"),
-                                     *(f"lokr_w{n}{side}" for n in (1, 2) for side in ("", "_a", "_b")))},  # LyCORIS
+    **{f".{part}": part for part in algorithms.PARTS if part not in KOHYA},  # LyCORIS
 }  # fmt: skip
 TEXT = re.compile(r"lora_te\d?_|text_encoder|(base_model\.model\.)?(text_model|encoder\.layers)|bundle_emb")
 OF_TEXT = re.compile(r"lora_te([12]?)_text_model_(.+)|(?:text_encoder(_2)?\.)?(?:text_model\.)?(encoder\.layers\..+)")

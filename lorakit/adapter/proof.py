@@ -1,26 +1,33 @@
-"""Read a LoRA file back and compare its effect with what it was made from."""
+"""Read a LoRA file back, compare its effect with its source's, and describe files."""
+
+from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lorakit.adapter import layers as layers_module
 from lorakit.adapter import targets
+from lorakit.adapter.algorithms import ALGORITHMS, Entry, Parts, algorithm_of
 from lorakit.adapter.injection import Adapter
-from lorakit.adapter.lora import Lora
+from lorakit.adapter.lora import Lora, distinct
 from lorakit.adapter.read import load, open_lora_file, settings_of
 from lorakit.adapter.write import layout_alphas, lora_from, rescaled
 from lorakit.base import Base
 
-# ── Proof ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+if TYPE_CHECKING:
+    from lorakit.adapter.layers import AdapterLayer
+
+# ── Proof ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Proof:
-    """That a file does what the adapter in memory does."""
+    """The agreement of a file with the adapter in memory."""
 
     modules: int
     error: float  # largest relative difference of a module's ΔW, in the Frobenius norm
@@ -32,62 +39,77 @@ class Proof:
 
 @torch.no_grad()
 def prove(path: str | Path, source: Adapter | Lora, base: Base | None = None, layout: str = "kohya") -> Proof:
-    """Read an exported file back and compare what it adds to each weight with what it was made of adds.
+    """Read an exported file back and compare what it adds to each weight with what its source adds.
 
     Args:
-        source: the adapter in memory, or what was written.
+        source: the adapter in memory, or the LoRA that was written.
         base: of the adapter.
         layout: that it was written in.
 
     Raises:
         RuntimeError: a module is missing, superfluous, or differs by more than rounding to the file's dtype can do.
     """
-    read, layers = load(path), source.layers if isinstance(source, Adapter) else {}
-    own = lora_from(source, base) if layers else source
-    odd = sorted(read.modules.keys() ^ own.modules.keys())
-    if odd or read.family not in (None, own.family):
+    file = load(path)
+    layers: Mapping[str, AdapterLayer] = {}
+    if isinstance(source, Adapter):
+        assert base, "an adapter needs its base"
+        layers, source = source.layers, lora_from(source, base)
+    unmatched = sorted(file.modules.keys() ^ source.modules.keys())
+    if unmatched or file.family not in (None, source.family):
         raise RuntimeError(
-            f"{read.name} does not hold this LoRA: it reads as {read.family} with {len(read.modules)} modules, "
-            f"not as {own.family} with {len(own.modules)}. Only in one of them: {', '.join(odd[:4]) or 'none'}."
+            f"{file.name} does not hold this LoRA: it reads as {file.family} with {len(file.modules)} modules, "
+            f"not as {source.family} with {len(source.modules)}. Only in one of them: "
+            f"{', '.join(unmatched[:4]) or 'none'}."
         )
-
-    def added(module: str, parts: dict[str, Tensor], alpha: float) -> Tensor:
-        parts = {part: tensor.to(device) for part, tensor in parts.items()}
-        if module in layers:
-            return layers_module.meaning(layers[module], parts, alpha).flatten(1)
-        # The lengths of a DoRA say the same of any base: they are compared by themselves.
-        return layers_module.change({part: t for part, t in parts.items() if part != "dora_scale"}, alpha)
-
-    errors, alphas = {}, layout_alphas(own, layout)
-    for module, (parts, alpha) in read.modules.items():
-        device = next(iter(own.modules[module][0].values())).device
-        written = rescaled(*own.modules[module], alphas[module])
-        dtype = next(t.dtype for part, t in parts.items() if part != "dora_scale")
-        rounded = {part: layers_module.file_dtype(part, tensor, dtype) for part, tensor in written.items()}
-        if layers_module.size(parts) != layers_module.size(written):
-            raise RuntimeError(
-                f"{read.name}: {module} adds {layers_module.size(parts)} where {layers_module.size(written)} belongs."
-            )
-        whole, rounded, other = (
-            added(module, *entry) for entry in (own.modules[module], (rounded, alphas[module]), (parts, alpha))
-        )
-        size, difference = whole.norm().item(), (other - whole).norm().item()
-        errors[module] = difference / size if size else difference
-        lengths = [some.get("dora_scale", torch.empty(0)).cpu() for some in (parts, written)]
-        # Rounding to the file's dtype is all that may part them, and a float32 product's own.
-        close = (other - rounded).norm().item() <= 1e-5 * rounded.norm().item() + 1e-12
-        if not (close and torch.equal(*lengths)):
-            by = f"{errors[module]:.2%}, more than {dtype} explains"
-            raise RuntimeError(f"{read.name}: {module} differs from what was written by {by}. Export again.")
+    errors, alphas = {}, layout_alphas(source, layout)
+    for module, entry in file.modules.items():
+        layer = layers.get(module)
+        written = rescaled(*source.modules[module], alphas[module])
+        errors[module] = _compare(file.name, module, entry, source.modules[module], (written, alphas[module]), layer)
     worst = max(errors, key=errors.__getitem__)
     return Proof(len(errors), errors[worst], worst)
 
 
-# ── Telling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _compare(name: str, module: str, read: Entry, memory: Entry, written: Entry, layer: AdapterLayer | None) -> float:
+    """The relative difference of what a module adds in memory and in the file.
+
+    Args:
+        written: the parts in memory at the alpha that the file's layout has.
+        layer: of an adapter in memory. Without it the lengths of a DoRA are compared by themselves, and otherwise the
+            LoRA that it contains: the lengths are those of any base.
+
+    Raises:
+        RuntimeError: it is more than rounding explains.
+    """
+    algorithm = algorithm_of(read[0])
+    expected, sizes = algorithm_of(written[0]), [algorithm_of(parts).size(parts) for parts, _ in (read, written)]
+    if expected is not algorithm or sizes[0] != sizes[1]:
+        raise RuntimeError(
+            f"{name}: {module} is a {algorithm.title} of {sizes[0]}, not the {expected.title} of {sizes[1]} written."
+        )
+    device = next(iter(memory[0].values())).device
+    dtype = next(w.dtype for part, w in read[0].items() if part not in algorithm.exact)
+
+    def added(parts: Parts, alpha: float) -> Tensor:
+        parts = {part: w.to(device) for part, w in parts.items()}
+        return layer.delta(parts, alpha).flatten(1) if layer else algorithm.delta(parts, alpha)
+
+    whole, rounded, in_file = added(*memory), added(algorithm.rounded(written[0], dtype), written[1]), added(*read)
+    size, difference = whole.norm().item(), (in_file - whole).norm().item()
+    error = difference / size if size else difference
+    # The difference may come from rounding to the file's dtype, and from that of a float32 product.
+    close = (in_file - rounded).norm().item() <= 1e-5 * rounded.norm().item() + 1e-12
+    if not (close and all(torch.equal(read[0][part].cpu(), written[0][part].cpu()) for part in algorithm.exact)):
+        explained = f"{error:.2%}, more than {dtype} explains"
+        raise RuntimeError(f"{name}: {module} differs from what was written by {explained}. Export again.")
+    return error
 
 
-def describe_file(path: str | Path) -> dict:
-    """Tell what a LoRA file or folder (or one of a run's checkpoints) is, from its own weights and metadata.
+# ── Describing ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """Describe a LoRA file or folder (or one of a run's checkpoints) from its own weights and metadata.
 
     Raises:
         FileNotFoundError, ValueError, FloatingPointError: as `load`.
@@ -96,22 +118,22 @@ def describe_file(path: str | Path) -> dict:
     if not path.is_dir():
         with open_lora_file(path) as file:
             run = (file.metadata() or {}).get("lorakit")
-    held = [path, *(path.rglob("*") if path.is_dir() else ())]
-    told = {"file": path.name, "bytes": sum(file.stat().st_size for file in held if file.is_file())}
+    files = [path, *(path.rglob("*") if path.is_dir() else ())]
+    facts = {"file": path.name, "bytes": sum(file.stat().st_size for file in files if file.is_file())}
     if run:
-        facts = settings_of(run, path.name)
-        return told | {"kind": "checkpoint", "steps": facts.get("step"), "settings": facts.get("settings")}
+        record = settings_of(run, path.name)
+        return facts | {"kind": "checkpoint", "steps": record.get("step"), "settings": record.get("settings")}
     lora = load(path)
-    parts, alphas = lora.parts.values(), [alpha for _, alpha in lora.modules.values()]
-    locon = any(targets.RESNET.search(module) for module in lora.modules)
-    return told | {
-        "kind": {"lora": "LoCon" if locon else "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}[lora.algorithm],
+    modules, algorithm = lora.parts, ALGORITHMS[lora.algorithm]
+    locon = algorithm.sums and any(map(targets.RESNET.search, modules))
+    return facts | {
+        "kind": "LoCon" if locon else algorithm.title,
         "family": lora.family,
-        "modules": len(parts),
-        "text_encoder": sum(targets.model_of(module) != "unet" for module in lora.modules),
-        "rank": sorted({rank for own in parts if (rank := layers_module.rank_of(own))}),
-        "alpha": sorted(set(alphas)),
-        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for own in parts for tensor in own.values()}),
+        "modules": len(modules),
+        "text_encoder": sum(targets.model_of(module) != "unet" for module in modules),
+        "rank": distinct(lora.ranks.values()),
+        "alpha": sorted({alpha for _, alpha in lora.modules.values()}),
+        "dtype": sorted({str(w.dtype).removeprefix("torch.") for parts in modules.values() for w in parts.values()}),
         "base": lora.metadata.get("ss_sd_model_name"),
         "trigger": lora.metadata.get("modelspec.trigger_phrase"),
         "steps": lora.metadata.get("ss_steps"),
@@ -120,7 +142,7 @@ def describe_file(path: str | Path) -> dict:
 
 
 def _verify(path: Path, expected: str | None) -> str:
-    """Whether the tensors are still those that the file's `sshs_model_hash` was made of."""
+    """Whether the tensors still have the hash in the file's metadata, `sshs_model_hash`."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         stream.seek(8 + int.from_bytes(stream.read(8), "little"))

@@ -1,7 +1,6 @@
-"""A LoRA file as it was read: its modules under the names that `adapter` gives them, whoever wrote it.
+"""Read LoRA files: kohya's layout, in both SDXL namings, and diffusers' and PEFT's dotted names.
 
-Read are kohya's layout, in both SDXL namings, and diffusers' and PEFT's dotted names. No pickle is ever opened, and
-nothing that a file says is believed before it is compared with what a Stable Diffusion can have.
+No pickle is ever opened, and names and sizes in a file are compared with those of Stable Diffusion before use.
 """
 
 import json
@@ -15,13 +14,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorakit.adapter import layers, targets
+from lorakit.adapter import targets
+from lorakit.adapter.algorithms import Entry, Parts, algorithm_of
 from lorakit.adapter.lora import MODELS, Lora, finite
 from lorakit.adapter.names import OTHERS, PARTS, PATTERN, TEXT, module_name
 
 PEFT = "adapter_model.safetensors"
 LARGEST = 2**25  # numbers of a matrix or a change; no weight of Stable Diffusion has more than 1280 × 2560 × 3 × 3
-HEADER = 2**24  # bytes; what is read of a header takes thirty times as much memory. Real ones have up to a few million
+HEADER = 2**24  # bytes; a header in memory is thirty times as large. Real ones have up to a few million
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 DIMENSIONS = {part: (2, 4) for part in ("down", "up", "dora_scale", "lokr_w2")}  # of a convolution; others have two
 
@@ -34,12 +34,12 @@ DISGUISES = {
 
 
 @contextmanager
-def open_lora_file(path: Path) -> Iterator:
-    """A safetensors file. The library compares every size in it with the file's own before memory is taken.
+def open_lora_file(path: Path) -> Iterator[safe_open]:
+    """A safetensors file. The library compares every size in it with the file's own before it allocates memory.
 
     Raises:
-        FileNotFoundError: no file, or a folder, a pipe or a device, which could be waited upon for ever.
-        ValueError: something else, cut off or damaged.
+        FileNotFoundError: no file, or a folder, a pipe or a device, which might never answer.
+        ValueError: another kind of file, or one that is cut off or damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. Give a LoRA's .safetensors file.")
@@ -47,24 +47,25 @@ def open_lora_file(path: Path) -> Iterator:
         first = stream.read(16)
     try:
         if (length := int.from_bytes(first[:8], "little")) > HEADER:
-            raise SafetensorError(f"its header takes {length:,} bytes, and at most {HEADER:,} are read")
+            raise SafetensorError(f"its header takes {length:,} bytes, the limit is {HEADER:,}")
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:  # older releases cannot map an empty file
         kinds = [f"looks like {kind}" for start, kind in DISGUISES.items() if first.startswith(start)]
         raise ValueError(
-            f"{path.name} ({path.stat().st_size:,} bytes) is no whole safetensors file, it "
+            f"{path.name} ({path.stat().st_size:,} bytes) is not a complete safetensors file, it "
             f"{kinds[0] if kinds else 'was cut off or damaged'} ({_shown(str(error))}). Download or copy it again."
         ) from error
 
 
 def _sort(keys: Sequence[str], file: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """{module: {"down": key, "up": key, "alpha": key}}, and those keys of text encoders that are of no layer.
+    """{module: {"down": key, "up": key, "alpha": key}}, and the keys of text encoders that belong to no layer.
 
     Raises:
         ValueError: no LoRA, or one of another method or kind of model; a module without all its parts.
     """
-    modules, text, unknown, name = defaultdict(dict), [], [], file.name
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    text, unknown, name = [], [], file.name
     for key in keys:
         if method := next((method for mark, method in OTHERS.items() if mark in key), None):
             raise ValueError(f"{name} is a {method} file; {READ}.")
@@ -80,23 +81,23 @@ def _sort(keys: Sequence[str], file: Path) -> tuple[dict[str, dict[str, str]], l
             f"{_shown(strange[0])}: it is a LoRA for another kind of model (Flux, SD 3 …)."
         )
     if unknown or not (modules or text):
-        some = f"{len(unknown)} of its weights are something else, first {_shown(unknown[0])}" if unknown else ""
-        raise ValueError(f"{name} is no LoRA: {some or 'it is empty'}.")
+        problem = f"{len(unknown)} of its weights are something else, first {_shown(unknown[0])}" if unknown else ""
+        raise ValueError(f"{name} is no LoRA: {problem or 'it is empty'}.")
     for module, parts in modules.items():
         try:
-            layers.algorithm_of(parts.keys() - {"alpha"})
+            algorithm_of(parts.keys() - {"alpha"})
         except ValueError:
-            raise _damaged(name, f"of {module} it holds {', '.join(sorted(parts))} alone") from None
+            raise _damaged(name, f"it holds only {', '.join(sorted(parts))} of {module}") from None
     return dict(modules), text
 
 
 def _shown(text: str) -> str:
-    """A key of a file for a message: others wrote it, so that it may be of any length and steer the terminal."""
+    """A key of a file for a message: it may be of any length, and contain control characters of a terminal."""
     return text if len(text) < 200 and text.isprintable() else ascii(text[:160]) + " …"
 
 
 def _family(modules: dict[str, tuple[str, int]], metadata: dict[str, str]) -> str | None:
-    """Which family a LoRA is for: by what only one has, else by what the file says of itself.
+    """The family that a LoRA is for: by modules and sizes that only one has, else by the file's metadata.
 
     Args:
         modules: module → one of its keys, and the inputs of the weight that it changes.
@@ -108,10 +109,9 @@ def _family(modules: dict[str, tuple[str, int]], metadata: dict[str, str]) -> st
             return {768: "sd15", 1024: "sd2", 2048: "sdxl"}[inputs]
     if any(re.search(r"(input|output)_blocks_|middle_block_|lora_te[12]_", key) for key, _ in modules.values()):
         return "sdxl"
-    said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
-    found = re.search(r"(?:sd_|stable-diffusion-)(v1|v2|xl)|sdxl", said)
-    if found:
-        return {"v1": "sd15", "v2": "sd2"}.get(found[1], "sdxl")
+    names = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
+    if name := re.search(r"(?:sd_|stable-diffusion-)(v1|v2|xl)|sdxl", names):
+        return {"v1": "sd15", "v2": "sd2"}.get(name[1], "sdxl")
     for module, (_, inputs) in modules.items():
         if module.startswith("text_encoder.") and module.endswith("q_proj") and inputs in (768, 1024):
             return {768: "sd15", 1024: "sd2"}[inputs]
@@ -129,82 +129,78 @@ def load(path: str | Path) -> Lora:
         ValueError: no safetensors file, cut off, damaged, no LoRA, or of a method that is not read.
         FloatingPointError: it holds NaN.
     """
-    path = Path(path)
-    modules, known, metadata, aside = {}, {}, {}, {}
+    path, known, aside = Path(path), {}, {}
+    modules: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
     for file in _within(path) if path.is_dir() else [path]:
         with open_lora_file(file) as handle:
-            said = handle.metadata() or {}
-            settings = _settings(file, said.pop("lora_adapter_metadata", None))
+            entries = handle.metadata() or {}
+            settings = _settings(file, entries.pop("lora_adapter_metadata", None))
             keys, text = _sort(handle.keys(), file)
             if twice := modules.keys() & keys.keys():
-                raise ValueError(f"{path.name} holds {min(twice)} in two files. Give the one that is meant.")
+                raise ValueError(f"{path.name} holds {min(twice)} in two files. Give one of them.")
             alphas = {which: _alphas(settings, which, file.name) for which in {targets.model_of(m) for m in keys}}
-            for module, own in keys.items():
-                tensors = {part: _tensor(handle, key, part, file.name) for part, key in own.items()}
+            for module, part_keys in keys.items():
+                tensors = {part: _tensor(handle, key, part, file.name) for part, key in part_keys.items()}
                 parts = {part: tensor for part, tensor in tensors.items() if part != "alpha"}
-                known[module] = next(iter(own.values())), _inputs(parts, module, file.name)
+                known[module] = next(iter(part_keys.values())), _inputs(parts, module, file.name)
                 finite(tensors, f"{file.name}, {module}", "Its training diverged, or it was damaged: use another")
-                alpha = alphas[targets.model_of(module)](module, layers.rank_of(parts) or 1)
+                alpha = alphas[targets.model_of(module)](module, algorithm_of(parts).rank(parts) or 1)
                 modules[module] = (parts, float(tensors["alpha"].item()) if "alpha" in tensors else alpha)
-            aside |= {key: _tensor(handle, key, "", file.name) for key in text}
-            metadata = said | metadata
+            aside.update({key: _tensor(handle, key, "", file.name) for key in text})
+            metadata = entries | metadata
     return Lora(path.name, _family(known, metadata), metadata, modules, aside)
 
 
 def _within(folder: Path) -> list[Path]:
-    """The files that diffusers or PEFT left in a folder.
+    """The files that diffusers or PEFT wrote into a folder.
 
     Raises:
         FileNotFoundError: none; or only a pickle, which is never opened.
     """
     if (file := folder / "pytorch_lora_weights.safetensors").is_file():
         return [file]
-    if found := [file for place in ("", *MODELS) if (file := folder / place / PEFT).is_file()]:
-        return found
+    if files := [file for place in ("", *MODELS) if (file := folder / place / PEFT).is_file()]:
+        return files
     pickles = sorted(path.name for depth in ("*.bin", "*/*.bin") for path in folder.glob(depth))
-    said = f" It holds {pickles[0]}, a pickle, which lorakit never opens." if pickles else ""
-    raise FileNotFoundError(f"{folder.name} holds no {PEFT} and no pytorch_lora_weights.safetensors.{said}")
+    note = f" It holds {pickles[0]}, a pickle, which lorakit never opens." if pickles else ""
+    raise FileNotFoundError(f"{folder.name} holds no {PEFT} and no pytorch_lora_weights.safetensors.{note}")
 
 
-def _tensor(handle, key: str, part: str, name: str) -> Tensor:
-    """A tensor, mapped, not read. What the header says of it is looked at before it is made.
+def _tensor(handle: safe_open, key: str, part: str, name: str) -> Tensor:
+    """A tensor, mapped, not read. Its dtype and shape in the header are checked first.
 
     Args:
-        part: of a layer; "" is of none.
+        part: of a layer; "" of a tensor that belongs to none.
 
     Raises:
-        ValueError: nothing that such a part can be.
+        ValueError: such a part has another dtype or shape.
     """
     header = handle.get_slice(key)
     shape, kind = header.get_shape(), header.get_dtype()
     if kind not in FLOATS and (part not in ("alpha", "") or kind[0] not in "IU"):  # some programs count their alphas
-        raise ValueError(f"{name}: {_shown(key)} is of {kind} numbers, which are no weights. Get the LoRA in float16.")
+        raise ValueError(f"{name}: {_shown(key)} has {kind} numbers, which are no weights. Get the LoRA in float16.")
     dimensions = range(9) if part in ("", "alpha") else DIMENSIONS.get(part, (2,))
     if len(shape) not in dimensions or not 0 < math.prod(shape) <= (1 if part == "alpha" else LARGEST):
         raise _damaged(name, f"the sizes of {_shown(key)}, {str(shape)[:60]}, do not match any weight's")
     return handle.get_tensor(key)
 
 
-def _inputs(parts: dict[str, Tensor], module: str, name: str) -> int:
+def _inputs(parts: Parts, module: str, name: str) -> int:
     """in · k · k of the weight that a layer's parts change.
 
     Raises:
         ValueError: they do not go together, or Stable Diffusion has no such weight.
     """
+    algorithm = algorithm_of(parts)
     try:
-        out, inputs = layers.size(parts)
+        out, inputs = algorithm.size(parts)
     except ValueError as error:
         raise _damaged(name, f"the matrices of {module} do not match ({error})") from None
     if out * inputs > LARGEST:
         raise _damaged(name, f"{module} would change {out:,} × {inputs:,} numbers, more than any weight has")
-    lengths = parts["dora_scale"].shape[:2] if "dora_scale" in parts else None
-    if lengths and lengths[0] != 1:
-        raise ValueError(
-            f"{name} is a DoRA file whose lengths are those of rows. Programs disagree on what they mean; "
-            "lorakit reads and writes those of columns, on which they agree."
-        )
-    if lengths and parts["dora_scale"].numel() != parts["down"].shape[1]:
-        raise _damaged(name, f"{module} has not one length for each of its {parts['down'].shape[1]} columns")
+    if problem := algorithm.refusal(parts):
+        raise ValueError(f"{name} {problem}.")
     return inputs
 
 
@@ -212,25 +208,25 @@ def _inputs(parts: dict[str, Tensor], module: str, name: str) -> int:
 
 
 def _settings(file: Path, text: str | bytes | None) -> dict:
-    """What PEFT was told when it made a file.
+    """PEFT's settings for a file.
 
     Args:
-        text: what the file's metadata holds of it, which is where diffusers keeps it; PEFT's own stands beside a file.
+        text: from the file's metadata, where diffusers keeps them; PEFT keeps them in a file in the same folder.
     """
-    name, beside = file.name, file.with_name("adapter_config.json")
-    if file.name == PEFT and beside.is_file():
-        name = f"{file.parent.name}/{beside.name}"
-        if beside.stat().st_size > HEADER:
+    name, config = file.name, file.with_name("adapter_config.json")
+    if file.name == PEFT and config.is_file():
+        name = f"{file.parent.name}/{config.name}"
+        if config.stat().st_size > HEADER:
             raise _damaged(name, "it is too large")
-        text = beside.read_bytes()
+        text = config.read_bytes()
     return {} if text is None else settings_of(text, name)
 
 
 def settings_of(text: str | bytes, name: str) -> dict:
-    """Settings in JSON that others wrote.
+    """Settings in JSON that another program wrote.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no JSON object.
     """
     try:
         settings = json.loads(text)
@@ -242,17 +238,17 @@ def settings_of(text: str | bytes, name: str) -> dict:
 
 
 def _alphas(settings: dict, which: str, name: str) -> Callable[[str, int], float]:
-    """What says the alpha of a model's module, by name and rank, where it has none of its own: else it is the rank.
+    """A function: a module's name and rank → its alpha by PEFT's settings; without any it is the rank.
 
     Patterns are read as names, or ends of names, which is what PEFT and diffusers write; the first that fits counts.
-    They are never run: a regular expression can take for ever, and others wrote it.
+    They are never run as regular expressions: one from a file can take for ever.
 
     Raises:
-        ValueError: settings that do not say alphas, or a pattern that is no name.
+        ValueError: alphas that are no numbers, or a pattern that is no name.
     """
     settings = {key.removeprefix(f"{which}."): value for key, value in settings.items()}
     if settings.get("use_dora"):
-        raise ValueError(f"{name} is a PEFT's DoRA file; {READ}.")
+        raise ValueError(f"{name} is a DoRA file of PEFT's; {READ}.")
     patterns = settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise _damaged(name, "the alpha_pattern in its settings holds no names")
@@ -260,8 +256,8 @@ def _alphas(settings: dict, which: str, name: str) -> Callable[[str, int], float
     for place, (pattern, alpha) in enumerate(patterns.items()):
         if not (path := PATTERN.fullmatch(pattern)):
             raise ValueError(
-                f"{name} gives an alpha by a pattern that is no name, {_shown(pattern)}, and what others wrote is not "
-                "run. Write the names of modules in its alpha_pattern."
+                f"{name} gives an alpha by a pattern that is no name, {_shown(pattern)}; regular expressions "
+                "in files are not run. Write the names of modules in its alpha_pattern."
             )
         ends.setdefault(path[1].replace("\\", ""), (place, alpha))
     for _, alpha in ends.values():
@@ -270,8 +266,8 @@ def _alphas(settings: dict, which: str, name: str) -> Callable[[str, int], float
 
     def alpha_of(module: str, rank: int) -> float:
         steps = module.split(".")[which != "unet" :]
-        found = min(ends[end] for n in range(len(steps) + 1) if (end := ".".join(steps[n:])) in ends)[1]
-        return (rank if found is None else float(found)) * (math.sqrt(rank) if settings.get("use_rslora") else 1)
+        alpha = min(ends[end] for n in range(len(steps) + 1) if (end := ".".join(steps[n:])) in ends)[1]
+        return (rank if alpha is None else float(alpha)) * (math.sqrt(rank) if settings.get("use_rslora") else 1)
 
     return alpha_of
 

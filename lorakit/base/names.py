@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-# ── Names ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 ATTENTION = (
     "proj_in", "proj_out",
     *(f"transformer_blocks.{k}.{attention}.{leaf}" for k in range(10) for attention in ("attn1", "attn2")
@@ -21,12 +19,12 @@ OUTSIDE = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
-# Modules that no LoRA sits on.
+# Modules that no LoRA adapts.
 ATTENTION_NORMS = ("norm", *(f"transformer_blocks.{k}.norm{n}" for k in range(10) for n in (1, 2, 3)))
 RESNET_NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
 
 
-def _blocks() -> Iterator[tuple[str, str, str, str]]:
+def _blocks() -> Iterator[tuple[str, int, str, str]]:
     """(diffusers' block, number in it, Stability's attention, Stability's resnet) of a UNet of up to four levels."""
     for i in range(4):
         for j in range(2):
@@ -39,11 +37,11 @@ def _blocks() -> Iterator[tuple[str, str, str, str]]:
 
 @cache
 def adaptable() -> dict[str, str]:
-    """Every module of a Stable Diffusion UNet that a LoRA can sit on: diffusers' path → Stability's own path."""
+    """Every module of a Stable Diffusion UNet that a LoRA can adapt: diffusers' path → Stability's path."""
     names = dict(OUTSIDE)
     for block, j, attention, resnet in _blocks():
-        names.update({f"{block}.attentions.{j}.{leaf}": f"{attention}.{leaf}" for leaf in ATTENTION})
-        names.update({f"{block}.resnets.{j}.{leaf}": f"{resnet}.{own}" for leaf, own in RESNET.items()})
+        names |= {f"{block}.attentions.{j}.{leaf}": f"{attention}.{leaf}" for leaf in ATTENTION}
+        names |= {f"{block}.resnets.{j}.{leaf}": f"{resnet}.{theirs}" for leaf, theirs in RESNET.items()}
     for i in range(4):
         names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
         names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{3 * i + 2}.2.conv"
@@ -52,12 +50,12 @@ def adaptable() -> dict[str, str]:
 
 @cache
 def unet_names() -> dict[str, str]:
-    """Stability's path of every module of a UNet → diffusers'."""
-    names = {own: path for path, own in adaptable().items()} | {"out.0": "conv_norm_out"}
+    """Every module of a UNet: Stability's path → diffusers' path."""
+    names = {theirs: path for path, theirs in adaptable().items()} | {"out.0": "conv_norm_out"}
     for block, j, attention, resnet in _blocks():
-        names.update({f"{attention}.{leaf}": f"{block}.attentions.{j}.{leaf}" for leaf in ATTENTION_NORMS})
-        names.update({f"{resnet}.{own}": f"{block}.resnets.{j}.{leaf}" for leaf, own in RESNET_NORMS.items()})
-    for i in range(4):  # where a level has no attention, its sampler moves up
+        names |= {f"{attention}.{leaf}": f"{block}.attentions.{j}.{leaf}" for leaf in ATTENTION_NORMS}
+        names |= {f"{resnet}.{theirs}": f"{block}.resnets.{j}.{leaf}" for leaf, theirs in RESNET_NORMS.items()}
+    for i in range(4):  # a level without attention has its upsampler one place earlier
         names[f"output_blocks.{3 * i + 2}.1.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
     return names
 
@@ -76,7 +74,7 @@ OPEN_CLIP_LAYER = {
 
 
 def open_clip_names(key: str) -> list[str]:
-    """transformers' names for a tensor of OpenCLIP: three where queries, keys and values are one."""
+    """transformers' names for a tensor of OpenCLIP: three if it combines queries, keys and values."""
     layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
     if not layer:
         return [OPEN_CLIP[key]] if key in OPEN_CLIP else []

@@ -1,12 +1,14 @@
-"""Prompts as people write them for A1111 and ComfyUI: words that count more or less, and more than 75 tokens.
+"""Prompts in the notation of A1111 and ComfyUI: weighted words, and more than 75 tokens.
 
-The weights are worked into the embeddings by compel, which is optional: without it they are left out, and told.
+compel applies the weights to the embeddings. It is optional: without it a message says that weights are ignored.
 """
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import util
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,48 +16,43 @@ from torch import Tensor
 from lorakit.base import model
 from lorakit.device import autocast
 
-Fragment = tuple[str, float]  # some words, and what they count
-ONCE = 1.1  # what a pair of round brackets counts; square ones, its inverse
+Fragment = tuple[str, float]  # some words and their weight
+ROUND = 1.1  # the weight of a pair of round brackets; of square ones, its inverse
 _PARTS = re.compile(r"\\[()\[\]\\]|\(|\[|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\)|\]|[^\\()\[\]:]+|.", re.DOTALL)
 
 
 def parse(prompt: str) -> list[Fragment]:
-    """The words of a prompt with what they count: (words:1.2), (words) 1.1, [words] 1/1.1, nested ones multiplied.
+    """The words of a prompt with their weights: (words:1.2), (words) 1.1, [words] 1/1.1, nested ones multiplied.
 
-    A backslash before a bracket makes it a letter. Brackets that nobody closes count to the end; one that nobody
-    opened is a letter.
+    A bracket after a backslash is text. A bracket that is never closed extends to the end; a closing bracket that was
+    never opened is text.
 
-    Source: the grammar of A1111's stable-diffusion-webui; ComfyUI's is the part of it with round brackets.
+    Source: the grammar of A1111's stable-diffusion-webui; ComfyUI uses the part of it with round brackets.
     """
-    found: list[Fragment] = []
-    opened: list[tuple[str, int]] = []  # which bracket, and the first fragment inside
+    fragments: list[Fragment] = []
+    opened: list[tuple[str, int]] = []  # each open bracket, and the first fragment inside
 
     def close(bracket: str, factor: float) -> bool:
         if not opened or opened[-1][0] != bracket:
             return False
         start = opened.pop()[1]
-        found[start:] = [(words, weight * factor) for words, weight in found[start:]]
+        fragments[start:] = [(words, weight * factor) for words, weight in fragments[start:]]
         return True
 
     for part in _PARTS.findall(prompt):
         if part in ("(", "["):
-            opened.append((part, len(found)))
+            opened.append((part, len(fragments)))
         elif not (
-            (part == ")" and close("(", ONCE))
-            or (part == "]" and close("[", 1 / ONCE))
+            (part == ")" and close("(", ROUND))
+            or (part == "]" and close("[", 1 / ROUND))
             or (part[0] == ":" and part[-1] == ")" and close("(", float(part[1:-1])))
         ):
-            found.append((part[1:] if part[0] == "\\" and len(part) > 1 else part, 1.0))
+            fragments.append((part[1:] if part[0] == "\\" and len(part) > 1 else part, 1.0))
     while opened:
         bracket = opened[-1][0]
-        close(bracket, ONCE if bracket == "(" else 1 / ONCE)
-    return _joined(found)
-
-
-def _joined(found: list[Fragment]) -> list[Fragment]:
-    """Neighbours that count the same as one."""
-    joined: list[Fragment] = []
-    for words, weight in found:
+        close(bracket, ROUND if bracket == "(" else 1 / ROUND)
+    joined: list[Fragment] = []  # neighbours of the same weight as one
+    for words, weight in fragments:
         if joined and abs(joined[-1][1] - weight) < 1e-6:
             joined[-1] = (joined[-1][0] + words, weight)
         else:
@@ -63,23 +60,23 @@ def _joined(found: list[Fragment]) -> list[Fragment]:
     return joined or [("", 1.0)]
 
 
-def words(prompt: str) -> str:
-    """The prompt without its weights."""
-    return "".join(text for text, _ in parse(prompt))
+def without_weights(prompt: str) -> str:
+    """The words of a prompt."""
+    return "".join(words for words, _ in parse(prompt))
 
 
 def escape(text: str) -> str:
-    """A caption as a prompt that says the same: its brackets are letters."""
+    """The prompt whose words are this text, brackets included."""
     return re.sub(r"([()\[\]\\])", r"\\\1", text)
 
 
-def special(prompt: str, base: model.Base) -> tuple[Fragment, ...]:
-    """The prompt's fragments where it has weights, or may be longer than the base's encoders take; () where not."""
+def special_fragments(prompt: str, base: model.Base) -> tuple[Fragment, ...]:
+    """The fragments of a prompt that has weights or may exceed the length of the base's encoders; else ()."""
     fragments = tuple(parse(prompt))
-    letters = min(base.configs[which].get("max_position_embeddings", 77) for which in base.text_encoders) - 2
-    # A token has a byte at least: what is no longer than that in bytes fits.
-    (first, weight), *more = fragments
-    return fragments if more or weight != 1 or len(first.encode()) > letters else ()
+    length = min(base.configs[encoder].get("max_position_embeddings", 77) for encoder in base.text_encoders) - 2
+    (words, weight), *more = fragments
+    # A token has at least one byte, so a text of at most `length` bytes fits.
+    return fragments if more or weight != 1 or len(words.encode()) > length else ()
 
 
 def can_weigh() -> bool:
@@ -87,56 +84,58 @@ def can_weigh() -> bool:
     return util.find_spec("compel") is not None
 
 
-def encode(
-    base: model.Base, encoder, tokenizer, fragments: tuple[Fragment, ...], clip_skip: int = 1,
+def encode_fragments(
+    base: model.Base, encoder: Any, tokenizer: Any, fragments: tuple[Fragment, ...], clip_skip: int = 1,
     say: Callable[[str], None] = print,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One text encoder's embeddings of weighted words, in as many stretches of the encoder's length as they need.
+    """One text encoder's embeddings of weighted words, in as many chunks of the encoder's length as they need.
 
     Args:
-        say: told where compel is missing: weights then count nothing, and what is too long is cut off.
+        say: called with a message if compel is missing: weights are then ignored and long prompts truncated.
 
     Returns:
-        Embeddings (stretches × length, width); the pooled one (width,), of the first stretch and without weights, as
-        A1111 and ComfyUI have it; that stretch's tokens (length,).
+        Embeddings, shape (chunks × length, width); the pooled embedding (width,) and the tokens (length,) of the first
+        chunk without weights, as in A1111 and ComfyUI.
 
-    Source: compel, https://github.com/damian0815/compel (weights above 1 away from the empty prompt, below 1 towards
-        the prompt without the words).
+    Source: compel, https://github.com/damian0815/compel (weights above 1 move away from the empty prompt, weights
+    below 1 towards the prompt without the words).
     """
-    plain = "".join(text for text, _ in fragments)
-    tokens = model.tokenize(tokenizer, [plain])
-    with autocast(encoder.device, encoder.dtype):
-        embeddings, pooled = model.encode(encoder, tokens.to(encoder.device), base.family, clip_skip)
-    length = len(tokenizer(plain, truncation=False, verbose=False).input_ids)
-    if length <= tokens.shape[1] and all(weight == 1 for _, weight in fragments):
-        return embeddings[0], pooled[0], tokens[0]
-    if not can_weigh():
+
+    def encode(tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with autocast(encoder.device, encoder.dtype):
+            return model.encode(encoder, tokens, base.family, clip_skip, mask)
+
+    text = "".join(words for words, _ in fragments)
+    tokens = model.tokenize(tokenizer, [text])
+    embeddings, pooled = encode(tokens.to(encoder.device))
+    length = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+    plain = length <= tokens.shape[1] and all(weight == 1 for _, weight in fragments)
+    if not (plain or can_weigh()):
         say(
-            f"prompt    {plain[:40]!r}: weights count nothing and more than {tokens.shape[1] - 2} tokens are cut off "
-            'without compel: pip install "lorakit[prompts]"'
+            f"prompt    {text[:40]!r}: without compel, weights are ignored and prompts cut off after "
+            f'{tokens.shape[1] - 2} tokens: pip install "lorakit[prompts]"'
         )
+        plain = True
+    if plain:
         return embeddings[0], pooled[0], tokens[0]
     from compel import EmbeddingsProvider, SplitLongTextMode
 
-    def answer(ids, mask=None, **_) -> SimpleNamespace:
-        """What compel asks of a text encoder, by the family's rules and with any clip skip."""
-        with autocast(encoder.device, encoder.dtype):
-            found = model.encode(encoder, ids, base.family, clip_skip, mask)[0]
-        return SimpleNamespace(last_hidden_state=found.float())
-
     provider = EmbeddingsProvider(
-        tokenizer, _Asking(answer, encoder.device), truncate=False, split_long_text_mode=SplitLongTextMode.PHRASES
-    )
-    texts, weights = zip(*fragments, strict=True)
-    found = provider.get_embeddings_for_weighted_prompt_fragments([list(texts)], [list(weights)], device=encoder.device)
-    return found[0].to(embeddings.dtype), pooled[0], tokens[0]
+        tokenizer, _CompelEncoder(encode, encoder.device), truncate=False,
+        split_long_text_mode=SplitLongTextMode.PHRASES,
+    )  # fmt: skip
+    texts, weights = map(list, zip(*fragments, strict=True))
+    weighted = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=encoder.device)
+    return weighted[0].to(embeddings.dtype), pooled[0], tokens[0]
 
 
-class _Asking:
-    """A function in the place of a text encoder."""
+@dataclass
+class _CompelEncoder:
+    """A text encoder as compel calls it, with the family's rules and any clip skip."""
 
-    def __init__(self, answer: Callable, device: torch.device):
-        self.answer, self.device, self.dtype = answer, device, torch.float32
+    encode: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    device: torch.device
+    dtype: torch.dtype = torch.float32
 
-    def __call__(self, *args, **kwargs):
-        return self.answer(*args, **kwargs)
+    def __call__(self, tokens: Tensor, mask: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.encode(tokens, mask)[0].float())

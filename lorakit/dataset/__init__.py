@@ -9,7 +9,7 @@ __all__ = [
     "Picture",
     "apply_template",
     "audit_captions",
-    "captions_of",
+    "caption_changes",
     "check_quality",
     "draft_captions",
     "extract_frames",
@@ -20,17 +20,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lorakit.dataset.buckets import Fit, bucket_sizes, crop, epoch_batches, fit_all, steps_per_epoch
+    from lorakit.dataset.buckets import Buckets, Fit, crop_picture, epoch_batches, steps_per_epoch
     from lorakit.dataset.caption_quality import audit_captions
-    from lorakit.dataset.captioner import draft_captions
-    from lorakit.dataset.captions import apply_template, caption_files, caption_text, caption_variants, captions_of
-    from lorakit.dataset.captions import changes, preview, replace_text, retag, tags, trigger_pattern, undo_captions
-    from lorakit.dataset.captions import without_trigger, write_captions
-    from lorakit.dataset.folder import ARCHIVES, Dataset, find_masks, is_remote, scan
-    from lorakit.dataset.picture import Mask, Picture, open_mask, open_picture
-    from lorakit.dataset.quality import Finding, QualityReport, Sides, check_quality, crop_previews
-    from lorakit.dataset.selection import Decisions, apply_decisions, last_source, load_decisions, picture_name
-    from lorakit.dataset.selection import save_decisions
+    from lorakit.dataset.captioner import Captioner, draft_captions
+    from lorakit.dataset.captions import apply_template, caption_changes, caption_files, caption_text, caption_variants
+    from lorakit.dataset.captions import describe_changes, replace_text, retag, split_tags, trigger_pattern
+    from lorakit.dataset.captions import undo_captions, without_trigger, write_captions
+    from lorakit.dataset.folder import ARCHIVES, Dataset, find_masks, is_remote, picture_name, scan
+    from lorakit.dataset.picture import Mask, Picture, open_mask, open_picture, thumbnail
+    from lorakit.dataset.quality import check_quality, crop_previews
+    from lorakit.dataset.report import Finding, Report
+    from lorakit.dataset.selection import Decisions, apply_decisions, last_source, load_decisions, save_decisions
+    from lorakit.dataset.selection import scan_dataset
     from lorakit.dataset.video import extract_frames
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

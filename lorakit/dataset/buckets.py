@@ -1,15 +1,14 @@
 """Picture sizes → aspect-ratio buckets and the order of an epoch. Sizes are (width, height) in pixels.
 
 The buckets are kohya sd-scripts' (`make_bucket_resolutions`), because published advice and other trainers' results
-assume them. Which one a picture gets is a rule's choice, and none ever pads:
+assume them. A rule chooses the bucket of a picture, and none ever pads:
 
 - "kohya": the nearest width/height, as `BucketManager.select_bucket` does when it may scale both up and down.
-- "no_upscale": its `bucket_no_upscale`. A picture is never enlarged: the bucket is made from the picture's own size, or
-  from what is left of it when reduced to the training area, rounded down to the step.
+- "no_upscale": its `bucket_no_upscale`. A picture is never enlarged: the bucket is the picture's own size, or its size
+  reduced to the training area, rounded down to the step.
 - "least_crop": of all sizes between these, down to three quarters of the area, the one that cuts off the least.
 
-Scaling is done in whole numbers and orders are made of raw generator bits, so every machine gets the same crops and
-the same batches.
+Scaling uses whole numbers and orders use raw generator bits, so every machine gets the same crops and batches.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """How one picture gets into its bucket: resize to `scaled`, then cut `size` out of it at `crop`."""
+    """How one picture gets into its bucket: resize to `scaled`, then cut out `size` at `crop`."""
 
     size: Size  # the bucket
     scaled: Size  # covers the bucket; one side exactly, except by the rule "no_upscale"
@@ -46,16 +45,10 @@ class Fit:
 def bucket_sizes(
     resolution: int, *, step: int = 64, minimum: int | None = None, maximum: int | None = None
 ) -> list[Size]:
-    """List the buckets whose area is at most resolution², sorted by width, then height.
-
-    Args:
-        resolution: side of the square bucket, a multiple of `step`.
-        step: every side is a multiple of it; it must itself be one of the base's VAE factor times its UNet's.
-        minimum: shortest side, rounded down to a multiple of `step`; half the resolution by default.
-        maximum: longest side, rounded up to a multiple of `step`; twice the resolution by default.
+    """The buckets whose area is at most resolution², sorted by width, then height; arguments as for `Buckets`.
 
     Raises:
-        ValueError: a resolution that is no multiple of `step`, or limits that leave it out.
+        ValueError: the resolution is no multiple of `step`, or outside the limits.
     """
     if step < 1 or resolution < step or resolution % step:
         below = resolution // max(step, 1) * step
@@ -67,22 +60,22 @@ def bucket_sizes(
     maximum = ceil((resolution * 2 if maximum is None else maximum) / step) * step
     if not minimum <= resolution <= maximum:
         raise ValueError(f"bucket sides {minimum} to {maximum} leave out the resolution {resolution}: widen them")
-    found = {(resolution, resolution)}
+    sizes = {(resolution, resolution)}
     for width in range(minimum, maximum + 1, step):
         height = min(maximum, resolution**2 // width // step * step)
         if height >= minimum:
-            found |= {(width, height), (height, width)}
-    return sorted(found)
+            sizes |= {(width, height), (height, width)}
+    return sorted(sizes)
 
 
 def assign(width: int, height: int, buckets: Sequence[Size], rule: Rule = "kohya") -> Size:
-    """Choose the bucket for a picture: its own size if that is one, else what the rule says.
+    """The bucket for a picture: its own size if that is one, else by the rule.
 
-    Of equally good buckets the narrowest, then lowest, wins, in whatever order they are given; by "least_crop" the
-    one with the largest area.
+    Of equally good buckets the narrowest, then lowest, wins, in any order; by "least_crop" the one with the largest
+    area.
     """
     if width < 1 or height < 1:
-        raise ValueError(f"a picture of {width}×{height} pixels has no shape: leave it out")
+        raise ValueError(f"a picture of {width}×{height} pixels has no area: leave it out")
     if rule not in get_args(Rule):
         raise ValueError(f"there is no rule {rule!r} for buckets: use {', '.join(get_args(Rule))}")
     if rule == "no_upscale":
@@ -90,32 +83,49 @@ def assign(width: int, height: int, buckets: Sequence[Size], rule: Rule = "kohya
     if (width, height) in buckets:
         return (width, height)
     shape = width / height
-    if rule == "least_crop":  # what is kept is the smaller shape over the larger
+    if rule == "least_crop":  # the share kept is the smaller aspect ratio over the larger
         kept = lambda s: min(s[0] / s[1] / shape, shape / (s[0] / s[1]))  # noqa: E731
         return max(_finer(tuple(buckets)), key=lambda s: (kept(s), s[0] * s[1]))
     return min(sorted(buckets), key=lambda s: abs(s[0] / s[1] - shape))
 
 
 def fit_one(width: int, height: int, buckets: Sequence[Size], rule: Rule = "kohya") -> Fit:
-    """Cover the picture's bucket with as little scaling as possible, then cut off both ends evenly."""
+    """Cover the picture's bucket with the least scaling, then cut off both ends evenly."""
     size = assign(width, height, buckets, rule)
     return _own(width, height, buckets) if rule == "no_upscale" else _cover(width, height, size)
 
 
-def fit_all(
-    dimensions: Sequence[Size], resolution: int, *, step: int = 64, rule: Rule = "kohya", minimum: int | None = None,
-    maximum: int | None = None,
-) -> list[Fit]:  # fmt: skip
-    """How each picture of a run gets into its bucket.
+@dataclass(frozen=True)
+class Buckets:
+    """The bucket settings of a run.
 
-    Args:
-        dimensions: width and height of each picture.
-        resolution, step, minimum, maximum: as for `sizes`; the limits do not count by "no_upscale", as in kohya's.
+    Attributes:
+        resolution: side of the square bucket, a multiple of `step`.
+        step: every side is a multiple of it; it must be a multiple of the base's VAE factor times its UNet's.
+        rule: how a picture's bucket is chosen.
+        minimum: shortest side, rounded down to a multiple of `step`; half the resolution by default. The limits are
+            ignored by "no_upscale", as in kohya's trainer.
+        maximum: longest side, rounded up to a multiple of `step`; twice the resolution by default.
     """
-    if rule == "no_upscale":
-        minimum = maximum = None
-    into = bucket_sizes(resolution, step=step, minimum=minimum, maximum=maximum)
-    return [fit_one(width, height, into, rule) for width, height in dimensions]
+
+    resolution: int = 512
+    step: int = 64
+    rule: Rule = "kohya"
+    minimum: int | None = None
+    maximum: int | None = None
+
+    def sizes(self) -> list[Size]:
+        """All bucket sizes; errors as `bucket_sizes`."""
+        limits = (None, None) if self.rule == "no_upscale" else (self.minimum, self.maximum)
+        return bucket_sizes(self.resolution, step=self.step, minimum=limits[0], maximum=limits[1])
+
+    def fit(self, dimensions: Sequence[Size]) -> list[Fit]:
+        """How each picture, of this width and height, gets into its bucket; errors as `sizes`, `fit_one`."""
+        sizes = self.sizes()
+        return [fit_one(width, height, sizes, self.rule) for width, height in dimensions]
+
+
+DEFAULT = Buckets()
 
 
 def _cover(width: int, height: int, size: Size) -> Fit:
@@ -132,22 +142,22 @@ def _centred(size: Size, scaled: Size) -> Fit:
 
 
 def _grid(buckets: Sequence[Size]) -> tuple[int, int]:
-    """(step, area in pixels) that a list of buckets was made with."""
+    """(step, area in pixels) of a list of buckets."""
     return gcd(*(side for size in buckets for side in size)), max(w * h for w, h in buckets)
 
 
 @lru_cache
 def _finer(buckets: tuple[Size, ...]) -> list[Size]:
-    """Every size on the grid of these and within their limits that has at least three quarters of their area."""
+    """Every size on the grid and within the limits of these buckets, with at least three quarters of their area."""
     step, area = _grid(buckets)
     sides = range(min(map(min, buckets)), max(map(max, buckets)) + 1, step)
     return [(w, h) for w in sides for h in sides if 0.75 * area <= w * h <= area]
 
 
 def _own(width: int, height: int, buckets: Sequence[Size]) -> Fit:
-    """The fit by the rule "no_upscale": kohya's arithmetic, to which the buckets say only the area and the step.
+    """The fit by the rule "no_upscale": kohya's arithmetic, which uses only the buckets' area and step.
 
-    A picture with a side below one step, on which kohya's trainer stops, is the only one to be enlarged.
+    Only a picture with a side below one step is enlarged; kohya's trainer stops on it.
     """
     step, area = _grid(buckets)
     scaled, shape = (width, height), width / height
@@ -167,16 +177,16 @@ def _own(width: int, height: int, buckets: Sequence[Size]) -> Fit:
     return _centred(size, scaled) if min(scaled) >= step else _cover(width, height, size)
 
 
-def crop(image: Image.Image, fit: Fit) -> np.ndarray:
-    """Resize and crop an RGB picture (`dataset.open_picture`) into its bucket: uint8, shape (H, W, 3).
+def crop_picture(image: Image.Image, fit: Fit) -> np.ndarray:
+    """An RGB picture (from `open_picture`) resized and cropped into its bucket: uint8, shape (H, W, 3).
 
-    Pillow's Lanczos widens with the scale, so a reduced picture is antialiased.
+    Pillow's Lanczos filter widens with the scale, so a reduced picture is antialiased.
 
     Raises:
-        ValueError: a picture that is not RGB or not of the shape that `fit` was made for.
+        ValueError: the picture is not RGB, or has another aspect ratio than `fit`.
     """
     if image.mode != "RGB":
-        raise ValueError(f"a picture in mode {image.mode} cannot be fitted: open it with dataset.open_picture")
+        raise ValueError(f"a picture in mode {image.mode} cannot be cropped: open it with dataset.open_picture")
     (width, height), (sw, sh) = image.size, fit.scaled
     if 2 * abs(sw * height - sh * width) > max(width, height):  # a picture lying on its side would be squeezed
         raise ValueError(
@@ -191,9 +201,9 @@ def crop(image: Image.Image, fit: Fit) -> np.ndarray:
 def epoch_batches(
     sizes_by_picture: Sequence[Size], repeats: Sequence[int], batch_size: int, *, seed: int, epoch: int
 ) -> list[list[int]]:
-    """Order one epoch: batches of picture indices, each index `repeats` times, no batch with two sizes.
+    """One epoch: batches of picture indices, each index `repeats` times, no batch with two sizes.
 
-    The last batch of a bucket may be short. The order depends on nothing but the arguments.
+    The last batch of a bucket may be short. The order depends only on the arguments.
 
     Args:
         sizes_by_picture: the bucket of each picture.
@@ -208,7 +218,7 @@ def epoch_batches(
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,)))
 
     def shuffled(items: list) -> list:
-        # NumPy promises raw bits for ever, but may change how Generator.permutation uses them.
+        # NumPy keeps its raw bits in all releases, but may change how Generator.permutation uses them.
         return [items[i] for i in np.argsort(bits.random_raw(len(items)), kind="stable")] if items else []
 
     by_size: dict[Size, list[int]] = {size: [] for size in sorted(set(sizes_by_picture))}
@@ -220,7 +230,7 @@ def epoch_batches(
 
 
 def steps_per_epoch(sizes_by_picture: Sequence[Size], repeats: Sequence[int], batch_size: int) -> int:
-    """Count the batches of `epoch` without making them (micro-batches, before gradient accumulation)."""
+    """The number of batches of `epoch_batches` (micro-batches, before gradient accumulation)."""
     _check(sizes_by_picture, repeats, batch_size)
     counts: Counter[Size] = Counter()
     for size, times in zip(sizes_by_picture, repeats, strict=True):
@@ -228,32 +238,8 @@ def steps_per_epoch(sizes_by_picture: Sequence[Size], repeats: Sequence[int], ba
     return sum(ceil(count / batch_size) for count in counts.values())
 
 
-def describe(
-    dimensions: Sequence[Size], buckets: Sequence[Size], repeats: Sequence[int] | None = None, rule: Rule = "kohya"
-) -> str:
-    """Tabulate who goes where: for each bucket its pictures, how much is cut off them and how many are enlarged.
-
-    Args:
-        dimensions: width and height of each picture.
-        buckets: from `sizes`.
-        repeats: times each picture appears per epoch; once by default.
-    """
-    repeats = [1] * len(dimensions) if repeats is None else repeats
-    _check(dimensions, repeats, 1)
-    rows: dict[Size, list[tuple[int, float, bool]]] = {}
-    for (width, height), times in zip(dimensions, repeats, strict=True):
-        into = fit_one(width, height, buckets, rule)
-        rows.setdefault(into.size, []).append((times, into.lost, into.scaled[0] > width or into.scaled[1] > height))
-    lines = [f"{'bucket':>11} {'pictures':>8} {'per epoch':>9} {'cut off: mean':>13} {'most':>5} {'enlarged':>8}"]
-    for (w, h), row in sorted(rows.items()):
-        times, lost, enlarged = zip(*row, strict=True)
-        mean, most = f"{sum(lost) / len(lost):.0%}", f"{max(lost):.0%}"
-        lines.append(f"{f'{w}×{h}':>11} {len(row):>8} {sum(times):>9} {mean:>13} {most:>5} {sum(enlarged):>8}")
-    return "\n".join(lines)
-
-
 def _check(sizes_by_picture: Sequence[Size], repeats: Sequence[int], batch_size: int) -> None:
-    """Refuse arguments that would drop or duplicate pictures silently."""
+    """Raise ValueError for arguments that would drop or duplicate pictures silently."""
     if len(sizes_by_picture) != len(repeats):
         raise ValueError(
             f"{len(sizes_by_picture)} pictures but {len(repeats)} repeats: give one number for each picture"

@@ -1,8 +1,8 @@
-"""A folder or archive → pictures with captions, and every problem met on the way. Nothing is written into the folder.
+"""A folder or archive → pictures with captions, and every problem with them. The folder itself is only read.
 
-Reads kohya's tree (`5_name/` holds pictures to show 5 times per epoch), one flat folder, nested folders, a zip or tar
-of any of these, and the dataset TOML of sd-scripts. A caption is the `.txt` or `.caption` file beside the picture that
-has the same stem, or what Hugging Face's `metadata.jsonl` or `metadata.csv` says of it.
+Reads kohya's tree (`5_name/` contains pictures to show 5 times per epoch), one flat folder, nested folders, a zip or
+tar of any of these, and the dataset TOML of sd-scripts. A caption is the `.txt` or `.caption` file next to the picture
+with the same stem, or the picture's text in Hugging Face's `metadata.jsonl` or `metadata.csv`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from pathlib import Path, PurePosixPath
 import PIL
 
 from lorakit import kohya, storage
+from lorakit.dataset import captions
+from lorakit.dataset.captions import one_line
+from lorakit.dataset.gallery import Note, gallery, text_lines
 from lorakit.dataset.picture import FOREIGN, PICTURES, RAW, Mask, Picture, has_alpha, measure, register_formats
 
-CAPTIONS = (".txt", ".caption")  # where both say something, the first is used
 METADATA = ("metadata.jsonl", "metadata.csv")
-STAND_INS = ("given", "folder", "none")  # the caption sources that are not the picture's own
-
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
-
 REPEATS = re.compile(r"(\d{1,3})_(.*)")  # more digits are a date: nobody means 2024_holiday 2024 times
-
 MOUNTS = Path("/proc/mounts")
 
 
@@ -40,11 +38,13 @@ MOUNTS = Path("/proc/mounts")
 class Problem:
     path: Path
     reason: str  # what is wrong, and what to do
-    left_out: bool = True  # False: nothing is missing because of it, but a person should look
+    left_out: bool = True  # False: the picture is used, but a person should look at it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
+    """Pictures with captions, and the problems with them. `print` shows it as text, a notebook with thumbnails."""
+
     root: Path
     pictures: tuple[Picture, ...]
     problems: tuple[Problem, ...]
@@ -57,398 +57,436 @@ class Dataset:
         """Pictures shown in one epoch, repeats counted."""
         return sum(picture.repeats for picture in self.pictures)
 
+    @property
+    def by_name(self) -> dict[str, Picture]:
+        """The pictures by name: the path relative to the root, as in "5_cat/1.png"."""
+        return {picture_name(picture.known_as, self): picture for picture in self.pictures}
+
+    @property
+    def captions(self) -> dict[str, str]:
+        """The captions by the pictures' names."""
+        return {name: picture.caption for name, picture in self.by_name.items()}
+
     def describe(self) -> str:
-        """Say in a few lines what was found, where the captions come from, and what was left out."""
+        """The number of pictures, the sources of the captions, and the problems, in a few lines."""
         groups = Counter((picture.group, picture.repeats) for picture in self.pictures)
         repeats = {repeats for _, repeats in groups}
         times = f" × {_count(repeats.pop(), 'repeat')}" if len(repeats) == 1 else ""
         lines = [f"{_count(len(self), 'picture')}{times} = {self.epoch_size} per epoch"]
         if len(groups) > 1:
             lines += _listed(f"{group or '.'}: {n} × {repeats}" for (group, repeats), n in groups.items())
-        bare = [picture for picture in self.pictures if picture.caption_source in STAND_INS]
-        sources = Counter((p.caption_source, p.caption * (p.caption_source in STAND_INS)) for p in self.pictures)
-        named = [f"{source} {text!r} × {n}" if text else f"{source} × {n}" for (source, text), n in sources.items()]
-        lines.append("captions from: " + "; ".join(_some(named, 5)))
-        if 0 < len(bare) < len(self):
-            said = (f"{_name(p.known_as, self.root)}: {_quoted(p.caption_source, p.caption)} is used" for p in bare)
-            lines += [f"{len(bare)} without a caption of their own:", *_listed(said)]
+        without = {name: picture for name, picture in self.by_name.items() if not picture.has_own_caption}
+        sources = Counter((p.caption_source, "" if p.has_own_caption else p.caption) for p in self.pictures)
+        counted = [f"{source} {text!r} × {n}" if text else f"{source} × {n}" for (source, text), n in sources.items()]
+        lines.append("captions from: " + "; ".join(_shortened(counted, 5)))
+        if 0 < len(without) < len(self):
+            lines.append(f"{len(without)} without a caption of their own:")
+            lines += _listed(f"{n}: {_quoted(p.caption_source, p.caption)} is used" for n, p in without.items())
         for title, left_out in (("left out", True), ("to look at", False)):
-            if found := [problem for problem in self.problems if problem.left_out is left_out]:
-                lines += [f"{len(found)} {title}:", *_listed(_lines(found, self.root))]
-        return _printable("\n".join(lines))
+            if problems := [problem for problem in self.problems if problem.left_out is left_out]:
+                lines += [f"{len(problems)} {title}:", *_listed(_lines(problems, self.root))]
+        return printable("\n".join(lines))
+
+    def _repr_html_(self) -> str:
+        notes: dict[Path, list[Note]] = defaultdict(list)
+        for problem in self.problems:
+            notes[problem.path].append(("warning", problem.reason))
+        cards = [(p, name, [("info", p.caption or "no caption"), *notes[p.path]]) for name, p in self.by_name.items()]
+        return printable(text_lines([("info", self.describe())]) + gallery(cards))
+
+    def __repr__(self) -> str:
+        return self.describe()
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A folder to read, and what is known of its pictures beforehand."""
-
-    folder: Path
-    repeats: int | Mapping[str, int] | None  # None: what the names of folders say
-    caption: str = ""  # for pictures that have none of their own
-    suffixes: tuple[str, ...] = CAPTIONS  # of caption files, the first before the next
-    nested: bool = True
+def picture_name(path: Path, dataset: Dataset) -> str:
+    """A picture's name: its path relative to the dataset's root, with slashes on every system."""
+    return path.relative_to(dataset.root).as_posix() if path.is_relative_to(dataset.root) else path.name
 
 
 def scan(
-    path: str | os.PathLike, *, repeats: int | Mapping[str, int] | None = None, caption: str | None = None,
+    path: str | os.PathLike[str], *, repeats: int | Mapping[str, int] | None = None, caption: str | None = None,
     first_line: bool = False, regularisation: bool = False, copy: bool = False, fresh: bool = False,
     cache: Path | None = None,
 ) -> Dataset:  # fmt: skip
-    """Read every picture under a folder, in an archive or of sd-scripts' dataset TOML, in natural order of its path.
+    """Every picture under a folder, in an archive or of sd-scripts' dataset TOML, in natural order of its path.
 
-    Each file is read and decoded completely, so that what is in the dataset can be trained on. A picture without a
-    caption of its own gets `caption`, else the name of its folder after the repeats, as in kohya's trainer ("5_sks dog"
-    → "sks dog"), else "". Unlike there, all lines of a caption count, joined by spaces.
+    Each file is read and decoded completely, so every picture of the dataset can be trained on. A picture without its
+    own caption gets `caption`, else the name of its folder after the repeats, as in kohya's trainer ("5_sks dog" →
+    "sks dog"), else "". Unlike there, all lines of a caption count, joined by spaces.
 
-    What was read is kept in an index, so that the next scan reads only files whose size, inode or times have changed.
-    A file that was changed and has all of these as before (which systems that know when a file was touched, Linux and
-    macOS, do not let happen) is listed as the file it was; `open_picture` compares the bytes and refuses it. `fresh`
-    reads it again.
+    The next scan reads only files whose size, inode or times have changed; their measurements are kept in an index. A
+    file changed without any of these (Linux and macOS do not allow that) is listed as it was; `open_picture` compares
+    the bytes and refuses it, and `fresh` reads it again.
 
     Args:
-        path: folder; zip or tar, also gzip, bzip2 or xz; or TOML whose folders are meant from its own.
-        repeats: times per epoch for every picture, or by folder ("cats/indoors"; "" is all); by default what the
-            nearest folder says (`5_name`) or the TOML, else 1.
-        caption: for pictures that have none of their own.
-        first_line: of a caption file only the first line counts, as in kohya's trainer.
-        regularisation: of a TOML, read its regularisation pictures (`is_reg`) and not the others.
-        copy: read from a copy of the folder on local disk, made or brought up to date first: for Drive.
-        fresh: read files again that have not changed by their sizes and times.
+        path: folder; zip or tar, also gzip, bzip2 or xz; or TOML, whose folders are relative to its own.
+        repeats: times per epoch for every picture, or by folder ("cats/indoors"; "" is all); by default the number in
+            the name of the nearest folder (`5_name`) or in the TOML, else 1.
+        caption: for pictures without their own.
+        first_line: use only the first line of a caption file, as kohya's trainer does.
+        regularisation: of a TOML, read its regularisation pictures (`is_reg`) instead of the others.
+        copy: read a copy of the folder on local disk, which is made or updated first: for Drive.
+        fresh: read all files again.
         cache: folder for unpacked archives, copies and the index; by default the user's cache folder.
 
     Raises:
-        FileNotFoundError: nothing is there; the message says what is near.
-        ValueError: not one picture can be used (the message lists what was found), or no sound archive or TOML.
-        OSError: no room for what is unpacked or copied.
+        FileNotFoundError: `path` does not exist; the message lists similar names.
+        ValueError: no picture can be used (the message lists the files), or the archive or TOML is damaged.
+        OSError: the disk is full.
     """
     for times in repeats.values() if isinstance(repeats, Mapping) else [repeats]:
         if times is not None and times < 1:
-            raise ValueError(f"repeats={times} would show no picture: give 1 or more, or None for what the folders say")
-    path, problems = Path(path).expanduser(), []
+            raise ValueError(f"repeats={times} would show no picture: give 1 or more, or None for the folders' numbers")
+    path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(_printable(_missing(path.absolute())))
-    path, cache = path.resolve(), Path(cache or _user_cache())
-    parts = _parts(path, repeats, _one_line(caption or ""), regularisation, cache, problems)
-    walked = [sorted(_walk(p, problems), key=lambda file, p=p: _natural(_name(file, p.folder))) for p in parts]
-    root = Path(os.path.commonpath([part.folder for part in parts] or [path.parent]))
-    if copy and parts and not root.is_relative_to(cache.resolve()):  # else unpacked there
-        root, parts, walked = _copied(root, parts, walked, cache / "copies", problems)
-    held, chosen = [], {}  # chosen: file → (part, caption source, caption)
-    for part, files in zip(parts, walked, strict=True):
-        captions = _captions(files, part, first_line, problems)
-        chosen |= {file: (part, *captions[file]) for file in files if file in captions}
-        held += files
-    pictures, first, facts = [], {}, _measured(list(chosen), path, cache, fresh)
-    for (file, (part, source, text)), measured in zip(chosen.items(), facts, strict=True):
-        times = _times(file.parent, part)
-        if isinstance(measured, str):
-            problems.append(Problem(file, measured))
-        elif times < 1:
-            problems.append(Problem(file, f"{times} repeats are asked for, by folder or TOML: change that to use it"))
-        else:
-            width, height, digest = measured
-            if (same := first.setdefault(digest, file)) != file:
-                reason = f"the same picture as {_name(same, root)}, which so counts twice: remove one"
-                problems.append(Problem(file, reason, False))
-            group = _name(file.parent, root) if file.parent != root else ""
-            pictures.append(Picture(file, text, source, times, width, height, digest, group))
-    problems = sorted(dict.fromkeys(problems), key=lambda problem: _natural(_name(problem.path, root)))
+        raise FileNotFoundError(printable(_missing(path.absolute())))
+    reader = _Reader(path.resolve(), Path(cache or storage.user_cache()), first_line)
+    parts = reader.parts(repeats, one_line(caption or ""), regularisation)
+    parts = [replace(part, files=reader.walk(part)) for part in parts]
+    root = Path(os.path.commonpath([part.folder for part in parts] or [reader.path.parent]))
+    if copy and parts and not root.is_relative_to(reader.cache.resolve()):  # else unpacked there
+        root, parts = reader.copied(root, parts)
+    pictures = reader.pictures(root, parts, fresh)
+    problems = sorted(dict.fromkeys(reader.problems), key=lambda problem: _natural(_name(problem.path, root)))
     if not pictures:
-        raise ValueError(_printable(_nothing(path, root, held, problems)))
+        files = [file for part in parts for file in part.files]
+        raise ValueError(printable(_nothing(reader.path, root, files, problems)))
     return Dataset(root, tuple(pictures), tuple(problems))
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a folder or file is on Google Drive as Colab mounts it, where each file that is opened is fetched."""
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder or file is on Google Drive as Colab mounts it, where opening a file downloads it."""
     try:
         mounts = [line.split()[:3] for line in MOUNTS.read_text().splitlines()]
     except OSError:  # not Linux
         return False
     path = Path(path).expanduser().resolve()
-    return any(what == "drive" and kind.startswith("fuse") and path.is_relative_to(to) for what, to, kind in mounts)
+    return any(name == "drive" and kind.startswith("fuse") and path.is_relative_to(to) for name, to, kind in mounts)
 
 
 def find_masks(
-    pictures: Sequence[Picture], where: str | os.PathLike, root: Path, *, copy: bool = False, cache: Path | None = None
-) -> list[Mask | None]:
-    """The mask of each picture; None for one that has none and so counts as a whole.
+    pictures: Sequence[Picture], source: str | os.PathLike[str], root: Path, *, copy: bool = False,
+    cache: Path | None = None,
+) -> list[Mask | None]:  # fmt: skip
+    """The mask of each picture; None if it has none, and all of it is trained on.
 
     Args:
-        where: "alpha" for the pictures' own transparency, or a folder that holds a picture by the same name (and in
-            the same subfolder, or in none) for each that is masked.
+        source: "alpha" for the pictures' own transparency, or a folder with masks named as the pictures, in the same
+            subfolder or directly in it.
         root: of the pictures.
         copy, cache: as in `scan`, of a folder with masks.
 
     Raises:
-        ValueError: not a single picture has a mask.
+        ValueError: no picture has a mask.
         FileNotFoundError: no such folder.
-        OSError: no room for the copy, or a mask cannot be copied.
+        OSError: the disk is full, or a mask cannot be copied.
     """
-    found: list[Mask | None] = []
-    if where == "alpha":
-        found = [Mask(p.path, p.digest, True) if has_alpha(p.path) else None for p in pictures]
+    if source == "alpha":
+        masks = [Mask(p.path, p.digest, True) if has_alpha(p.path) else None for p in pictures]
     else:
-        folder, failed = Path(where).expanduser().resolve(), {}
-        if not folder.is_dir():
-            raise FileNotFoundError(_printable(_missing(folder)))
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name))
-        by_name, here = {(f.parent.relative_to(folder).as_posix(), _stem(f)[1]): f for f in files}, folder
-        if copy:  # beside those of datasets: a folder may be both
-            here, failed = storage.mirror_folder(files, folder, Path(cache or _user_cache()) / "masks")
-        for picture in pictures:
-            group, stem = picture.known_as.parent.relative_to(root).as_posix(), _stem(picture.known_as)[1]
-            if (file := by_name.get((group, stem)) or by_name.get((".", stem))) is None:
-                found.append(None)
-                continue
-            if file in failed:  # else the whole picture would be learned
-                raise OSError(f"The mask {file} {failed[file]}")
-            file = here / file.relative_to(folder)
-            found.append(Mask(file, hashlib.sha256(file.read_bytes()).hexdigest(), False))
-    if not any(found):
-        what = "no picture is transparent anywhere" if where == "alpha" else "it holds no picture by their names"
-        raise ValueError(_printable(f"mask {str(where)!r} masks nothing: {what}. Set mask to null, or mask some."))
-    return found
+        files = _mask_files(pictures, Path(source).expanduser().resolve(), root, copy, cache)
+        masks = [Mask(file, storage.sha256(file), False) if file else None for file in files]
+    if not any(masks):
+        reason = "no picture is transparent" if source == "alpha" else "it contains no picture with one of their names"
+        raise ValueError(printable(f"mask {str(source)!r} masks nothing: {reason}. Set mask to null, or mask some."))
+    return masks
 
 
-def _measured(files: list[Path], path: Path, cache: Path, fresh: bool) -> list[list | str]:
-    """[width, height, digest] of each file, or what is wrong with it."""
-    register_formats.cache_clear()  # a library may have been installed since the last scan
-    register_formats()  # here, because Pillow's own lazy start is not safe in threads
-    store = cache / "index" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.json"
-    return storage.measure_files(files, measure, store, f"1, Pillow {PIL.__version__}", fresh)
+def _mask_files(
+    pictures: Sequence[Picture], folder: Path, root: Path, copy: bool, cache: Path | None
+) -> list[Path | None]:
+    """The mask's file of each picture, errors as `find_masks`."""
+    if not folder.is_dir():
+        raise FileNotFoundError(printable(_missing(folder)))
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name))
+    by_name = {(f.parent.relative_to(folder).as_posix(), captions.stem(f)[1]): f for f in files}
+    local, failed = folder, dict[Path, str]()
+    if copy:  # not among the copies of datasets: a folder may be both
+        local, failed = storage.mirror_folder(files, folder, Path(cache or storage.user_cache()) / "masks")
+    masks = []
+    for picture in pictures:
+        group, stem = picture.known_as.parent.relative_to(root).as_posix(), captions.stem(picture.known_as)[1]
+        file = by_name.get((group, stem)) or by_name.get((".", stem))
+        if file in failed:  # else the whole picture would be learned
+            raise OSError(f"The mask {file} {failed[file]}")
+        masks.append(local / file.relative_to(folder) if file else None)
+    return masks
 
 
-def _parts(
-    path: Path, repeats: int | Mapping[str, int] | None, caption: str, regularisation: bool, cache: Path,
-    problems: list[Problem],
-) -> list[_Part]:  # fmt: skip
-    """The folders that a path stands for."""
-    if path.is_dir():
-        return [_checked(_Part(path, repeats, caption))]
-    if path.suffix.lower() != ".toml":
-        folder, refused = storage.unpack(path, cache / "unpacked")
-        problems += [Problem(path, reason) for reason in refused]
-        return [_checked(_Part(folder, repeats, caption))]
-    subsets, notes = kohya.subsets(path)
-    problems += [Problem(path, note, False) for note in notes]
-    parts = {}
-    for subset in subsets:
-        folder, suffixes = Path(os.path.abspath(subset.folder)), dict.fromkeys((subset.extension or ".txt", *CAPTIONS))
-        if not folder.is_dir():
-            problems.append(Problem(folder, _missing(folder)))
-        elif subset.regularisation is not regularisation:
-            which = "regularisation pictures" if subset.regularisation else "pictures to learn"
-            problems.append(Problem(folder, f"{which}, which this scan is not asked for", False))
-        elif folder in parts:
-            problems.append(Problem(folder, f"named twice in {path.name}: the first is used", False))
+# ── Reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A folder to read, and what the caller or a TOML sets for its pictures."""
+
+    folder: Path
+    repeats: int | Mapping[str, int] | None  # None: by the names of folders
+    caption: str = ""  # for pictures without their own
+    suffixes: tuple[str, ...] = captions.SUFFIXES  # of caption files, the first before the next
+    nested: bool = True
+    files: tuple[Path, ...] = ()
+
+    def times(self, folder: Path) -> int:
+        """Repeats of the pictures directly in a folder."""
+        if isinstance(self.repeats, int):
+            return self.repeats
+        for parent in self._upwards(folder) if self.repeats else ():
+            name = _name(parent, self.folder)
+            if (times := (self.repeats or {}).get("" if name == "." else name)) is not None:
+                return times
+        return self.named(folder)[0]
+
+    def named(self, folder: Path) -> tuple[int, str]:
+        """(repeats, caption) by the name of the nearest folder like "5_sks dog"; (1, "") if there is none."""
+        for parent in self._upwards(folder):
+            if match := REPEATS.fullmatch(parent.name):
+                return int(match[1]), unicodedata.normalize("NFC", printable(match[2]))
+        return 1, ""
+
+    def _upwards(self, folder: Path) -> Iterator[Path]:
+        """The folder and its parents, up to that of the part."""
+        while folder != self.folder:
+            yield folder
+            folder = folder.parent
+        yield folder
+
+
+class _Reader:
+    """Reads the parts of a dataset, and collects the problems."""
+
+    def __init__(self, path: Path, cache: Path, first_line: bool):
+        self.path, self.cache, self.first_line = path, cache, first_line
+        self.problems: list[Problem] = []
+
+    def _leave_out(self, path: Path, reason: str) -> None:
+        self.problems.append(Problem(path, reason))
+
+    def _report(self, path: Path, reason: str) -> None:
+        self.problems.append(Problem(path, reason, left_out=False))
+
+    # ── Files ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def parts(self, repeats: int | Mapping[str, int] | None, caption: str, regularisation: bool) -> list[_Part]:
+        """The folders to read.
+
+        Raises:
+            ValueError: `repeats` names a folder that does not exist.
+        """
+        if self.path.is_dir():
+            parts = [_Part(self.path, repeats, caption)]
+        elif self.path.suffix.lower() == ".toml":
+            parts = self._toml_parts(repeats, caption, regularisation)
         else:
-            times = subset.repeats if repeats is None else repeats
-            part = _Part(folder.resolve(), times, caption or _one_line(subset.caption), tuple(suffixes), nested=False)
-            parts[folder] = _checked(part)
-    return list(parts.values())
+            folder, refused = storage.unpack(self.path, self.cache / "unpacked")
+            self.problems += [Problem(self.path, reason) for reason in refused]
+            parts = [_Part(folder, repeats, caption)]
+        for folder in [part.folder / name for part in parts if isinstance(repeats, Mapping) for name in repeats]:
+            if not folder.is_dir():
+                raise ValueError(f"repeats names a folder {folder.name!r}: {_missing(folder)}")
+        return parts
 
-
-def _checked(part: _Part) -> _Part:
-    """The same part.
-
-    Raises:
-        ValueError: repeats for a folder that it does not have.
-    """
-    for name in part.repeats if isinstance(part.repeats, Mapping) else ():
-        if not (part.folder / name).is_dir():
-            raise ValueError(f"repeats names a folder {name!r}: {_missing(part.folder / name)}")
-    return part
-
-
-def _copied(
-    root: Path, parts: list[_Part], walked: list[list[Path]], cache: Path, problems: list[Problem]
-) -> tuple[Path, list[_Part], list[list[Path]]]:
-    """The root, the parts and their files in one copy on local disk, where they have the same names relative to it.
-
-    Files that are never opened are named, not copied.
-    """
-    wanted = {}  # each once: two parts may be links to one folder
-    for part, files in zip(parts, walked, strict=True):
-        read = PICTURES | {*part.suffixes}
-        wanted |= {file: None for file in files if file.suffix.lower() in read or file.name in METADATA}
-    here, failed = storage.mirror_folder(list(wanted), root, cache, [part.folder for part in parts])
-    problems += [Problem(file, reason) for file, reason in failed.items()]
-    parts = [replace(part, folder=here / part.folder.relative_to(root)) for part in parts]
-    return here, parts, [[here / f.relative_to(root) for f in files if f not in failed] for files in walked]
-
-
-def _captions(files: list[Path], part: _Part, first_line: bool, problems: list[Problem]) -> dict[Path, tuple[str, str]]:
-    """(source, text) for each picture that is to be read."""
-    by_stem, captions, described = defaultdict(list), {}, _described(files, problems)
-    for file in files:
-        by_stem[_stem(file)].append(file)
-    for same in by_stem.values():
-        pictures = [file for file in same if file.suffix.lower() in PICTURES or file.suffix.lower() in FOREIGN]
-        texts = [file for suffix in part.suffixes for file in same if file.suffix.lower() == suffix]
-        if not pictures:
-            problems += [Problem(file, "a caption without a picture of that name", False) for file in texts]
-            continue
-        own = [(file, file.suffix.lower(), _read_caption(file, first_line, problems)) for file in texts]
-        for file in _readable(pictures, problems):
-            said = [*own, (file, *described[file])] if file in described else own
-            folder = _folder(file.parent, part.folder)[1]
-            captions[file] = _choose([*said, (file, "given", part.caption), (file, "folder", folder)], problems)
-    return captions
-
-
-def _choose(said: Sequence[tuple[Path, str, str | None]], problems: list[Problem]) -> tuple[str, str]:
-    """(source, text) of the first of (file, source, text) with a text; a file that says another is reported."""
-    source, text = next(((source, text) for _, source, text in said if text), ("none", ""))
-    for file, other, differing in said:
-        if differing == "" and other not in STAND_INS:
-            problems.append(Problem(file, f"an empty caption: {_quoted(source, text)} is used. Write one", False))
-        elif differing and differing != text and other not in STAND_INS:
-            reason = f"{other} says {differing[:40]!r}, and {source}, which is used, something else: keep one of them"
-            problems.append(Problem(file, reason, False))
-    return source, text
-
-
-def _readable(pictures: list[Path], problems: list[Problem]) -> list[Path]:
-    """Those of the pictures with one stem that are to be read."""
-    known = [file for file in pictures if file.suffix.lower() in PICTURES]
-    developed = [file for file in known if file.suffix.lower() not in RAW]
-    for file in pictures:
-        if file not in known:
-            problems.append(Problem(file, f"{file.suffix} files are not read: save it as PNG or JPEG"))
-        elif developed and file not in developed:
-            problems.append(Problem(file, f"the camera raw of {developed[0].name}, which is used"))
-    readable = developed or known
-    for file in readable[1:]:
-        reason = f"shares its name, and so its caption, with {readable[0].name}: rename or remove one"
-        problems.append(Problem(file, reason, False))
-    return readable
-
-
-def _read_caption(file: Path, first_line: bool, problems: list[Problem]) -> str | None:
-    """What a caption file says; None if it cannot be read."""
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        problems.append(Problem(file, f"cannot be read ({error.strerror}): check its permissions", False))
-        return None
-    wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))  # Notepad's "Unicode"
-    try:
-        text = raw.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("cp1252", "replace")
-        shown = _one_line(text)[:40]
-        reason = f"not UTF-8, so read as Western European, {shown!r}: if that is wrong, save it as UTF-8"
-        problems.append(Problem(file, reason, False))
-    return _one_line(text.strip().partition("\n")[0] if first_line else text)
-
-
-def _described(files: list[Path], problems: list[Problem]) -> dict[Path, tuple[str, str]]:
-    """(file's name, text) for each picture that Hugging Face's metadata files describe; the nearest file counts."""
-    sources = sorted((file for file in files if file.name in METADATA), key=lambda file: -len(file.parts))
-    by_name = {unicodedata.normalize("NFC", str(file)): file for file in files} if sources else {}
-    found = {}
-    for source in sources:
-        for row in _rows(source, problems):
-            name, text = str(row.get("file_name")), _printable(str(row.get("text") or row.get("caption") or ""))
-            picture = by_name.get(unicodedata.normalize("NFC", str(source.parent / name)))
-            if picture is None or ".." in PurePosixPath(name).parts:
-                reason = f"describes {name!r}, which is not there, or not in its folder: it does not count"
-                problems.append(Problem(source, reason, False))
-            elif found.setdefault(picture, (source.name, _one_line(text)))[1] != _one_line(text):
-                problems.append(Problem(picture, f"described twice; {found[picture][0]} of its folder counts", False))
-    return found
-
-
-def _rows(file: Path, problems: list[Problem]) -> list[dict]:
-    """The rows of a metadata file; those that cannot be read are reported."""
-    rows = []
-    try:
-        lines = io.StringIO(file.read_text("utf-8-sig"))
-        if file.suffix == ".csv":
-            return list(csv.DictReader(lines))
-        for line in lines:
-            if line.strip():
-                rows.append(dict(json.loads(line)))
-    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
-        reason = f"cannot be read after {_count(len(rows), 'row')} ({error}): mend it, or save it as UTF-8"
-        problems.append(Problem(file, reason, False))
-    return rows
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _quoted(source: str, text: str) -> str:
-    return f"{text!r} ({source})" if text else "none"
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorakit")
-
-
-def _times(folder: Path, part: _Part) -> int:
-    if isinstance(part.repeats, int):
-        return part.repeats
-    for named in (folder, *folder.parents) if part.repeats else ():
-        name = _name(named, part.folder)
-        if (times := part.repeats.get("" if name == "." else name)) is not None:
-            return times
-        if named == part.folder:
-            break
-    return _folder(folder, part.folder)[0]
-
-
-def _folder(folder: Path, root: Path) -> tuple[int, str]:
-    """(repeats, caption) by the name of the nearest folder that says, the root included; (1, "") if none does."""
-    for named in (folder, *folder.parents):
-        if match := REPEATS.fullmatch(named.name):
-            return int(match[1]), unicodedata.normalize("NFC", _printable(match[2]))
-        if named == root:
-            break
-    return 1, ""
-
-
-def _walk(part: _Part, problems: list[Problem]) -> Iterator[Path]:
-    """Yield the files of a part that are not hidden, and report the links that lead out of it."""
-    folders = [part.folder]
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            problems.append(Problem(folder, f"cannot be listed ({error.strerror}): check its permissions"))
-            continue
-        for entry in entries:
-            path = Path(entry.path)
-            if _ignored(entry.name):
-                continue
-            kind = path if entry.is_symlink() else entry  # which tells without asking the drive
-            if kind is path and not Path(os.path.realpath(path)).is_relative_to(part.folder):
-                problems.append(Problem(path, f"a link out of the folder, to {os.readlink(path)}: copy the file here"))
-            elif kind is path and path.is_dir():
-                problems.append(Problem(path, "a link to a folder that is read anyway: remove it"))
-            elif kind.is_dir() and part.nested:
-                folders.append(path)
-                if re.match(r"\d{4,}_", entry.name):
-                    reason = "read as a date, not as a number of repeats: give repeats= if you meant that"
-                    problems.append(Problem(path, reason, False))
-            elif kind.is_dir():
-                problems.append(Problem(path, "a folder in a subset, not read by sd-scripts: make it a subset itself"))
-            elif not kind.is_file():
-                problems.append(Problem(path, "a broken link, a pipe or a device, not a file: remove it"))
-            elif path.suffix.lower() in ARCHIVES:
-                problems.append(Problem(path, "an archive in the folder is not read: unpack it, or give it itself"))
+    def _toml_parts(self, repeats: int | Mapping[str, int] | None, caption: str, regularisation: bool) -> list[_Part]:
+        subsets, notes = kohya.subsets(self.path)
+        self.problems += [Problem(self.path, note, False) for note in notes]
+        parts = {}
+        for subset in subsets:
+            folder = Path(os.path.abspath(subset.folder))
+            if not folder.is_dir():
+                self._leave_out(folder, _missing(folder))
+            elif subset.regularisation is not regularisation:
+                kind = "regularisation pictures" if subset.regularisation else "pictures to learn"
+                self._report(folder, f"{kind}, which this scan does not read")
+            elif folder in parts:
+                self._report(folder, f"named twice in {self.path.name}: the first is used")
             else:
-                yield path
+                suffixes = tuple(dict.fromkeys((subset.extension or ".txt", *captions.SUFFIXES)))
+                times, text = subset.repeats if repeats is None else repeats, caption or one_line(subset.caption)
+                parts[folder] = _Part(folder.resolve(), times, text, suffixes, nested=False)
+        return list(parts.values())
+
+    def walk(self, part: _Part) -> tuple[Path, ...]:
+        """The files of a part that are not hidden, in natural order; others and links out of it are reported."""
+        files, folders = [], [part.folder]
+        while folders:
+            folder = folders.pop()
+            if folder != part.folder and re.match(r"\d{4,}_", folder.name):
+                self._report(folder, "read as a date, not as a number of repeats: give repeats= if you meant that")
+            try:
+                entries = [entry for entry in os.scandir(folder) if not _ignored(entry.name)]
+            except OSError as error:
+                self._leave_out(folder, f"cannot be listed ({error.strerror}): check its permissions")
+                continue
+            for entry in entries:
+                if reason := _unread(entry, part):
+                    self._leave_out(Path(entry.path), reason)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                else:
+                    files.append(Path(entry.path))
+        return tuple(sorted(files, key=lambda file: _natural(_name(file, part.folder))))
+
+    def copied(self, root: Path, parts: list[_Part]) -> tuple[Path, list[_Part]]:
+        """The root and the parts in one copy on local disk, where the files have the same names relative to it.
+
+        Files that are never opened are named, not copied.
+        """
+        opened = dict.fromkeys(  # each once: two parts may be links to one folder
+            file for part in parts for file in part.files
+            if file.suffix.lower() in (*PICTURES, *part.suffixes) or file.name in METADATA
+        )  # fmt: skip
+        local, failed = storage.mirror_folder(list(opened), root, self.cache / "copies", [p.folder for p in parts])
+        self.problems += [Problem(file, reason) for file, reason in failed.items()]
+        files = [tuple(local / f.relative_to(root) for f in part.files if f not in failed) for part in parts]
+        folders = [local / part.folder.relative_to(root) for part in parts]
+        return local, [replace(p, folder=at, files=f) for p, at, f in zip(parts, folders, files, strict=True)]
+
+    def pictures(self, root: Path, parts: list[_Part], fresh: bool) -> list[Picture]:
+        """The pictures that can be used."""
+        chosen: dict[Path, tuple[_Part, str, str]] = {}  # file → part, caption source, caption
+        for part in parts:
+            texts = self.captions(part)
+            chosen |= {file: (part, *texts[file]) for file in part.files if file in texts}
+        register_formats.cache_clear()  # a library may have been installed since the last scan
+        register_formats()  # now, because Pillow's lazy start is not safe in threads
+        store = self.cache / "index" / f"{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]}.json"
+        measured = storage.measure_files(list(chosen), measure, store, f"1, Pillow {PIL.__version__}", fresh)
+        pictures, first = [], dict[str, Path]()
+        for (file, (part, source, text)), values in zip(chosen.items(), measured, strict=True):
+            times = part.times(file.parent)
+            if isinstance(values, str):
+                self._leave_out(file, values)
+            elif times < 1:
+                self._leave_out(file, f"{times} repeats are set, by folder or TOML: change that to use it")
+            else:
+                width, height, digest = values
+                if (same := first.setdefault(digest, file)) != file:
+                    self._report(file, f"the same picture as {_name(same, root)}, which so counts twice: remove one")
+                group = _name(file.parent, root) if file.parent != root else ""
+                pictures.append(Picture(file, text, source, times, width, height, digest, group))
+        return pictures
+
+    # ── Captions ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def captions(self, part: _Part) -> dict[Path, tuple[str, str]]:
+        """(source, text) for each picture to read."""
+        by_stem, texts, described = defaultdict(list), {}, self._described(part.files)
+        for file in part.files:
+            by_stem[captions.stem(file)].append(file)
+        for same in by_stem.values():
+            pictures = [file for file in same if file.suffix.lower() in PICTURES | FOREIGN]
+            files = [file for suffix in part.suffixes for file in same if file.suffix.lower() == suffix]
+            if not pictures:
+                self.problems += [Problem(file, "a caption without a picture of that name", False) for file in files]
+                continue
+            own = [(file, file.suffix.lower(), self._read_caption(file)) for file in files]
+            for file in self._readable(pictures):
+                others = [(file, "given", part.caption), (file, "folder", part.named(file.parent)[1])]
+                own_texts = [*own, (file, *described[file])] if file in described else own
+                texts[file] = self._choose(own_texts, others)
+        return texts
+
+    def _choose(
+        self, own: Sequence[tuple[Path, str, str | None]], others: Sequence[tuple[Path, str, str]]
+    ) -> tuple[str, str]:
+        """(source, text) of the first (file, source, text) with a text; the picture's own with another are reported."""
+        source, text = next(((source, text) for _, source, text in (*own, *others) if text), ("none", ""))
+        for file, other, differing in own:
+            if differing == "":
+                self._report(file, f"an empty caption: {_quoted(source, text)} is used. Write one")
+            elif differing and differing != text:
+                self._report(file, f"{source} is used, and {other} has another text, {differing[:40]!r}: keep one")
+        return source, text
+
+    def _readable(self, pictures: list[Path]) -> list[Path]:
+        """Those pictures of one stem that are read."""
+        known = [file for file in pictures if file.suffix.lower() in PICTURES]
+        developed = [file for file in known if file.suffix.lower() not in RAW]
+        for file in pictures:
+            if file not in known:
+                self._leave_out(file, f"{file.suffix} files are not read: save it as PNG or JPEG")
+            elif developed and file not in developed:
+                self._leave_out(file, f"the camera raw of {developed[0].name}, which is used")
+        readable = developed or known
+        for file in readable[1:]:
+            self._report(file, f"shares its name, and so its caption, with {readable[0].name}: rename or remove one")
+        return readable
+
+    def _read_caption(self, file: Path) -> str | None:
+        """The text of a caption file; None if it cannot be read."""
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            self._report(file, f"cannot be read ({error.strerror}): check its permissions")
+            return None
+        text, encoding = captions.decode(raw)
+        if encoding == "cp1252":
+            start = one_line(text)[:40]
+            self._report(file, f"not UTF-8, so read as Western European, {start!r}: if that is wrong, save it as UTF-8")
+        return one_line(text, self.first_line)
+
+    def _described(self, files: Sequence[Path]) -> dict[Path, tuple[str, str]]:
+        """(file's name, text) for each picture in Hugging Face's metadata files; the nearest file is used."""
+        sources = sorted((file for file in files if file.name in METADATA), key=lambda file: -len(file.parts))
+        by_name = {unicodedata.normalize("NFC", str(file)): file for file in files} if sources else {}
+        texts: dict[Path, tuple[str, str]] = {}
+        for source in sources:
+            for row in self._rows(source):
+                name = str(row.get("file_name"))
+                text = printable(one_line(str(row.get("text") or row.get("caption") or "")))
+                picture = by_name.get(unicodedata.normalize("NFC", str(source.parent / name)))
+                if picture is None or ".." in PurePosixPath(name).parts:
+                    self._report(source, f"describes {name!r}, which is not in its folder: it is ignored")
+                elif texts.setdefault(picture, (source.name, text))[1] != text:
+                    self._report(picture, f"described twice: {texts[picture][0]} of the nearest folder is used")
+        return texts
+
+    def _rows(self, file: Path) -> list[dict]:
+        """The rows of a metadata file, up to the first that cannot be read, which is reported."""
+        rows: list[dict] = []
+        try:
+            lines = io.StringIO(file.read_text("utf-8-sig"))
+            if file.suffix == ".csv":
+                return list(csv.DictReader(lines))
+            for line in filter(str.strip, lines):
+                rows.append(dict(json.loads(line)))
+        except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
+            read = _count(len(rows), "row")
+            self._report(file, f"cannot be read after {read} ({error}): correct it, or save it as UTF-8")
+        return rows
+
+
+def _unread(entry: os.DirEntry[str], part: _Part) -> str:
+    """Why a file or folder is not read; "" if it is."""
+    path, linked = Path(entry.path), entry.is_symlink()
+    kind = path if linked else entry  # an entry knows its kind without a request to the drive
+    if linked and not Path(os.path.realpath(path)).is_relative_to(part.folder):
+        return f"a link out of the folder, to {os.readlink(path)}: copy the file here"
+    if linked and path.is_dir():
+        return "a link to a folder that is read anyway: remove it"
+    if kind.is_dir():
+        return "" if part.nested else "a folder in a subset, not read by sd-scripts: make it a subset itself"
+    if not kind.is_file():
+        return "a broken link, a pipe or a device, not a file: remove it"
+    if path.suffix.lower() in ARCHIVES:
+        return "an archive in the folder is not read: unpack it, or scan the archive"
+    return ""
 
 
 def _ignored(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
-def _stem(file: Path) -> tuple[Path, str]:
-    return file.parent, unicodedata.normalize("NFC", file.stem)  # macOS takes accents apart, other systems do not
+# ── Words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def printable(text: str) -> str:
+    """The text without surrogates: a name that is not UTF-8 must not break a print."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _quoted(source: str, text: str) -> str:
+    return f"{text!r} ({source})" if text else "none"
 
 
 def _name(path: Path, root: Path) -> str:
@@ -456,7 +494,7 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _natural(name: str) -> tuple:
-    """Sort key: folder by folder, with 2.png before 10.png, capitals beside small letters."""
+    """Sort key: folder by folder, 2.png before 10.png, upper and lower case together."""
     parts = [enumerate(re.split(r"(\d+)", part.casefold())) for part in name.split("/")]
     return [[int(text) if i % 2 else text for i, text in part] for part in parts], name
 
@@ -465,14 +503,14 @@ def _missing(path: Path) -> str:
     parent = next(folder for folder in path.parents if folder.is_dir())
     names = sorted(name for name in os.listdir(parent) if not _ignored(name)) if os.access(parent, os.R_OK) else []
     near = difflib.get_close_matches(path.relative_to(parent).parts[0], names, 1)
-    found = f"{parent} holds " + (", ".join(_some([repr(name) for name in names], 8)) or "nothing")
-    return f"{path} does not exist. {found}." + (f" Did you mean {near[0]!r}?" if near else "")
+    listed = ", ".join(_shortened([repr(name) for name in names], 8)) or "nothing"
+    return f"{path} does not exist. {parent} contains {listed}." + (f" Did you mean {near[0]!r}?" if near else "")
 
 
 def _nothing(path: Path, root: Path, files: list[Path], problems: list[Problem]) -> str:
-    kinds = Counter(file.suffix.lower() or "no suffix" for file in files)
-    held = f"{_count(len(files), 'file')} ({', '.join(f'{kind} × {n}' for kind, n in kinds.most_common(8))})"
-    first = f"{path} has no picture to train on; it holds {held if files else 'no files'}."
+    kinds = Counter(file.suffix.lower() or "no suffix" for file in files).most_common(8)
+    counted = f"{_count(len(files), 'file')} ({', '.join(f'{kind} × {n}' for kind, n in kinds)})"
+    first = f"{path} has no picture to train on; it contains {counted if files else 'no files'}."
     return "\n".join([first, *_listed(_lines(problems, root)), "Give a folder or zip with PNG, JPEG or WebP pictures."])
 
 
@@ -480,17 +518,13 @@ def _lines(problems: Iterable[Problem], root: Path) -> list[str]:
     return [f"{_name(problem.path, root)}: {problem.reason}" for problem in problems]
 
 
-def _some(items: list[str], most: int) -> list[str]:
+def _shortened(items: list[str], most: int) -> list[str]:
     return items if len(items) <= most else [*items[: most - 1], f"… and {len(items) - most + 1} more"]
 
 
 def _listed(items: Iterable[str]) -> list[str]:
-    return [f"  {item}" for item in _some(list(items), 10)]
+    return [f"  {item}" for item in _shortened(list(items), 10)]
 
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("s" if n != 1 else "")
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()  # a name that is not UTF-8 must not break a print

@@ -21,7 +21,8 @@ FOREIGN = {".jxl", ".jp2", ".svg", ".psd", ".xcf", ".kra", ".eps", ".exr", ".hdr
 
 # Only these decoders see people's files: Pillow has dozens, and one of them starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-CERTAIN = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # nothing can go wrong between these modes and RGB
+CERTAIN = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # conversion from these modes to RGB never fails
+STAND_INS = ("given", "folder", "none")  # caption sources that are not the picture's own
 
 FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {2 + i: Image.Transpose[name] for i, name in enumerate(FLIPS.split())}  # by EXIF orientation
@@ -31,25 +32,31 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Picture:
+    """A picture of a dataset, by its file."""
+
     path: Path
-    caption: str  # what the text encoder will see, "" if nothing
+    caption: str  # for the text encoder; "" if there is none
     caption_source: str  # ".txt", ".caption", "metadata.jsonl" …, "given" (to scan), "folder" (its name) or "none"
     repeats: int  # times per epoch
     width: int  # pixels, as open_picture returns it
     height: int
     digest: str  # SHA-256 of the file, in hex
     group: str  # its folder relative to the root, "5_cat"; "" for the root itself
-    instead_of: Path | None = None  # the file whose place it was given, whose name and caption it keeps
+    instead_of: Path | None = None  # the file that it replaces, whose name and caption it keeps
 
     @property
     def known_as(self) -> Path:
-        """The file that it is named by."""
+        """The file that gives it its name."""
         return self.instead_of or self.path
+
+    @property
+    def has_own_caption(self) -> bool:
+        return self.caption_source not in STAND_INS
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What of a picture is trained on: white where it is, black where not."""
+    """The part of a picture that is trained on: white; the rest is black."""
 
     path: Path
     digest: str  # SHA-256 of the file, in hex
@@ -57,7 +64,7 @@ class Mask:
 
 
 def open_picture(picture: Picture | str | os.PathLike) -> Image.Image:
-    """Open a picture as people see it: RGB in sRGB colours, upright, transparency on white, the first frame.
+    """A picture as a viewer shows it: RGB in sRGB colours, upright, transparency on white, the first frame.
 
     Raises:
         ValueError: it cannot be decoded, or (given a Picture) is no longer the file that was scanned.
@@ -72,8 +79,21 @@ def open_picture(picture: Picture | str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path}: {error}") from error
 
 
+@functools.lru_cache(2048)  # a dataset's, some 10 MB
+def thumbnail(picture: Picture, side: int = 128) -> bytes:
+    """A picture of at most `side` pixels a side, as JPEG; a grey square if its file is missing or has changed."""
+    try:
+        image = open_picture(picture)
+    except (ValueError, OSError):
+        image = Image.new("RGB", (side, side), "gray")
+    image.thumbnail((side, side))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return stream.getvalue()
+
+
 def open_mask(mask: Mask) -> Image.Image:
-    """Open a mask, upright: mode L.
+    """A mask, upright: mode L.
 
     Raises:
         ValueError: it cannot be decoded.
@@ -86,18 +106,20 @@ def open_mask(mask: Mask) -> Image.Image:
 
 
 def has_alpha(path: Path) -> bool:
+    """Whether a picture is transparent anywhere."""
     if path.suffix.lower() in RAW:
         return False
     with Image.open(path, formats=register_formats()) as image:
         if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
             return False
-        return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
 
 
 def measure(file: Path) -> list | str:
+    """[width, height, SHA-256] of a picture that can be decoded completely; else what is wrong with it."""
     try:
-        if (size := file.stat().st_size) > GiB:
-            return f"{size / GiB:.1f} GiB is too large for a picture: scale it down"
+        if (length := file.stat().st_size) > GiB:
+            return f"{length / GiB:.1f} GiB is too large for a picture: scale it down"
         encoded = file.read_bytes()
         image = _load(encoded, file.suffix.lower())
         if image.mode not in CERTAIN:
@@ -112,6 +134,7 @@ def measure(file: Path) -> list | str:
 
 @functools.cache
 def register_formats() -> list[str]:
+    """Pillow's names of the formats that can be read, with HEIF where its library is installed."""
     Image.init()
     with suppress(ImportError):
         import pillow_heif
@@ -121,10 +144,10 @@ def register_formats() -> list[str]:
 
 
 def _load(encoded: bytes, suffix: str) -> Image.Image:
-    """Decode a file's first picture, with the pixels as they are stored.
+    """A file's first picture, with its pixels as they are stored.
 
     Raises:
-        ValueError: it cannot be decoded; says why, and what to do.
+        ValueError: it cannot be decoded; the message gives the reason and advice.
     """
     if not encoded:
         raise ValueError("empty (0 bytes): copy it again")
@@ -145,7 +168,7 @@ def _load(encoded: bytes, suffix: str) -> Image.Image:
 
 
 def _develop(encoded: bytes) -> Image.Image:
-    """A camera raw, with the camera's white balance and sRGB's own curve."""
+    """A camera raw, with the camera's white balance and sRGB's tone curve."""
     import rawpy
 
     with rawpy.imread(io.BytesIO(encoded)) as raw:
@@ -158,15 +181,15 @@ def _unknown(encoded: bytes) -> str:
         return _needs("AVIF", "pillow>=11.3")
     if any(brand in brands for brand in (b"heic", b"heix", b"mif1")):
         return _needs("HEIC", "pillow-heif")
-    return "not a picture that can be read, whatever its name says: save it as PNG or JPEG"
+    return "not a picture of a known format, despite its name: save it as PNG or JPEG"
 
 
 def _needs(kind: str, package: str) -> str:
-    return f"{kind}, which {package} reads, and that is not here: pip install {package!r}, or save it as PNG or JPEG"
+    return f"{kind} needs {package}, which is not installed: pip install {package!r}, or save it as PNG or JPEG"
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as people see it."""
+    """A decoded picture as `open_picture` returns it."""
     turned, profile, alpha = _turned(image), image.info.get("icc_profile"), None
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow calls it I
         image, alpha = _eight_bits(image)
@@ -183,7 +206,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit grey → 8-bit grey, and its transparency. A TIFF may mean fewer bits, and by 0 white."""
+    """16-bit grey → 8-bit grey, and its transparency. A TIFF may use fewer bits, and 0 for white."""
     tags, values = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.uint32)
     white = 2 ** tags.get(258, (16,))[0] - 1
     grey = ((values * 255 + white // 2) // white).astype(np.uint8)
@@ -193,15 +216,15 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _turned(image: Image.Image) -> Image.Transpose | None:
-    """How a picture must be turned to stand upright, by its EXIF; None where it does."""
+    """The rotation that makes a picture upright, by its EXIF; None if it is upright."""
     try:
-        return UPRIGHT.get(image.getexif().get(0x0112))
+        return UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:  # broken EXIF does not make a broken picture
         return None
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert to RGB through the picture's ICC profile; one that is broken or of another kind is passed over."""
+    """Convert to RGB through the picture's ICC profile; a broken profile, or one of another kind, is ignored."""
     if image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     if profile:
@@ -211,7 +234,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             if image.mode == "L" and mode == "RGB":
                 image = image.convert("RGB")
             if image.mode == mode and not (source.profile.profile_description or "").startswith("sRGB"):
-                return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB") or image
         except (ImageCms.PyCMSError, OSError, ValueError):
             pass
     return image if image.mode == "RGB" else image.convert("RGB")  # a copy would cost more than decoding did

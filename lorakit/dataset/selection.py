@@ -1,58 +1,60 @@
-"""What a person decided about pictures: left out, fine as they are, replaced. The user's folder stays as it is."""
+"""A person's decisions about pictures: left out, fine as they are, replaced. The dataset's folder is only read."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorakit import storage
-from lorakit.dataset.folder import Dataset, Problem
+from lorakit.config import Config
+from lorakit.dataset.folder import Dataset, Problem, is_remote, scan
 from lorakit.dataset.picture import open_picture
+
+DEMO = Path(__file__).parents[1] / "demo" / "pictures"
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What to do about pictures, by name. Kept beside the run: the dataset's folder stays as it is."""
+    """Decisions about pictures, by name. They are kept with the run, not in the dataset's folder."""
 
     leave_out: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()  # seen, and fine: `check` takes it
-    replace: Mapping[str, str] = field(default_factory=dict)  # name: file that takes the picture's place
+    keep: tuple[str, ...] = ()  # seen, and fine: `check_quality` reports nothing about them
+    replace: Mapping[str, str] = field(default_factory=dict)  # name → file that replaces the picture
 
 
 def save_decisions(decisions: Decisions, path: str | Path, source: str | Path) -> None:
-    """Keep what was decided about a folder or archive, beside what was about others."""
-    read = _read(path) if Path(path).exists() else {}
-    own = {_key(source): vars(decisions)}
+    """Write the decisions about a folder or archive into a file, which keeps those about others."""
+    others = _read(path).get("of", {}) if Path(path).exists() else {}
+    contents = {"last": _key(source), "of": others | {_key(source): vars(decisions)}}
     with storage.write_file(path) as partial:
-        text = json.dumps({"last": _key(source), "of": read.get("of", {}) | own}, indent=2, ensure_ascii=False)
-        partial.write_text(text + "\n", "utf-8")
+        partial.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def load_decisions(path: str | Path, source: str | Path) -> Decisions:
-    """What was decided about a folder or archive; nothing, where the file is about others alone.
+    """The decisions about a folder or archive; none if the file has only those about others.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds something else.
+        ValueError: the file has other contents.
     """
     try:
-        own = _read(path)["of"].get(_key(source))
-        return Decisions(tuple(own["leave_out"]), tuple(own["keep"]), dict(own["replace"])) if own else Decisions()
+        entry = _read(path)["of"].get(_key(source)) or {"leave_out": (), "keep": (), "replace": {}}
+        return Decisions(tuple(entry["leave_out"]), tuple(entry["keep"]), dict(entry["replace"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _foreign(path, error) from error
 
 
 def last_source(path: str | Path) -> Path | None:
-    """The folder or archive that was decided about last, if it is still there."""
+    """The folder or archive of the last decisions, if it still exists."""
     try:
-        found = Path(_read(path)["last"])
+        source = Path(_read(path)["last"])
     except (OSError, KeyError, TypeError, ValueError):
         return None
-    return found if found.exists() else None
+    return source if source.exists() else None
 
 
 def _read(path: str | Path) -> dict:
@@ -63,7 +65,7 @@ def _read(path: str | Path) -> dict:
 
 
 def _foreign(path: str | Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} holds no decisions about pictures ({error!r}): delete it and decide again")
+    return ValueError(f"{path} has no decisions about pictures ({error!r}): delete it and decide again")
 
 
 def _key(source: str | Path) -> str:
@@ -71,37 +73,42 @@ def _key(source: str | Path) -> str:
 
 
 def apply_decisions(dataset: Dataset, decisions: Decisions) -> Dataset:
-    """The dataset as decided, in which pictures left out are problems that say so. No file changes.
+    """The dataset after the decisions: pictures left out become problems. No file changes.
 
-    A picture that is replaced keeps its caption and repeats.
+    A replaced picture keeps its caption and repeats.
 
     Raises:
-        ValueError: a name that no picture has, a replacement that cannot be decoded, or nothing is left.
-        FileNotFoundError: a replacement is not there.
+        ValueError: no picture has a name, a replacement cannot be decoded, or all pictures are left out.
+        FileNotFoundError: a replacement does not exist.
     """
-    by_name = {picture_name(picture.known_as, dataset): picture for picture in dataset.pictures}
+    by_name = dataset.by_name
     for unknown in {*decisions.leave_out, *decisions.replace} - set(by_name):
         near = difflib.get_close_matches(unknown, by_name, 1)
         raise ValueError(f"no picture is named {unknown!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     for name, path in decisions.replace.items():
         width, height = open_picture(path).size
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        digest, original = hashlib.sha256(Path(path).read_bytes()).hexdigest(), by_name[name]
         by_name[name] = replace(
-            by_name[name], path=Path(path), width=width, height=height, digest=digest,
-            instead_of=by_name[name].known_as,
-        )  # fmt: skip
+            original, path=Path(path), width=width, height=height, digest=digest, instead_of=original.known_as
+        )
     kept = tuple(picture for name, picture in by_name.items() if name not in decisions.leave_out)
     if not kept:
         raise ValueError(f"all {len(by_name)} pictures are left out: keep some")
-    left = tuple(Problem(dataset.root / name, "left out, as decided") for name in dict.fromkeys(decisions.leave_out))
-    return replace(dataset, pictures=kept, problems=dataset.problems + left)
+    left_out = (Problem(dataset.root / name, "left out, as decided") for name in dict.fromkeys(decisions.leave_out))
+    return replace(dataset, pictures=kept, problems=(*dataset.problems, *left_out))
 
 
-def leave_out(dataset: Dataset, names: Iterable[str]) -> Dataset:
-    """The dataset without some pictures, as `decide`."""
-    return apply_decisions(dataset, Decisions(leave_out=tuple(names)))
+def scan_dataset(config: Config) -> Dataset:
+    """The run's pictures after the user's decisions; pictures on Google Drive are copied to local disk once.
 
-
-def picture_name(path: Path, dataset: Dataset) -> str:
-    """A picture's name: its path relative to the dataset, with slashes on every system."""
-    return path.relative_to(dataset.root).as_posix() if path.is_relative_to(dataset.root) else path.name
+    Raises:
+        ValueError, FileNotFoundError: as `scan`, `load_decisions` and `apply_decisions`.
+    """
+    path = DEMO if config.dataset == "demo" else config.dataset
+    pictures = scan(path, repeats=config.repeats, copy=is_remote(path))
+    if not config.decisions:
+        return pictures
+    decisions = load_decisions(config.decisions, path)
+    names = pictures.by_name.keys()
+    present = tuple(name for name in decisions.leave_out if name in names)  # missing ones are left out anyway
+    return apply_decisions(pictures, replace(decisions, leave_out=present))

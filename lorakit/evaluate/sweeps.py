@@ -3,109 +3,86 @@
 import json
 import re
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit import config as configs
 from lorakit import run, storage, train
-from lorakit.base import Progress
 from lorakit.config import Config
-from lorakit.evaluate.comparison import MOST, Trials, compare_runs, last_part, save_comparison, without_paths
-
-# ── A sweep ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+from lorakit.console import Console
+from lorakit.evaluate.comparison import MOST, Comparison, PictureOptions, compare_runs, save_comparison
+from lorakit.evaluate.records import last_part, without_paths
 
 
 def sweep(
-    config: Config, setting: str, values: Sequence[Any], folder: str | Path, *, prompts: Sequence[str] = (),
-    seeds: Sequence[int] = (42,), strength: float = 1.0, pictures: bool = True, say: Callable[[str], None] = print,
-    progress: bool | Progress = True, stop: threading.Event | None = None,
-) -> Trials:  # fmt: skip
-    """Train one run after the other that differ in one setting alone, and compare them.
+    config: Config, setting: str, values: Sequence[Any], folder: str | Path,
+    pictures: PictureOptions | bool = True, *, console: Console | None = None,
+) -> Comparison:  # fmt: skip
+    """Train one run after the other that differ in one setting, and compare them.
 
-    Each has its folder, such as `rank=8`, and ends in the weights that it has when it is trained alone. They share
-    what is encoded, and the base that is loaded. Called again, it goes on: what is finished stays as it is.
+    Each run has a folder, such as `rank=8`, and ends in the weights that it would have without the others. The runs
+    share encoded pictures and texts, and the loaded base. Called again, it resumes; finished runs are kept.
 
     Args:
         config: of all runs.
         folder: for the runs, the cache and the comparison; new, empty, or that of the same sweep.
-        prompts, seeds, strength, pictures: of the comparison, as `compare_runs` takes them.
-        progress: as `run.start` takes it.
-        stop: ends it after the current step, as Ctrl-C does; it is set where the sweep was stopped.
+        pictures: as for `compare_runs`; by default, with the prompts of the first run's samples.
+        console: its `stop` ends the sweep after the current step, as Ctrl-C does; a stopped sweep sets it.
 
     Returns:
-        The comparison, which is written into the folder; of a sweep that was stopped what there is, without pictures.
+        The comparison, which is also written into the folder; of a stopped sweep, that of its runs so far, without
+        pictures.
 
     Raises:
         ValueError: what is wrong with the setting, or with any of the values; before anything is trained.
         BlockingIOError: the folder is in use.
     """
-    folder, stop = Path(folder).absolute(), stop or threading.Event()
-    runs, shared = variations(config, setting, values), run.Shared(folder / "cache")
+    work = _Sweep(variations(config, setting, values), Path(folder).absolute(), console or Console())
     if train.join_team(config.device).size > 1:
         raise ValueError("A sweep runs in one process: start it without accelerate, or train its runs one by one.")
-    _claim(folder)
-    with storage.claim_folder(folder):
-        try:
-            said, missing = _train_all(runs, shared, folder, say, progress, stop)
-            folders = [folder / name for name in runs if run.is_run(folder / name)]
-            if stop.is_set():
-                return compare_runs(folders, pictures=False) if folders else Trials((), {})
-            made = compare_runs(
-                folders, prompts=prompts or said, seeds=seeds, strength=strength, pictures=pictures, say=say, stop=stop,
-                shared=shared,
-            )  # fmt: skip
-            missing = [without_paths(text, ()) for text in missing]
-            made = replace(made, told=(*made.told, *missing), missing=(*missing, *made.missing))
-            say(
-                f"look      {save_comparison(made, folder)[0].name}: what differs, curves, figures and pictures "
-                "side by side"
-            )
-            return made
-        finally:
-            shared.release()
-            if stop.is_set() or sys.exc_info()[0] is KeyboardInterrupt:
-                say(_far(runs, folder))
+    _claim(work.folder)
+    with storage.claim_folder(work.folder):
+        return work.result(pictures)
 
 
 def variations(config: Config, setting: str, values: Sequence[Any]) -> dict[str, Config]:
     """The runs of a sweep by name, such as `rank=8`.
 
     Raises:
-        ValueError: no such setting, one that decides nothing, or values that cannot be used; says all that is wrong.
+        ValueError: no such setting, one that does not change the result, or unusable values; lists all that is wrong.
     """
     if setting not in Config.model_fields:
         configs.parse(config.model_dump() | {setting: None}, where="The sweep cannot begin")
-    nothing = run.FREE - {"decisions"} - ({"trigger"} if config.asks_class else set())
-    if setting in nothing:
+    without_effect = run.FREE - {"decisions"} - ({"trigger"} if config.asks_class else set())
+    if setting in without_effect:
         raise ValueError(
-            f"{setting} decides nothing of what is learned, so that all runs would be the same. Sweep over a setting "
-            "such as rank, learning_rate or steps."
+            f"{setting} does not change what is learned: all runs would be the same. Sweep over a setting such as "
+            "rank, learning_rate or steps."
         )
     runs, problems, seen = {}, [], []
     for value in values:
         length = {"steps": {"epochs": None}, "epochs": {"steps": None}}.get(setting, {})
         name = _name(setting, value)
         try:
-            made = configs.parse(config.model_dump() | length | {setting: value}, where=name)
+            changed = configs.parse(config.model_dump() | length | {setting: value}, where=name)
         except ValueError as error:
             problems.append(str(error))
             continue
-        if getattr(made, setting) in seen:
-            problems.append(f"{name}: it is there twice.")
-        seen.append(getattr(made, setting))
-        runs[name] = made.with_(name=f"{config.name}-{name.replace('=', '-')}")
+        if getattr(changed, setting) in seen:
+            problems.append(f"{name}: the value is given twice.")
+        seen.append(getattr(changed, setting))
+        runs[name] = changed.with_(name=f"{config.name}-{name.replace('=', '-')}")
     if len(values) < 2:
-        problems.append(f"{len(values)} values of {setting} are nothing to compare: give two at least.")
+        problems.append(f"{len(values)} values of {setting} cannot be compared: give at least two.")
     if problems:
         raise ValueError("The sweep cannot begin:\n" + "\n".join(problems))
     return runs
 
 
 def _name(setting: str, value: Any) -> str:
-    """What a run is called: a folder's name that any system takes, and that tells no path."""
+    """A run's name: valid as a folder's on any system, and without a path."""
     text = value if isinstance(value, str) else json.dumps(value)
     short = re.sub(r"[^\w.+-]+", "-", last_part(text) or "").strip("-.")[:40]
     return f"{setting}={short}" + (f"-{run.settings_digest(value)[:6]}" if short != text else "")
@@ -115,86 +92,111 @@ def _claim(folder: Path) -> None:
     """Make the sweep's folder, or check that it is one.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it contains something else.
     """
     if folder.is_file() or run.is_run(folder):
         raise ValueError(f"{folder.name} is a {'file' if folder.is_file() else 'run'}. Name a folder for the sweep.")
-    own = {"cache", "comparison.html", "comparison.json", "curves.png"}
-    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if foreign := [name for name in there if name not in own and "=" not in name and not name.startswith(".")]:
-        raise ValueError(f"{folder.name} holds other files ({', '.join(foreign[:3])}). Name a new or empty folder.")
+    known = {"cache", "comparison.html", "comparison.json", "curves.png"}
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if foreign := [name for name in names if name not in known and "=" not in name and not name.startswith(".")]:
+        raise ValueError(f"{folder.name} contains other files ({', '.join(foreign[:3])}). Name a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _standing(
-    runs: dict[str, Config], shared: run.Shared, folder: Path, say: Callable[[str], None], progress: bool | Progress,
-    stop: threading.Event,
-) -> tuple[set[str], list[str]]:  # fmt: skip
-    """Which runs are finished, and the prompts of the first; what all of them need is encoded before a UNet is loaded.
+@dataclass
+class _Sweep:
+    """The runs of a sweep, by name, in a folder."""
 
-    Raises:
-        ValueError: what is wrong with any of them.
-    """
-    finished, prompts, problems = set(), [], {}
-    say(f"sweep     {len(runs)} runs: {', '.join(runs)}")
-    for name, own in runs.items():
+    runs: dict[str, Config]
+    folder: Path
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.shared = run.Shared(cache=self.folder / "cache")
+        self.prompts: list[str] = []  # of the first run's samples
+        self.missing: list[str] = []  # what the runs could not make
+
+    def result(self, pictures: PictureOptions | bool) -> Comparison:
+        """Train what is not finished, compare the runs and write the comparison."""
+        stop = self.console.stop
         try:
-            how = {"say": lambda _: None, "progress": progress, "stop": stop, "store": shared.cache}
-            prepared = run.prepare(own, folder / name, **how)
-            prompts = prompts or prepared.prompts[:MOST]
-            if run.is_finished(own, folder / name, prepared):
-                finished.add(name)
-                say(f"sweep     {name} is finished: it stays as it is")
-        except (ValueError, OSError) as error:
-            problems.setdefault(str(error), []).append(name)
-    if problems:
-        told = [f"{', '.join(names)}: {text}" for text, names in problems.items()]
-        raise ValueError("The sweep cannot begin:\n" + "\n".join(told))
-    return finished, prompts
+            self._train_all()
+            folders = [self.folder / name for name in self.runs if run.is_run(self.folder / name)]
+            if stop.is_set():
+                return compare_runs(folders, pictures=False) if folders else Comparison((), {})
+            if pictures:
+                options = PictureOptions() if pictures is True else pictures
+                pictures = replace(options, prompts=options.prompts or self.prompts)
+            comparison = compare_runs(folders, pictures, console=self.console, shared=self.shared)
+            missing = [without_paths(text) for text in self.missing]
+            comparison = replace(
+                comparison, notes=(*comparison.notes, *missing), missing=(*missing, *comparison.missing)
+            )
+            page, _ = save_comparison(comparison, self.folder)
+            self.console.say(f"look      {page.name}: settings, curves, figures and pictures side by side")
+            return comparison
+        finally:
+            self.shared.release()
+            if stop.is_set() or sys.exc_info()[0] is KeyboardInterrupt:
+                self.console.say(self._progress())
 
+    def _train_all(self) -> None:
+        """Train every run that is not finished, one after the other, until it is stopped."""
+        say, stop = self.console.say, self.console.stop
+        try:
+            storage.remove_partial(self.folder)
+            say(f"sweep     {len(self.runs)} runs: {', '.join(self.runs)}")
+            finished = self._check_all()
+            for place, (name, config) in enumerate(self.runs.items(), 1):
+                if name not in finished and not stop.is_set():
+                    say(f"sweep     {name}, {place} of {len(self.runs)}")
+                    self._train(name, config)
+        except KeyboardInterrupt:
+            if not stop.is_set():
+                raise
 
-def _train_all(
-    runs: dict[str, Config], shared: run.Shared, folder: Path, say: Callable[[str], None], progress: bool | Progress,
-    stop: threading.Event,
-) -> tuple[list[str], list[str]]:  # fmt: skip
-    """Train every run that is not finished, one after the other, until it is stopped.
+    def _check_all(self) -> set[str]:
+        """The names of finished runs. Encodes what all runs need, before a UNet is loaded.
 
-    Returns:
-        Prompts to compare with, and what the runs could not make.
-    """
-    prompts: list[str] = []
-    missing: list[str] = []
-    try:
-        storage.remove_partial(folder)
-        finished, prompts = _standing(runs, shared, folder, say, progress, stop)
-        for place, (name, own) in enumerate(runs.items(), 1):
-            if name not in finished and not stop.is_set():
-                say(f"sweep     {name}, {place} of {len(runs)}")
-                missing += _train(own, folder / name, shared, say, progress, stop)
-    except KeyboardInterrupt:
-        if not stop.is_set():
-            raise
-    return prompts, missing
+        Raises:
+            ValueError: what is wrong with any of them.
+        """
+        finished: set[str] = set()
+        problems: dict[str, list[str]] = {}
+        quiet = replace(self.console, show=lambda _: None)
+        for name, config in self.runs.items():
+            folder = self.folder / name
+            try:
+                prepared = run.prepare(config, folder, quiet, shared=run.Shared(cache=self.shared.cache))
+                self.prompts = self.prompts or prepared.prompts[:MOST]
+                if run.is_finished(config, folder, prepared):
+                    finished.add(name)
+                    self.console.say(f"sweep     {name} is finished and kept")
+            except (ValueError, OSError) as error:
+                problems.setdefault(str(error), []).append(name)
+        if problems:
+            lines = [f"{', '.join(names)}: {text}" for text, names in problems.items()]
+            raise ValueError("The sweep cannot begin:\n" + "\n".join(lines))
+        return finished
 
+    def _train(self, name: str, config: Config) -> None:
+        """Train one run. If it diverges, the others are trained all the same."""
+        console, control = self.console, run.Control(self.console.stop)
+        try:
+            result = run.start(
+                config, self.folder / name, say=console.say, progress=console.progress, control=control,
+                shared=self.shared,
+            )  # fmt: skip
+            if result.steps < result.total:
+                console.stop.set()  # the run was stopped, perhaps by a file named STOP
+            self.missing += [f"{name}: {text}" for text in result.missing]
+        except FloatingPointError as error:
+            console.say(f"sweep     {name} is given up: {error}")
+            self.missing.append(f"{name}: {error}")
 
-def _train(
-    config: Config, folder: Path, shared: run.Shared, say: Callable[[str], None], progress: bool | Progress,
-    stop: threading.Event,
-) -> list[str]:  # fmt: skip
-    """Train one run of a sweep, and return what it could not make. One that diverges ends none of the others."""
-    try:
-        result = run.start(config, folder, say=say, progress=progress, live=run.Live(stop), shared=shared)
-        if result.steps < result.total:
-            stop.set()  # by a file named STOP too
-        return [f"{folder.name}: {text}" for text in result.missing]
-    except FloatingPointError as error:
-        say(f"sweep     {folder.name} is given up: {error}")
-        return [f"{folder.name}: {error}"]
-
-
-def _far(runs: dict[str, Config], folder: Path) -> str:
-    """How far a sweep has come."""
-    done = [name for name, own in runs.items() if (folder / name / f"{own.name}.safetensors").is_file()]
-    saved = {name: run.checkpoint_paths(folder / name / "checkpoints")[:1] for name in runs if name not in done}
-    begun = [f", {name} is at step {run.step_of(path)}" for name, paths in saved.items() for path in paths]
-    return f"stopped   {len(done)} of {len(runs)} runs are finished{''.join(begun)}. Start again to go on."
+    def _progress(self) -> str:
+        """How many runs are finished, and the step of those that have begun."""
+        done = [name for name, own in self.runs.items() if (self.folder / name / f"{own.name}.safetensors").is_file()]
+        saved = {name: run.RunFolder(self.folder / name).saved() for name in self.runs if name not in done}
+        begun = [f", {name} is at step {max(steps)}" for name, steps in saved.items() if steps]
+        return f"stopped   {len(done)} of {len(self.runs)} runs are finished{''.join(begun)}. Start again to continue."

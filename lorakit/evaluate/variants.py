@@ -1,51 +1,84 @@
-"""The base with LoRAs at given strengths, as the sampler takes them."""
+"""Make pictures of prompts with several LoRAs at several strengths."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+
+from PIL import Image
 
 from lorakit import adapter as adapters
 from lorakit import run, sample
 from lorakit.adapter import FAMILIES, Lora
 from lorakit.base import Base
+from lorakit.console import Console
+from lorakit.device import Compute
+from lorakit.sample import Loaded, Sampling
 
-Column = tuple[str | None, float]  # which candidate, None at strength 0; its strength
+Column = tuple[str | None, float]  # the candidate's label, None at strength 0; the strength
+BARE: Column = (None, 0.0)
 
 
 def columns(labels: Sequence[str], strengths: Sequence[float]) -> list[Column]:
-    """What is to be made of each prompt: every candidate at every strength, and strength 0 once for all of them."""
-    bare = [(None, 0.0)] if 0 in strengths else []
+    """Every candidate at every strength; strength 0 only once, as it is the same for all."""
+    bare = [BARE] if 0 in strengths else []
     return bare + [(label, value) for label in labels for value in dict.fromkeys(strengths) if value]
 
 
 def make_variants(
-    base: Base, wanted: Sequence[Column], paths: Mapping[str, Path], others: Sequence[tuple[Path, float]] = (),
-    tell: Callable[[str], None] = print,
+    base: Base, grid_columns: Sequence[Column], paths: Mapping[str, Path], others: Sequence[tuple[Path, float]] = (),
+    warn: Callable[[str], None] = print,
 ) -> dict[Column, sample.Variant]:  # fmt: skip
-    """Columns as `sample.stream` makes them. One LoRA at a time is in memory: each is read again when it is its turn.
+    """Columns as `sample.stream` takes them. Each LoRA is read again when it is used: one at a time is in memory.
 
     Args:
-        paths: of the candidates.
-        others: LoRAs that are used together with each candidate, at strengths of their own; at strength 0 they alone.
-        tell: told of candidates that cannot be used here; they are left out.
+        paths: label → the candidate's file.
+        others: LoRAs used together with each candidate, and at strength 0 without it, at strengths of their own.
+        warn: called with a message for each candidate that cannot be used with this base; it is left out.
 
     Raises:
         ValueError, OSError: one of the others cannot be used.
     """
-    found: dict[Column, sample.Variant] = {}
+    variants: dict[Column, sample.Variant] = {}
     for path, _ in others:
-        _fitting(run.lora_of(path), base)
+        _check_family(run.lora_of(path), base)
     known: Known = {}
-    unfit: set[str] = set()
-    for label, strength in wanted:
-        if label in unfit:
+    unusable: set[str | None] = set()
+    for label, strength in grid_columns:
+        if label in unusable:
             continue
-        own = [] if label is None else [(paths[label], strength)]
+        candidate = [] if label is None else [(paths[label], strength)]
         try:
-            found[label, strength] = variant(base, [*own, *others], known)
+            variants[label, strength] = variant(base, [*candidate, *others], known)
         except (ValueError, OSError, FloatingPointError) as error:
-            unfit.add(label)
-            tell(str(error))
-    return found
+            unusable.add(label)
+            warn(str(error))
+    return variants
+
+
+def make_grid(
+    base: Base, rows: Sequence[tuple[str, int]], variants: Mapping[Column, sample.Variant], sampling: Sampling, *,
+    compute: Compute, cells: Collection[tuple[int, Column]] | None = None, loaded: Loaded | None = None,
+    console: Console | None = None,
+) -> dict[tuple[int, Column], Image.Image]:  # fmt: skip
+    """Make pictures of prompts with variants; those made so far where the console's `stop` was set.
+
+    Args:
+        rows: prompts and their seeds.
+        cells: the pictures to make, as (row, column); None makes all.
+
+    Returns:
+        (row, column) → picture.
+    """
+    prompts, seeds = zip(*rows, strict=True)
+    order = list(variants)
+    places = None if cells is None else {(row, order.index(column)) for row, column in cells}
+    stream = sample.stream(
+        base, prompts, list(variants.values()), replace(sampling, seeds=seeds), compute=compute, cells=places,
+        loaded=loaded, console=console,
+    )  # fmt: skip
+    with closing(stream):
+        return {(row, order[column]): picture for row, column, picture in stream}
 
 
 Known = dict[object, tuple[sample.Attach, tuple[str, ...]]]
@@ -55,8 +88,9 @@ def variant(base: Base, parts: Sequence[tuple[str | Path, float]], known: Known 
     """The base with LoRAs of any kind in it, each at its strength; the bare base where all strengths are 0.
 
     Args:
-        parts: what `record.lora_of` reads, and its strength.
-        known: adapters that were made before, to which this one is added: one LoRA alone has the same at any strength.
+        parts: what `run.lora_of` reads, and its strength.
+        known: adapters of earlier calls, to which this one is added, so that a single LoRA is loaded once for all
+            its strengths.
 
     Raises:
         ValueError, OSError, FloatingPointError: one cannot be read, or is for another family.
@@ -67,39 +101,37 @@ def variant(base: Base, parts: Sequence[tuple[str | Path, float]], known: Known 
     (first, factor), *more = parts
     key = parts if more else first
     if key not in known:
-        adapts = {which for path, _ in parts for which in _fitting(run.lora_of(path), base).adapts}
+        adapts = {name for path, _ in parts for name in _check_family(run.lora_of(path), base).adapts}
 
         def attach(models: adapters.Models) -> adapters.Adapter:
             if not more:
                 return adapters.attach(models, base, run.lora_of(first))
-            return _together(models, base, [(run.lora_of(path), strength) for path, strength in parts])
+            return _attach_all(models, base, [(run.lora_of(path), strength) for path, strength in parts])
 
         known[key] = attach, tuple(sorted(adapts))
     return sample.Variant(*known[key], 1.0 if more else factor)
 
 
-def _together(models: adapters.Models, base: Base, parts: Sequence[tuple[Lora, float]]) -> adapters.Adapter:
-    """Put several LoRAs into models (in place). All that are plain make one, which costs no more than one."""
-    kinds = [{adapters.algorithm_of(own) for own in lora.parts.values()} for lora, _ in parts]
-    plain = [part for part, kind in zip(parts, kinds, strict=True) if kind == {"lora"}]
-    others = [part for part, kind in zip(parts, kinds, strict=True) if kind != {"lora"}]
+def _attach_all(models: adapters.Models, base: Base, parts: Sequence[tuple[Lora, float]]) -> adapters.Adapter:
+    """Put several LoRAs into models (in place); all plain ones are merged, so that they cost no more than one."""
+    plain, others = ([part for part in parts if part[0].plain == plain] for plain in (True, False))
     if plain:
-        others.insert(0, (adapters.merge(*zip(*plain, strict=True)).lora, 1.0))
-    found = []
-    for lora, value in others:
-        own = {which: model for which, model in models.items() if which in lora.adapts}
-        if own:
-            adapter = adapters.attach(own, base, lora)
-            adapters.eject(own)
-            adapters.use(adapter, value)
-            found.append(adapter)
-    return adapters.stack(models, found)
+        others.insert(0, (adapters.merge([lora for lora, _ in plain], [strength for _, strength in plain]).lora, 1.0))
+    attached = []
+    for lora, strength in others:
+        adapted = {name: model for name, model in models.items() if name in lora.adapts}
+        if adapted:
+            adapter = adapters.attach(adapted, base, lora)
+            adapters.eject(adapted)
+            adapters.use(adapter, strength)
+            attached.append(adapter)
+    return adapters.stack(models, attached)
 
 
-def _fitting(lora: Lora, base: Base) -> Lora:
+def _check_family(lora: Lora, base: Base) -> Lora:
     if lora.family not in (None, base.family):
         raise ValueError(
             f"{lora.name} is an {FAMILIES[lora.family]} LoRA, the base {base.name} is {FAMILIES[base.family]}: "
-            "the two do not go together."
+            "they cannot be used together."
         )
     return lora

@@ -1,12 +1,13 @@
-"""What pictures show and what texts say, as vectors that can be compared: CLIP, DINOv2, or the embedded base's own.
+"""Vision models, which turn pictures and texts into vectors: CLIP, DINOv2, or a small one for the embedded base.
 
-They judge pictures for the report, and never take part in training.
+They measure pictures for the report and take no part in training.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit import base as bases
 from lorakit import storage
-from lorakit.device import choose_device, quiet_libraries
+from lorakit.device import Compute, choose_device, quiet_libraries
 
 MODELS = {  # name → hub id, revision; each keeps its weights as safetensors
     "clip": ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", None),
@@ -26,62 +27,62 @@ MODELS = {  # name → hub id, revision; each keeps its weights as safetensors
     "dinov2": ("facebook/dinov2-base", None),
 }
 EMBEDDED = Path(__file__).parents[1] / "demo" / "base" / "eyes"
-TOKENS = 77  # at most, of a text
+TOKENS = 77  # longest text
 
 
 @dataclass(frozen=True)
-class Eyes:
-    """A model that sees pictures and, unless it is DINOv2, reads texts."""
+class VisionModel:
+    """A model that turns pictures and, unless it is DINOv2, texts into vectors."""
 
     name: str
-    model: torch.nn.Module = field(repr=False)
-    tokenizer: object | None = field(repr=False)  # None: it cannot read
-    size: int  # pixels of the square it sees
-    mean: tuple[float, float, float]
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)  # None where the model reads no texts
+    size: int  # side of the square that the model takes, in pixels
+    mean: tuple[float, float, float]  # of the three colours, as the model was trained with them
     std: tuple[float, float, float]
     batch: int = 16
 
     @property
-    def reads(self) -> bool:
+    def reads_texts(self) -> bool:
         return self.tokenizer is not None
 
     @torch.no_grad()
-    def see(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Unit vectors of pictures, of any sizes: (N, D), float32. Their cosine is how alike two pictures are."""
+    def embed_pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Unit vectors of pictures of any sizes, (N, D), float32; their cosine says how alike two pictures are."""
         mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
-        found = []
+        outputs = []
         for start in range(0, len(pictures), self.batch):
             arrays = [
                 (np.asarray(self._square(p), np.float32) / 255 - mean) / std for p in pictures[start:][: self.batch]
             ]
             x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.model.device, self.model.dtype)
             if hasattr(self.model, "get_image_features"):
-                found.append(vectors(self.model.get_image_features(pixel_values=x)))
+                outputs.append(vectors(self.model.get_image_features(pixel_values=x)))
             else:
-                found.append(self.model(pixel_values=x).last_hidden_state[:, 0])  # the class token
-        return _unit(found)
+                outputs.append(self.model(pixel_values=x).last_hidden_state[:, 0])  # the class token
+        return _unit(outputs)
 
     @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of texts, in the space of the pictures': (N, D), float32.
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts, (N, D), float32, in the space of the pictures'.
 
         Raises:
             ValueError: this model reads no texts.
         """
-        if not self.reads:
-            raise ValueError(f"{self.name} sees pictures and reads no texts: use clip for that.")
-        limit, found = min(TOKENS, getattr(self.tokenizer, "model_max_length", TOKENS)), []
+        if not self.reads_texts:
+            raise ValueError(f"{self.name} reads no texts: use clip for that.")
+        limit, outputs = min(TOKENS, getattr(self.tokenizer, "model_max_length", TOKENS)), []
         for start in range(0, len(texts), self.batch):
             tokens = self.tokenizer(
                 list(texts[start : start + self.batch]), padding=True, truncation=True, max_length=limit,
                 return_tensors="pt",
             )  # fmt: skip
-            own = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-            found.append(vectors(self.model.get_text_features(**own)))
-        return _unit(found)
+            inputs = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+            outputs.append(vectors(self.model.get_text_features(**inputs)))
+        return _unit(outputs)
 
     def _square(self, picture: Image.Image) -> Image.Image:
-        """The whole picture in the middle of a square as wide as its longer side, in its own mean colour."""
+        """The whole picture, centred on a square of its mean colour."""
         picture = picture.convert("RGB")
         side = max(picture.size)
         if picture.width != picture.height:
@@ -92,49 +93,48 @@ class Eyes:
         return picture if side == self.size else picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
 
 
-def open(name: str = "clip", device: str = "auto") -> Eyes:
-    """Load a model that sees.
+def open(name: str = "clip", device: str = "auto") -> VisionModel:
+    """Load a vision model.
 
     Args:
-        name: one of MODELS, "demo" for the embedded base's own, a folder, or a hub id, of transformers' classes.
+        name: one of MODELS, "demo" for the embedded base's own, or a folder or hub id of a transformers model.
 
     Raises:
         FileNotFoundError: no such model, or the hub is out of reach.
-        ValueError: it is none that sees pictures, or its weights are pickles.
+        ValueError: not a vision model, or its weights are pickles.
     """
     from transformers import AutoModel, AutoTokenizer
 
+    target = choose_device(device)
     if name == "demo":
-        return _embedded(choose_device(device))
+        return _embedded(target)
     folder = storage.fetch_model(name, MODELS)
     quiet_libraries()
     if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder.name} holds no .safetensors weights; lorakit reads no pickles. Use another model.")
-    own = {"local_files_only": True, "trust_remote_code": False}
-    target = choose_device(device)
+        raise ValueError(f"{folder.name} has no .safetensors weights; lorakit reads no pickles. Use another model.")
+    local = {"local_files_only": True, "trust_remote_code": False}
     dtype = torch.float16 if target.type == "cuda" else torch.float32
     try:
-        model = AutoModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **own)
-        about = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        model = AutoModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **local)
+        settings = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
         reads = hasattr(model, "get_text_features")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **own) if reads else None
-        side = about.get("crop_size") or about["size"]
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local) if reads else None
+        side = settings.get("crop_size") or settings["size"]
         side = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
-        mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
+        mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"{folder.name} is no model that sees pictures with this transformers ({storage.first_line(error)}). "
-            f"Use one of "
-            f"{', '.join(MODELS)}."
+            f"{folder.name} is not a vision model for this version of transformers ({storage.first_line(error)}). "
+            f"Use one of {', '.join(MODELS)}."
         ) from error
-    return Eyes(name, model.eval().to(target, dtype), tokenizer, int(side), mean, std)
+    return VisionModel(name, model.eval().to(target, dtype), tokenizer, int(side), mean, std)
 
 
 # ── The embedded base's own ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Residual(nn.Module):
-    """Two 3 × 3 convolutions beside a shortcut, at half the resolution."""
+    """Two 3 × 3 convolutions with a shortcut, at half the resolution."""
 
     def __init__(self, before: int, after: int):
         super().__init__()
@@ -154,18 +154,19 @@ def trunk(*widths: int) -> nn.Sequential:
     return nn.Sequential(*stem, *(Residual(*pair) for pair in zip(widths, widths[1:], strict=False)))
 
 
-class Small(nn.Module):
-    """What the embedded base's pictures show and how they are drawn, by a net each; texts by the base's own encoder.
+class EmbeddedVision(nn.Module):
+    """The vision model of the embedded base: a net for subjects, one for styles, and the base's own text encoder.
 
-    One net for both learns either far more slowly: subjects want what styles share, styles what they do not.
+    A single net for both learns far more slowly: subjects need what styles share, styles what they do not.
 
     Args:
-        text_encoder: the base's; it stays as it is and is no part of the saved weights.
+        text_encoder: the base's; it is not trained and not saved with the weights.
     """
 
-    SUBJECT, STYLE = 128, 64  # width of either part of a vector
+    SUBJECT, STYLE = 128, 64  # widths of the two parts of a vector
+    text_encoder: Any
 
-    def __init__(self, text_encoder: nn.Module):
+    def __init__(self, text_encoder: Any):
         super().__init__()
         self.shape, self.texture = trunk(32, 64, 128, 192), trunk(32, 64, 96)
         self.subject = nn.Sequential(nn.Dropout(0.1), nn.Linear(4 * 192, self.SUBJECT))
@@ -176,17 +177,17 @@ class Small(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.words[0].weight.device
+        return next(self.words.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.words[0].weight.dtype
+        return next(self.words.parameters()).dtype
 
     def see(self, x: Tensor, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pictures (N, 3, 64, 64) in [-1, 1] → unit vectors of subject (N, 128) and style (N, 64).
 
         Args:
-            again: the same pictures as the net of styles shall see them, where that differs.
+            again: the same pictures for the net of styles, where they differ.
         """
         subject = self.subject(F.adaptive_avg_pool2d(self.shape(x), 2).flatten(1))
         texture = self.texture(x if again is None else again)
@@ -197,14 +198,14 @@ class Small(nn.Module):
         return torch.cat(self.see(pixel_values), 1)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the base's text encoder says of texts: the mean over their tokens and the last one's, (N, 256)."""
+        """The base's text encoder's output: mean over the tokens and the last token's, (N, 256)."""
         states = self.text_encoder(input_ids).last_hidden_state.float()
         mask = attention_mask[..., None].float()
         last = states[torch.arange(len(states)), attention_mask.sum(1) - 1]
         return torch.cat([(states * mask).sum(1) / mask.sum(1), last], 1)
 
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """`features` → unit vectors of subject (N, 128), and of style (N, 64), which are short where none is told."""
+        """`features` → unit vectors of subject (N, 128), and of style (N, 64), shorter where the text names none."""
         subject, style = self.words(features.to(self.dtype)).float().split([self.SUBJECT, self.STYLE], 1)
         return F.normalize(subject, dim=1), style / style.norm(dim=1, keepdim=True).clamp(min=1)
 
@@ -212,20 +213,20 @@ class Small(nn.Module):
         return torch.cat(self.read(self.features(input_ids, attention_mask)), 1)
 
 
-def _embedded(device: torch.device) -> Eyes:
-    encoder, tokenizer = bases.load_text_encoder(bases.open("demo"), torch.float32, device)
-    model = Small(encoder)
+def _embedded(device: torch.device) -> VisionModel:
+    encoder, tokenizer = bases.load_text_encoder(bases.open("demo"), Compute(device, torch.float32))
+    model = EmbeddedVision(encoder)
     model.load_state_dict(load_file(EMBEDDED / "model.safetensors"))
     half = (0.5, 0.5, 0.5)
-    model = model.to(device, torch.float32).eval().to(memory_format=torch.channels_last)
-    return Eyes("lorakit/demo", model, tokenizer, 64, half, half, batch=64)
+    model = model.to(device, torch.float32).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return VisionModel("lorakit/demo", model, tokenizer, 64, half, half, batch=64)
 
 
-def vectors(answer) -> Tensor:
-    """What get_image_features and get_text_features answer: a tensor, or since transformers 5 one within an output."""
-    return answer if isinstance(answer, Tensor) else answer.pooler_output
+def vectors(output: Any) -> Tensor:
+    """The tensor of get_image_features and get_text_features; since transformers 5 it is part of an output."""
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _unit(found: list[Tensor]) -> np.ndarray:
-    vectors = torch.cat(found).float().cpu().numpy()
+def _unit(outputs: list[Tensor]) -> np.ndarray:
+    vectors = torch.cat(outputs).float().cpu().numpy()
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

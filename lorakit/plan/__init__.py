@@ -4,11 +4,25 @@ from typing import TYPE_CHECKING
 
 from lorakit import _lazy
 
-__all__ = ["Prediction", "choose_settings", "compare_methods", "ladder", "plan_for_cards", "predict", "verdict"]
+__all__ = [
+    "Card",
+    "Prediction",
+    "StepCost",
+    "choose_settings",
+    "compare_methods",
+    "ladder",
+    "plan_for_cards",
+    "predict",
+    "step_cost",
+    "verdict",
+]
 
 if TYPE_CHECKING:
-    from lorakit.plan.memory import Prediction, free_memory_bytes, predict, readable_bytes, verdict
-    from lorakit.plan.planning import choose_settings, compare_methods, ladder, plan_for_cards, predict_cached
-    from lorakit.plan.planning import prediction_store, this_machine
+    from lorakit.plan.cards import Card, free_memory_bytes, this_machine
+    from lorakit.plan.memory import StepCost, readable_bytes
+    from lorakit.plan.methods import compare_methods
+    from lorakit.plan.planning import choose_settings, ladder, plan_for_cards, predict, verdict
+    from lorakit.plan.prediction import Prediction
+    from lorakit.plan.store import prediction_store, step_cost
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

@@ -1,18 +1,16 @@
-"""Config → predicted peak memory, file size and work of a step, before a weight is read or a card is there.
+"""Count the memory and the work of one training step, without weights and without a card.
 
-The UNet is built from its config without weights, and one training step runs on fake tensors, which have shapes and
-dtypes but no contents, while a ledger counts the storages that are alive: what diffusers, PEFT and autograd would keep
-is what is counted, not what a formula says of them.
+The UNet is built from its config, and one step runs on fake tensors, which have shapes and dtypes but no contents. A
+ledger counts the storages that are alive, so the figures are those of diffusers, PEFT and autograd themselves.
 """
 
 import math
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,44 +26,44 @@ from lorakit import train
 from lorakit.config import Config
 from lorakit.device import choose_device
 
-MARGIN = 0.1  # share of the free memory left to the driver, the kernels' workspaces and fragmentation
-
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a step will take: bytes by part at the moment of the peak, and the size of the work."""
+class StepCost:
+    """What one training step takes: bytes by part at the peak, and floating-point operations."""
 
     weights: int  # the frozen UNet, and text encoders that are trained
     adapter: int
-    gradients: int  # those there already when the peak comes
+    gradients: int  # those that exist at the peak
     optimizer: int
-    activations: int  # everything else: what autograd keeps, and the temporaries of the moment
-    file_size: int  # bytes of the finished file's tensors in fp16; names and metadata come on top
+    activations: int  # everything else: what autograd keeps, and temporaries
+    file_size: int  # bytes of the LoRA file's tensors in fp16, without names and metadata
     flops: int  # floating-point operations of one optimizer update
-    seconds: float  # how long predicting took
+    seconds: float  # time spent counting
     size: tuple[int, int]  # (height, width) in pixels
-    batch_size: int  # pictures that go through at once
+    batch_size: int  # pictures in one forward pass
     precision: str
     gradient_checkpointing: bool
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Bytes at the peak, by part."""
+        return {part: getattr(self, part) for part in ("weights", "adapter", "gradients", "optimizer", "activations")}
+
+    @property
     def peak(self) -> int:
-        """The most that is allocated at once, in bytes."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+        """The most memory that is allocated at once, in bytes."""
+        return sum(self.parts.values())
 
     def describe(self) -> str:
-        """The prediction in a few lines for a person."""
+        """The cost as text, a line for each part."""
         (height, width), large = self.size, self.flops >= 1e12
-        parts = {
-            "frozen weights": self.weights, "adapter": self.adapter, "gradients": self.gradients,
-            "optimizer": self.optimizer, "activations": self.activations, "peak": self.peak,
-        }  # fmt: skip
+        parts = {"frozen weights" if part == "weights" else part: size for part, size in self.parts.items()}
         return "\n".join(
             [
                 f"Predicted for {width}×{height} px, batch {self.batch_size}, {self.precision}, "
                 f"{'with' if self.gradient_checkpointing else 'without'} gradient checkpointing:",
-                *(f"  {name:<15}{readable_bytes(part):>10}" for name, part in parts.items()),
-                f"  LoRA file      {readable_bytes(self.file_size):>10}  in fp16; names and metadata come on top",
+                *(f"  {part:<15}{readable_bytes(size):>10}" for part, size in (parts | {"peak": self.peak}).items()),
+                f"  LoRA file      {readable_bytes(self.file_size):>10}  in fp16, without names and metadata",
                 f"  work a step    {self.flops / (1e12 if large else 1e9):>6.2f} {'TFLOP' if large else 'GFLOP'}",
             ]
         )
@@ -76,21 +74,21 @@ def readable_bytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def predict(
+def count_step(
     base: bases.Base, config: Config, *, size: tuple[int, int], dtype: torch.dtype,
     device: torch.device | str | None = None,
-) -> Prediction:  # fmt: skip
-    """Run one training step on fake tensors and count what it holds.
+) -> StepCost:  # fmt: skip
+    """Run one training step on fake tensors and count its memory and operations.
 
     Args:
         size: (height, width) of the largest pictures, in pixels.
         dtype: of the frozen base and of autocast.
-        device: the kind of device to predict for, "cuda", "mps" or "cpu"; it need not be here. None is the one that
-            the config trains on. Autocast differs between them, and Apple's keeps whole attention matrices.
+        device: "cuda", "mps" or "cpu", also where this machine has none; None is the device of the config. Autocast
+            differs between them, and Apple's keeps whole attention matrices.
 
     Returns:
-        The prediction for any step but the first, which has no optimizer state yet. Caching before the run takes
-        less; sampling large pictures during it may take more.
+        The cost of any step after the first, which has no optimizer state yet. Caching before the run needs less
+        memory; sampling large pictures during the run may need more.
 
     Raises:
         ValueError: size does not suit the base.
@@ -100,171 +98,68 @@ def predict(
         raise ValueError(f"Size {size[1]}×{size[0]} must be multiples of {base.step} pixels for {base.name}.")
     kind = torch.device(device).type if device else choose_device(config.device).type
     half = dtype != torch.float32
-    counted = torch.bfloat16 if half else torch.float32  # as large as fp16, and known to every release's CPU autocast
+    counted = torch.bfloat16 if half else torch.float32  # as large as fp16; the CPU autocast of every torch has bf16
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     models, adapter = _build(base, config, counted, fake, norms_in_float32=half and kind != "cpu")
-    # Torch has no fused attention with a way back for Apple's devices (pytorch/pytorch#182746).
+    # Torch has no fused attention with a backward pass for Apple's devices (pytorch/pytorch#182746).
     attention = sdpa_kernel(SDPBackend.MATH) if kind == "mps" else nullcontext()
-    weights = adapter.parameters()
-    trained = sum(weight.numel() for weight in weights)
-    held = [module.weight for module in models["unet"].modules() if isinstance(module, _Held)]
-    numbers = sum(map(_numbers, models.values()))
-    frozen = counted.itemsize * (numbers - trained - sum(weight.numel() for weight in held))
-    frozen += sum(bases.quantized_size(weight.shape, config.quantize) for weight in held)
+    trainable = adapter.parameters()
+    adapter_numbers = sum(weight.numel() for weight in trainable)
+    packed = [module.weight for module in models["unet"].modules() if isinstance(module, _Packed)]
+    numbers = sum(weight.numel() for model in models.values() for weight in model.parameters())
+    frozen = counted.itemsize * (numbers - adapter_numbers - sum(weight.numel() for weight in packed))
+    frozen += sum(bases.quantized_size(weight.shape, config.quantize) for weight in packed)
 
     ledger = _Ledger(weight for model in models.values() for weight in model.parameters())
-    hooks = [weight.register_post_accumulate_grad_hook(ledger.gradient_arrived) for weight in weights]
+    hooks = [weight.register_post_accumulate_grad_hook(ledger.gradient_arrived) for weight in trainable]
     with fake, ledger, attention:
-        value = _forward(models, base, config, size, counted)
-        answer = ledger.flops
-        value.backward()
+        loss = _forward(models, base, config, size, counted)
+        forward_flops = ledger.flops
+        loss.backward()
         flops = ledger.flops
         for hook in hooks:
             hook.remove()
         if config.asks_class:
-            flops += ledger.flops  # as much again for the class
+            flops += ledger.flops  # a second batch with the class's captions
         if config.prior_prediction:
-            flops += answer  # and what the bare base says of it
+            flops += forward_flops  # the base's prediction without the adapter
         passes = config.gradient_accumulation_steps * config.batch_size / config.at_once
         flops = round(flops * passes)
-        if passes > 1 or config.asks_class:  # from the second on, all gradients are there
+        if passes > 1 or config.asks_class:  # from the second pass on, all gradients exist
             _forward(models, base, config, size, counted).backward()
-    return Prediction(
-        weights=frozen, adapter=4 * trained, gradients=ledger.gradients_at_peak,
-        optimizer=sum(optimizer_state(config.optimizer, weight.shape) for weight in weights),
-        activations=ledger.peak - ledger.gradients_at_peak, file_size=_file_size(adapter),
-        flops=flops, seconds=time.perf_counter() - began, size=tuple(size), batch_size=config.at_once,
+    return StepCost(
+        weights=frozen, adapter=4 * adapter_numbers, gradients=ledger.gradients_at_peak,
+        optimizer=sum(optimizer_state(config.optimizer, weight.shape) for weight in trainable),
+        activations=ledger.peak - ledger.gradients_at_peak, file_size=adapter.file_size(),
+        flops=flops, seconds=time.perf_counter() - began, size=(size[0], size[1]), batch_size=config.at_once,
         precision=str(dtype).removeprefix("torch."), gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
 
 
-def _file_size(adapter: adapters.Adapter) -> int:
-    """Bytes of the file's tensors in fp16; alphas and DoRA's lengths are float32."""
-    parts = adapter.state().items()
-    return 4 * len(adapter.layers) + sum((4 if n.endswith("dora_scale") else 2) * w.numel() for n, w in parts)
-
-
-WORDS = 16  # vectors of a textual inversion's file, as people make them for a character
-
-
-@dataclass(frozen=True)
-class Method:
-    """What another way of teaching a base something would take, beside a LoRA: bytes."""
-
-    name: str
-    peak: int
-    file_size: int  # of what is handed on afterwards, in fp16; textual inversion's in float32, as it is usual
-
-
-def dreambooth(base: bases.Base, config: Config, *, size: tuple[int, int], dtype: torch.dtype) -> Method:
-    """Full fine-tuning of the UNet: float32 weights under autocast, a whole checkpoint as the result.
-
-    Args:
-        config: its optimizer, batch and checkpointing are taken, as of a LoRA.
-        size, dtype: as for `predict`; dtype is autocast's.
-
-    Source: Ruiz et al. 2022, arXiv:2208.12242; weights and optimizer as diffusers' `train_dreambooth.py` has them.
-    """
-    counted = torch.bfloat16 if dtype != torch.float32 else dtype
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    models, _ = _build(base, config, torch.float32, fake, norms_in_float32=False, adapted=False)
-    unet = models["unet"]
-    weights = list(unet.requires_grad_(True).parameters())
-    ledger = _ledger(unet, weights)
-    with fake, ledger:
-        _forward(models, base, config, size, counted).backward()
-    own = sum(weight.nbytes for weight in weights)
-    state = sum(optimizer_state(config.optimizer, weight.shape) for weight in weights)
-    # The update needs all gradients, the step all activations: the two peaks are not at one moment.
-    peak = own + state + max(ledger.peak, own)
-    return Method("DreamBooth", peak, 2 * sum(map(_numbers, _parts(base))))
-
-
-def textual_inversion(base: bases.Base, config: Config, *, size: tuple[int, int], dtype: torch.dtype) -> Method:
-    """Training new words alone: UNet and text encoders frozen, every word's vector in float32 with its moments.
-
-    Args:
-        size, dtype: as for `predict`.
-
-    Source: Gal et al. 2022, arXiv:2208.01618; the whole matrix of vectors gets gradients, as in diffusers'
-    `textual_inversion.py`.
-    """
-    counted = torch.bfloat16 if dtype != torch.float32 else dtype
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    models, _ = _build(base, config, counted, fake, norms_in_float32=False, adapted=False)
-    unet = models["unet"]
-    ledger = _ledger(unet.requires_grad_(False), [])
-    with fake, ledger:
-        _forward(models, base, config, size, counted, words_learn=True).backward()
-    _, _, *encoders = _parts(base)
-    vectors = [encoder.get_input_embeddings().weight for encoder in encoders]
-    trained = sum(8 * x.numel() + optimizer_state(config.optimizer, x.shape) for x in vectors)
-    frozen = sum(
-        counted.itemsize * (_numbers(encoder) - x.numel()) for encoder, x in zip(encoders, vectors, strict=True)
-    )
-    own = sum(weight.nbytes for weight in unet.parameters())
-    width = sum(x.shape[1] for x in vectors)
-    return Method("textual inversion", own + frozen + trained + ledger.peak, 4 * WORDS * width)
-
-
-def _ledger(unet, trained: list) -> "_Ledger":
-    ledger = _Ledger(unet.parameters())
-    for weight in trained:
-        weight.register_post_accumulate_grad_hook(ledger.gradient_arrived)
-    return ledger
-
-
-def _numbers(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
-
-
-def _parts(base: bases.Base) -> list[nn.Module]:
-    """UNet, VAE and text encoders on the meta device: shapes alone."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    with torch.device("meta"):
-        parts = [UNet2DConditionModel.from_config(base.configs["unet"]), AutoencoderKL.from_config(base.configs["vae"])]
-        return parts + [_text_encoder(base, which) for which in base.text_encoders]
-
-
-def _text_encoder(base: bases.Base, which: str) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    kind = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
-    return kind(CLIPTextConfig(**base.configs[which]))
-
-
 def _build(
-    base: bases.Base,
-    config: Config,
-    dtype: torch.dtype,
-    fake: FakeTensorMode,
-    norms_in_float32: bool,
-    adapted: bool = True,
-):
-    """The models that train and their adapter as fake CPU tensors; the UNet alone where it is not `adapted`.
+    base: bases.Base, config: Config, dtype: torch.dtype, fake: FakeTensorMode, norms_in_float32: bool
+) -> tuple[dict[str, Any], adapters.Adapter]:
+    """The models that are trained, and their adapter, as fake CPU tensors.
 
-    Built on the meta device first: PEFT cannot move new layers of fake tensors, and it is faster.
+    They are first built on the meta device: PEFT cannot move new layers of fake tensors, and it is faster.
 
     Args:
-        norms_in_float32: what autocast does on CUDA and MPS but not on the CPU. What norms take and answer is kept
-            for the way back, so this adds a fifth to SD 1.5's activations. The other functions of torch's list
-            (ATen/autocast_mode.h, AT_FORALL_FP32) are not in a UNet.
+        norms_in_float32: what autocast does on CUDA and MPS but not on the CPU. The inputs and results of norms are
+            kept for the backward pass, so this adds a fifth to SD 1.5's activations. The other functions of torch's
+            list (ATen/autocast_mode.h, AT_FORALL_FP32) are not in a UNet.
     """
-    from diffusers import UNet2DConditionModel
-
+    models: dict[str, Any] = {"unet": bases.empty(base, "unet")}
+    models |= {name: bases.empty(base, name).eval() for name in config.text_rates(base.text_encoders)}
+    unet = models["unet"]
+    for model in models.values():
+        nn.Module.to(model, dtype)  # diffusers' own `to` warns about what only matters to real weights
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(base.configs["unet"])
-        nn.Module.to(unet, dtype)  # diffusers' own `to` warns about what only matters to real weights
         for name, layer in bases.quantizable_layers(unet, config.quantize) if config.quantize != "none" else ():
             parent, _, child = name.rpartition(".")
-            held = _Held(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
-            held.kind = config.quantize
-            setattr(unet.get_submodule(parent), child, held)
-        models = {"unet": unet}
-        for which in config.text_rates(base.text_encoders) if adapted else ():
-            models[which] = nn.Module.to(_text_encoder(base, which), dtype).eval()
-        adapter = adapters.fresh(models, config) if adapted else None
+            packed = _Packed(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
+            packed.kind = config.quantize
+            setattr(unet.get_submodule(parent), child, packed)
+        adapter = adapters.inject(models, adapters.run_specs(models, config), config.seed)
     for model in models.values():
         for module in model.modules() if norms_in_float32 else ():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -278,57 +173,53 @@ def _build(
 
 
 def _forward(
-    models, base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype, words_learn: bool = False
+    models: dict[str, Any], base: bases.Base, config: Config, size: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The loss that `train` makes of a micro-batch, of tensors without contents; `words_learn`: text gets gradients."""
+    """The loss of a micro-batch as `train` computes it, on tensors without contents."""
     batch, settings, text = config.at_once, base.configs["unet"], base.configs["text_encoder"]
     latents = torch.empty(batch, base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
     noise = torch.empty_like(latents)
     tokens, width = text.get("max_position_embeddings", 77), settings["cross_attention_dim"]
-    embeddings = torch.empty(batch, tokens, width, dtype=dtype, requires_grad=words_learn)
-    conditions, pooled = None, None
+    embeddings = torch.empty(batch, tokens, width, dtype=dtype)
+    conditions: dict[str, Any] | None = None
+    pooled: Any = None
     if base.family == "sdxl":
-        pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
-        pooled, conditions = torch.empty(batch, pooled, dtype=dtype), {"time_ids": torch.empty(batch, 6, dtype=dtype)}
-    words = torch.zeros(batch, len(base.text_encoders), tokens, dtype=torch.int64)
+        pooled_width = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        pooled = torch.empty(batch, pooled_width, dtype=dtype)
+        conditions = {"time_ids": torch.empty(batch, 6, dtype=dtype)}
+    token_ids = torch.zeros(batch, len(base.text_encoders), tokens, dtype=torch.int64)
     timesteps, alpha_bar = torch.empty(batch, dtype=torch.int64), torch.empty(batch)
     noisy = train.add_noise(latents, noise, alpha_bar).to(dtype)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        encoders = {which: model for which, model in models.items() if which != "unet"}
+        encoders = {name: model for name, model in models.items() if name != "unet"}
         if encoders:
-            embeddings, pooled = bases.reencode(base, encoders, embeddings, pooled, words, config.clip_skip)
+            embeddings, pooled = bases.reencode(base, encoders, embeddings, pooled, token_ids, config.clip_skip)
         if conditions:
             conditions["text_embeds"] = pooled
-        predicted = models["unet"](
+        prediction = models["unet"](
             noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions
         ).sample
-    wanted = train.target(base.prediction_type, latents, noise, alpha_bar)
-    return train.error(predicted, wanted, alpha_bar, config.loss, config.huber_delta)
+    target = train.target(base.prediction_type, latents, noise, alpha_bar)
+    return train.error(prediction, target, alpha_bar, config.loss, config.huber_delta)
 
 
 def optimizer_state(name: str, shape: Sequence[int]) -> int:
-    """Bytes an optimizer keeps for a float32 tensor of a shape. ValueError: unknown name."""
-    weights = math.prod(shape)
-    if name == "adamw":
-        return 2 * 4 * weights + 4  # two moments; the step
+    """Bytes that an optimizer keeps for a float32 tensor of a shape. ValueError: unknown optimizer."""
+    weights, floats = math.prod(shape), {"adamw": 2, "adamw_schedulefree": 2, "lion": 1, "prodigy": 4}
+    if name in floats:  # moments, and of Prodigy the first weights and a running sum; AdamW's step
+        return 4 * floats[name] * weights + 4 * (name == "adamw")
     if name in ("adamw8bit", "paged_adamw8bit"):
-        # A byte a moment and a float for each 256 of them; small tensors stay in float32.
+        # A byte for each moment and a float for every 256 of them; small tensors stay in float32.
         return 2 * 4 * weights if weights < 4096 else 2 * weights + 2 * 4 * -(-weights // 256)
-    if name == "adafactor":  # a row's mean for each column and the reverse, in the last two dimensions; the RMS
-        return 4 * (weights // shape[-1] + weights // shape[-2] + 1)
-    if name == "prodigy":  # two moments, the first weights, the running sum
-        return 4 * 4 * weights
-    if name == "lion":
-        return 4 * weights
-    if name == "adamw_schedulefree":
-        return 2 * 4 * weights
+    if name == "adafactor":  # means of rows and of columns over the last two dimensions, of vectors all; the RMS
+        return 4 * ((weights if len(shape) < 2 else weights // shape[-1] + weights // shape[-2]) + 1)
     raise ValueError(f"There is no optimizer {name!r}. Use one of {', '.join(train.OPTIMIZERS)}.")
 
 
 # ── Counting ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _aten = torch.ops.aten
-_FLOPS = flop_registry | {  # torch counts the attention kernels of cards alone
+_FLOPS = flop_registry | {  # torch counts the attention kernels of CUDA only
     _aten.addmm_: flop_registry[_aten.addmm],
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
@@ -338,50 +229,51 @@ _FLOPS = flop_registry | {  # torch counts the attention kernels of cards alone
 
 
 class _Dequantized(torch.autograd.Function):
-    """A linear layer whose weight is made anew from its few bits for the way back; NF4's for the way there as well."""
+    """A linear layer that dequantizes its weight for the backward pass, and in NF4 for the forward pass too."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kind):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         ctx.save_for_backward(weight)
         if kind == "nf4":
             return F.linear(x, torch.empty_like(weight), bias)
-        # int8 multiplies int8 pictures of the input: bitsandbytes makes those by way of float16, and int32 of them.
-        picture = torch.empty_like(x.to(torch.float16), dtype=torch.int8)
-        product = torch.empty(*picture.shape[:-1], weight.shape[0], dtype=torch.int32)
+        # bitsandbytes casts the input to float16, rounds it to int8, and multiplies into int32.
+        rounded = torch.empty_like(x.to(torch.float16), dtype=torch.int8)
+        product = torch.empty(*rounded.shape[:-1], weight.shape[0], dtype=torch.int32)
         result = F.linear(x, weight, bias)
         del product
         return result
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         return gradient @ torch.empty_like(weight), None, None, None
 
 
-class _Held(nn.Linear):
-    """What `quantize.hold` puts into a UNet, as far as memory goes."""
+class _Packed(nn.Linear):
+    """A layer that takes the memory of those that `base.quantization.quantize` puts into a UNet."""
 
     kind: str
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return _Dequantized.apply(x.to(self.weight.dtype), self.weight, self.bias, self.kind).to(x.dtype)
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts the bytes of storages from their first tensor to their death, and floating-point operations.
+    """Count the bytes of storages from their first tensor until they are freed, and floating-point operations.
 
-    Views and in-place results share a storage and cost nothing. Those of `known` tensors are left out.
+    Views and in-place results share a storage and cost nothing. Storages of `known` tensors are not counted.
     """
 
-    def __init__(self, known):
+    def __init__(self, known: Iterable[Tensor]):
         super().__init__()
         self.live = self.peak = self.flops = 0
         self.gradients = self.gradients_at_peak = 0
-        self.storages = {}  # address -> weak reference: torch keeps a storage's Python object as long as the storage
+        # address → weak reference: torch keeps a storage's Python object as long as the storage
+        self.storages: dict[int, weakref.ref] = {}
         self.known = [tensor.untyped_storage() for tensor in known]
-        self.left_out = {storage._cdata for storage in self.known}
+        self.not_counted = {storage._cdata for storage in self.known}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
@@ -393,12 +285,12 @@ class _Ledger(TorchDispatchMode):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         return result
 
-    def _enter(self, storage) -> None:
+    def _enter(self, storage: torch.UntypedStorage) -> None:
         address, size = storage._cdata, storage.nbytes()
-        if address in self.storages or address in self.left_out:
+        if address in self.storages or address in self.not_counted:
             return
 
-        def leave(_):
+        def leave(_: weakref.ref) -> None:
             del self.storages[address]
             self.live -= size
 
@@ -406,80 +298,6 @@ class _Ledger(TorchDispatchMode):
         self.live += size
 
     def gradient_arrived(self, weight: Tensor) -> None:
-        """A hook for weights: what was a temporary is now their gradient, and lives until the update."""
+        """Hook for weights: their new gradient lives until the optimizer update."""
+        assert weight.grad is not None
         self.gradients += weight.grad.nbytes
-
-
-# ── Does it fit? ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Verdict(NamedTuple):
-    """Whether a prediction fits; as a string, the sentence for a person."""
-
-    fits: bool | None  # None: nobody knows how much is free
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def free_memory_bytes(device: torch.device | str) -> int | None:
-    """Bytes that a run may still take on a device that is here; None where it cannot be told."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    try:
-        from psutil import virtual_memory
-    except ImportError:
-        return None
-    return min([virtual_memory().available, *_container_limits()])
-
-
-def _container_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes a container may still take, from its control group (version 2, then 1); empty where nothing limits it."""
-    for folder, limit, used in (
-        (root, "memory.max", "memory.current"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            # Files that were read stay in memory until it is wanted: they count as used, and are not.
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-            return [int((folder / limit).read_text()) - int((folder / used).read_text()) + cached]
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return []
-
-
-def verdict(prediction: Prediction, free: int | None, margin: float = MARGIN) -> Verdict:
-    """Whether a step fits, and what to change if not, the cheapest change first.
-
-    Args:
-        free: bytes, as `available` counts them or a card's own; None when unknown.
-        margin: share of `free` left to the driver, the kernels' workspaces and fragmentation.
-    """
-    peak, left_out = readable_bytes(prediction.peak), f"{margin:.0%} kept for the driver and fragmentation"
-    if free is None:
-        return Verdict(None, f"How much memory is free cannot be told here; the run is predicted to need {peak}.")
-    usable = int(free * (1 - margin))
-    if prediction.peak <= usable:
-        return Verdict(True, f"Fits: {peak} predicted, {readable_bytes(free)} free ({left_out}).")
-    said = f"Does not fit: {peak} predicted, {readable_bytes(free)} free ({left_out}). "
-    if prediction.weights > usable:
-        way_out = "hold it in fewer bits (quantize 'nf4'), or use a larger card"
-        return Verdict(False, f"{said}The frozen base alone is {readable_bytes(prediction.weights)}: {way_out}.")
-    changes = []
-    if not prediction.gradient_checkpointing:
-        changes.append("gradient_checkpointing true (a third more work, most activations gone)")
-    if prediction.batch_size > 1:
-        changes.append("micro_batch_size 1 (one picture at a time; the learning is the same)")
-    if prediction.optimizer > max(prediction.adapter, prediction.peak // 50):
-        changes.append(f"optimizer 'adamw8bit' (saves about {readable_bytes(prediction.optimizer * 3 // 4)})")
-    if prediction.activations > prediction.peak // 10:
-        changes.append("a lower resolution (activations go with its area)")
-    if prediction.adapter + prediction.gradients + prediction.optimizer > prediction.peak // 10:
-        changes.append("a lower rank")
-    return Verdict(False, said + "Change one at a time: " + "; ".join(changes or ["use a larger card"]) + ".")

@@ -1,8 +1,8 @@
 """Save, verify and resume a run.
 
-A checkpoint is one safetensors file: adapter, optimizer and scaler state, the average of the weights where one is kept,
-with the settings and a digest in its JSON metadata. Nothing is pickled, nothing is half-written, and a file whose
-digest does not hold is never resumed from. The newest few are kept whole; older ones are thinned to their weights.
+A checkpoint is one safetensors file: adapter, optimizer and scaler state, the average of the weights if there is one,
+with the settings and a digest in its JSON metadata. Nothing is pickled or half-written, and a file whose digest is
+wrong is never resumed from. The newest checkpoints are kept whole; older ones contain only adapter weights.
 """
 
 import errno
@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,7 +26,7 @@ from lorakit.train import State, Step
 FORMAT = "lorakit checkpoint 3"
 WRITTEN = {"step", "settings", "plain", "whole", "regular", "clean", "about"}
 AWAY = (errno.EIO, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESTALE, errno.EMFILE)
-SHAPING = (  # settings that decide what weights there are, and what they mean
+SHAPING = (  # settings that decide the number and meaning of weights
     "algorithm", "rank", "alpha", "rank_stabilized", "targets", "conv_rank", "conv_alpha", "block_ranks", "lokr_factor",
     "train_unet",
 )  # fmt: skip
@@ -40,15 +41,15 @@ class Checkpoint:
     step: int
     settings: dict  # of the run that wrote it
     tensors: dict[str, Tensor]
-    plain: dict  # optimizer and scaler values that are no tensors
-    whole: bool = True  # False: its weights alone, to sample and export, not to go on from
-    regular: bool = True  # False: saved between the run's regular ones, because time had passed or it was stopped
+    plain: dict  # values of optimizer and scaler that are not tensors
+    whole: bool = True  # False: contains only adapter weights; it can be exported but not resumed
+    regular: bool = True  # False: saved between the regular ones, by the clock or because the run was stopped
     clean: bool = True  # no step was skipped shortly before
-    about: dict | None = None  # of the LoRA: family, algorithm, alphas and metadata; and what the run came from
+    about: dict | None = None  # the LoRA's family, algorithm, alphas and metadata
 
 
 def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The leaves of an optimizer's state: bitsandbytes keeps a dictionary within the dictionary."""
+    """The leaves of an optimizer's state; bitsandbytes nests dictionaries."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -63,21 +64,21 @@ def save(path: Path, state: State, settings: dict, *, regular: bool = True, abou
     """Write a run's state.
 
     Args:
-        settings: the run's config as plain values, kept to compare when resuming.
-        regular: whether it is one of those to be kept.
+        settings: those that decide the result, compared when the run is resumed.
+        regular: whether it is one of those to keep.
         about: the LoRA's "family" and "metadata", so that it can be exported without the base.
 
     Raises:
-        OSError: no room or no right to write; no file is left then.
+        OSError: no room or no right to write; then no file is left.
     """
     weights = state.adapter.state()
     tensors = {f"adapter.{name}": weight.detach() for name, weight in weights.items()} | {"skipped": state.skipped}
-    if state.ema or hasattr(state.optimizer, "eval"):  # what is judged and exported differs from what is trained
+    if state.ema or hasattr(state.optimizer, "eval"):  # the weights to export differ from the trained ones
         with state.evaluated():
             tensors |= {f"average.{name}": weight.detach().clone() for name, weight in weights.items()}
-    plain = {"scaler": state.scaler.state_dict(), "rate_factor": state.rate_factor, "optimizer": {}}
+    plain: dict[str, Any] = {"scaler": state.scaler.state_dict(), "rate_factor": state.rate_factor, "optimizer": {}}
     plain["asked_factor"] = state.asked_factor
-    # Some optimizers keep figures of their own with the groups: Prodigy's rate, the schedule-free average's weight.
+    # Some optimizers keep values in the groups: Prodigy its rate, schedule-free AdamW its average's weight.
     plain["groups"] = [
         {k: v for k, v in group.items() if isinstance(v, int | float)} for group in state.optimizer.param_groups
     ]
@@ -103,18 +104,18 @@ def _write(checkpoint: Checkpoint) -> Path:
 
 
 def thin(checkpoint: Checkpoint) -> Path:
-    """Leave of a checkpoint's file the weights to sample and export, about a third of it."""
+    """Reduce a checkpoint's file to the weights to sample and export, about a third of it."""
     averages = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("average.")}
     weights = averages or {k: v for k, v in checkpoint.tensors.items() if k.startswith("adapter.")}
     return _write(replace(checkpoint, tensors=weights, plain={}, whole=False))
 
 
 def sizes(adapter: int, optimizer: int, averaged: bool) -> tuple[int, int]:
-    """Bytes of a whole checkpoint and of a thinned one, names and metadata not counted.
+    """Bytes of a whole and of a thinned checkpoint, without names and metadata.
 
     Args:
         adapter, optimizer: bytes of the weights and of the optimizer's state.
-        averaged: whether an average of the weights is kept.
+        averaged: whether the checkpoint has an average of the weights.
     """
     return adapter * (1 + averaged) + optimizer, adapter
 
@@ -126,8 +127,8 @@ def read(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Raises:
-        ValueError: not a checkpoint, damaged, or its digest does not hold.
-        OSError: the drive does not answer, or may not be read.
+        ValueError: not a checkpoint, or damaged.
+        OSError: the drive does not answer, or there is no right to read.
     """
     facts, expected = _facts(path)
     try:
@@ -141,7 +142,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def is_one(path: Path) -> bool:
-    """Whether a file says that it is a checkpoint: not verified."""
+    """Whether a file has a checkpoint's metadata; it is not verified."""
     try:
         with safe_open(path, "pt") as file:
             return "lorakit" in (file.metadata() or {})
@@ -150,7 +151,7 @@ def is_one(path: Path) -> bool:
 
 
 def checkpoint_facts(path: Path) -> dict:
-    """What a checkpoint says of itself: its step, the settings that decide it, what it is a LoRA of. Not verified.
+    """A checkpoint's step, settings and LoRA, from its metadata; they are not verified.
 
     Raises:
         ValueError, OSError: as `read`.
@@ -159,11 +160,7 @@ def checkpoint_facts(path: Path) -> dict:
 
 
 def _facts(path: Path) -> tuple[dict, str | None]:
-    """What a checkpoint says of itself, and its digest: not verified.
-
-    Raises:
-        ValueError: not a checkpoint, or damaged.
-    """
+    """A checkpoint's metadata and digest, not verified."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -171,9 +168,9 @@ def _facts(path: Path) -> tuple[dict, str | None]:
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if facts is None:
-        raise ValueError(f"{path.name} is no checkpoint of lorakit's: it has no record of a run in its metadata.")
+        raise ValueError(f"{path.name} is no lorakit checkpoint: its metadata has no record of a run.")
     if not isinstance(facts, dict):
-        raise _unreadable(path, "its record of the run is none")
+        raise _unreadable(path, "its record of the run is not a dictionary")
     if facts.get("format") != FORMAT:
         raise ValueError(f"{path.name} was written as {facts.get('format')!r}; this lorakit reads {FORMAT!r}.")
     if missing := WRITTEN - facts.keys():
@@ -182,17 +179,17 @@ def _facts(path: Path) -> tuple[dict, str | None]:
 
 
 def _unreadable(path: Path, why: Exception | str) -> Exception:
-    """What to raise: a drive that does not answer now says nothing of the file, and going on without it would."""
+    """The error to raise. When a drive does not answer, the file may be fine: resuming without it would lose steps."""
     if isinstance(why, OSError) and why.errno in AWAY:
         return OSError(why.errno, f"{path.name} cannot be read now ({why.strerror}). Nothing was changed; try again")
     return ValueError(f"{path.name} cannot be read: {why}. It was cut off or damaged; use an older one.")
 
 
 def newest(folder: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint in a folder that can be trusted and gone on from; each passed over is told to `warn`.
+    """The newest checkpoint in a folder that can be resumed; `warn` is called with a message for each bad one.
 
     Raises:
-        OSError: one cannot be read at the moment: an older one in its place would be a step back for no reason.
+        OSError: one cannot be read at the moment; resuming from an older one would lose steps for no reason.
     """
     for path in checkpoint_paths(folder):
         try:
@@ -203,37 +200,38 @@ def newest(folder: Path, warn: Callable[[str], None] = print) -> Checkpoint | No
 
 
 def put_aside(folder: Path, log: Path) -> list[str]:
-    """Rename checkpoints of which none can be gone on from, and their log, so that a new beginning loses nothing."""
-    found = checkpoint_paths(folder)
-    for path in found:
+    """Rename checkpoints that cannot be resumed, and their log, so that a new start loses nothing."""
+    paths = checkpoint_paths(folder)
+    for path in paths:
         path.replace(path.with_name(f"{path.name}.aside"))
-    if found and log.exists():
+    if paths and log.exists():
         log.replace(log.with_name(f"{log.name}.aside"))
-    return [path.name for path in found]
+    return [path.name for path in paths]
 
 
 def read_whole(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint to go on from.
+    """Read and verify a checkpoint to resume from.
 
     Raises:
-        ValueError: as `read`; or it was thinned to its weights.
+        ValueError: as `read`; or it contains only adapter weights.
     """
-    if not (found := read(path)).whole:
-        raise ValueError(f"{path.name} holds the weights alone: it can be exported, not gone on from.")
-    return found
+    if not (checkpoint := read(path)).whole:
+        raise ValueError(f"{path.name} contains only adapter weights; it can be exported but not resumed.")
+    return checkpoint
 
 
 def lora(checkpoint: Checkpoint) -> Lora:
-    """The LoRA that a checkpoint holds, with the weights to sample and export: the average where one is kept.
+    """The LoRA of a checkpoint, with the weights to sample and export: their average if there is one.
 
     Raises:
-        ValueError: it was saved without saying what it is a LoRA of.
+        ValueError: its metadata lacks the family.
     """
     about = checkpoint.about or {}
     if "family" not in about:
         raise ValueError(f"{checkpoint.path.name} does not say which family its base is of.")
     averaged = any(name.startswith("average.") for name in checkpoint.tensors)
-    prefix, modules = "average." if averaged else "adapter.", {}
+    prefix = "average." if averaged else "adapter."
+    modules: dict[str, tuple[dict[str, Tensor], float]] = {}
     for name, tensor in checkpoint.tensors.items():
         if name.startswith(prefix):
             module, _, part = name.removeprefix(prefix).rpartition(".")
@@ -243,19 +241,19 @@ def lora(checkpoint: Checkpoint) -> Lora:
 
 
 def restore(state: State, checkpoint: Checkpoint) -> None:
-    """Put a run's state back (in place)."""
+    """Set a run's state (in place) to a checkpoint's."""
     weights, averages = (_under(checkpoint.tensors, prefix) for prefix in ("adapter.", "average."))
     state.adapter.load(weights)
     if state.ema:
         for name, average in zip(state.adapter.state(), state.ema.average, strict=True):
             average.copy_((averages or weights)[name])
-    if checkpoint.plain["scaler"]:  # none where it was not trained in float16
+    if checkpoint.plain["scaler"]:  # empty unless it was trained in float16
         state.scaler.load_state_dict(checkpoint.plain["scaler"])
     state.skipped = checkpoint.tensors["skipped"].to(state.skipped.device)
     state.rate_factor = checkpoint.plain["rate_factor"]
-    state.asked_factor = checkpoint.plain.get("asked_factor", 1.0)
+    state.asked_factor = checkpoint.plain["asked_factor"]
     state.step = checkpoint.step
-    if checkpoint.plain["groups"] is None:  # of a fork with another optimizer
+    if checkpoint.plain["groups"] is None:  # a fork with another optimizer
         return
     saved: dict = {}
     for key, value in (_under(checkpoint.tensors, "optimizer.") | checkpoint.plain["optimizer"]).items():
@@ -267,12 +265,7 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     if any("exp_avg_sq" in values for values in saved.values()) and train.is_8bit(state.optimizer):
         saved = train.to_8bit(state.optimizer, saved)
     groups = state.optimizer.state_dict()["param_groups"]
-    if len(groups) != len(checkpoint.plain["groups"]):
-        raise ValueError(
-            f"{checkpoint.path.name} was written by an earlier lorakit, which grouped its weights otherwise for the "
-            "optimizer. Finish that run with it, or begin a new one."
-        )
-    groups = [  # rates and decay are the settings', which a fork may change
+    groups = [  # rates and decay come from the settings, which a fork may change
         group | {key: value for key, value in kept.items() if key not in ("lr", "ratio", "weight_decay")}
         for group, kept in zip(groups, checkpoint.plain["groups"], strict=True)
     ]
@@ -284,15 +277,15 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def fork(checkpoint: Checkpoint, folder: Path, settings: dict) -> Checkpoint:
-    """Begin a run of other settings from a checkpoint of one: written into its folder, and read back.
+    """Start a run with other settings from a checkpoint: write it into the new run's folder, and read it back.
 
-    The optimizer's state goes along where the optimizer and what it groups by are the same.
+    The optimizer's state is kept if the optimizer and the settings that group its weights are the same.
 
     Args:
         folder: for the new run's checkpoints.
 
     Raises:
-        ValueError: settings that make other weights.
+        ValueError: the settings need other weights.
     """
     odd = [name for name in SHAPING if checkpoint.settings.get(name) != settings.get(name)]
     odd += [rate for rate in TEXT_RATES if bool(checkpoint.settings.get(rate)) != bool(settings.get(rate))]
@@ -300,10 +293,10 @@ def fork(checkpoint: Checkpoint, folder: Path, settings: dict) -> Checkpoint:
         raise ValueError(
             f"{checkpoint.path.name} cannot be forked with other weights than it holds: "
             + "; ".join(f"{k} was {checkpoint.settings.get(k)!r}, is now {settings.get(k)!r}" for k in odd)
-            + ". Begin a new run for that."
+            + ". Start a new run for that."
         )
     grouping = ["optimizer", "learning_rate_ratio", "block_rates", "text_encoder_rate", "text_encoder_2_rate"]
-    grouping += ["learning_rate"] * any(settings.get(rate) for rate in TEXT_RATES)  # theirs are given against it
+    grouping += ["learning_rate"] * any(settings.get(rate) for rate in TEXT_RATES)  # their rates are relative to it
     kept = all(checkpoint.settings.get(name) == settings.get(name) for name in grouping)
     tensors, plain = checkpoint.tensors, checkpoint.plain | {"rate_factor": 1.0, "asked_factor": 1.0}
     if not kept:
@@ -326,7 +319,7 @@ def step_of(path: Path) -> int:
 
 
 def checkpoint_kind(path: Path) -> tuple[int, bool, bool]:
-    """Step of a checkpoint, whether it is whole, and whether it is a regular one: as it says, not verified.
+    """A checkpoint's step, whether it is whole, and whether it is regular, by its metadata.
 
     Raises:
         ValueError: not a checkpoint, or damaged.
@@ -336,21 +329,21 @@ def checkpoint_kind(path: Path) -> tuple[int, bool, bool]:
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """A folder's checkpoints by their names, the newest first; "step-000500 (1).safetensors" and the like are none."""
-    found = [path for path in folder.glob("step-*.safetensors") if path.stem.removeprefix("step-").isdecimal()]
-    return sorted(found, key=step_of, reverse=True)
+    """A folder's checkpoints, the newest first, without files like "step-000500 (1).safetensors"."""
+    paths = [path for path in folder.glob("step-*.safetensors") if path.stem.removeprefix("step-").isdecimal()]
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def tidy(folder: Path, states: int, keep: int | None = None, spare: Collection[int] = ()) -> None:
-    """Thin regular checkpoints to their weights and remove the others, beyond the newest `states`.
+    """Beyond the newest `states` checkpoints, reduce regular ones to their weights and remove the others.
 
-    The newest regular one before any skipped step stays whole besides: a run that diverges goes back to it. What
-    cannot be read is left alone, and counts for nothing.
+    The newest regular one before any skipped step stays whole too: a run that diverges goes back to it. Unreadable
+    files are left unchanged and do not count.
 
     Args:
         states: how many stay whole.
-        keep: how many of the regular ones stay at all; None keeps all.
-        spare: steps whose weights stay anyhow.
+        keep: how many regular ones stay at all; None keeps all.
+        spare: steps whose weights always stay.
     """
     known = []
     for path in checkpoint_paths(folder):
@@ -369,19 +362,19 @@ def tidy(folder: Path, states: int, keep: int | None = None, spare: Collection[i
         path.unlink(missing_ok=True)
     for path, facts in others:
         if facts["whole"] and path not in gone:
-            with suppress(ValueError):  # damaged since: this is told when it is asked for
+            with suppress(ValueError):  # damaged since then: reported when it is read
                 thin(read(path))
 
 
 def every(
     steps: int, minutes: float, save: Callable[[bool], None], clock: Callable[[], float] = time.monotonic
 ) -> Callable[[Step], None]:
-    """A listener that has a run saved every so many steps, at the last one, and when so many minutes have passed.
+    """A listener that saves a run every so many steps, at the last one, and when so many minutes have passed.
 
     Args:
-        minutes: since the last time; 0 leaves the clock alone.
-        save: told whether it is one of the regular ones.
-        clock: seconds, which never jump.
+        minutes: since the last time; 0 saves by steps only.
+        save: called with whether the checkpoint is a regular one.
+        clock: seconds that never jump.
     """
     last = clock()
 

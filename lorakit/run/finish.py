@@ -1,68 +1,64 @@
-"""What a run makes at its end: the comparison sheet and the loss figure."""
+"""What a run makes at its end: the finished file and its proof, the loss figure, the comparison."""
 
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lorakit import adapter as adapters
-from lorakit import base as bases
 from lorakit import plots, sample
-from lorakit.base import Progress
 from lorakit.config import Config
-from lorakit.run import preparation, run_folder
-from lorakit.run.log import Console
+from lorakit.console import Console
+from lorakit.run import run_folder
+from lorakit.run.run_folder import RunFolder
+from lorakit.run.session import Session
+from lorakit.sample import Loaded, Source
 
 STRENGTHS = (0.0, 0.5, 0.7, 0.9, 1.0)  # the guide's, and the bare base
+Made = TypeVar("Made")
 
 
-def draw(say: Console, what: str, how: Callable[[], Path | None]) -> Path | None:
-    """A picture of the run; what stands in its way is said, and undoes nothing."""
+def attempt(console: Console, what: str, make: Callable[[], Made]) -> Made | None:
+    """Make a picture of the run; an error is shown and noted, and ends nothing."""
     try:
-        return how()
+        return make()
     except Exception as error:  # a full disk or card too
-        say(f"look      no {what}: {type(error).__name__}: {error}")
-        say.failed(what, error)
+        console.say(f"look      no {what}: {type(error).__name__}: {error}")
+        console.failed(what, error)
         return None
 
 
-def draw_loss(folder: Path, config: Config) -> None:
-    lines = run_folder.read_log(folder / "log.jsonl")
-    if lines:
+def draw_loss(folder: RunFolder, config: Config) -> None:
+    """Draw the loss curve into loss.png."""
+    if lines := folder.log():
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-        judged = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
-        plots.loss(steps, losses, path=folder / "loss.png", title=config.name, validation=judged)
+        validation = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+        plots.loss(steps, losses, title=config.name, validation=validation).save(folder.loss_figure)
 
 
 def draw_comparison(
-    base: bases.Base, lora: Path, prompts: Sequence[str], config: Config, path: Path, *,
-    strengths: Sequence[float] = STRENGTHS, progress: bool | Progress = True, stop: threading.Event | None = None,
-    loaded: adapters.Models | None = None, store: Path | None = None,
+    source: Source, prompts: Sequence[str], path: Path, *, strengths: Sequence[float] = STRENGTHS,
+    loaded: Loaded | None = None, console: Console | None = None,
 ) -> Path | None:  # fmt: skip
-    """A sheet of pictures made with the exported file: a row a prompt, a column a strength, the same noise in each.
-
-    Args:
-        stop: set from elsewhere, ends it after the current denoising step.
-        loaded: models of the base that are there already, as `sample.stream` takes them.
-        store: folder of text embeddings; None keeps none.
-
-    Returns:
-        The sheet's path; None where it was stopped: nothing is written then.
-    """
-    own = adapters.load(lora)
+    """Write a sheet of prompts × strengths; None when it was stopped, and nothing is written."""
+    console = console or Console()
     try:
-        with preparation.bar(progress) as show:
-            rows = sample.generate(
-                base, prompts, seeds=config.seed, size=(config.resolution, config.resolution), strengths=strengths,
-                attach=lambda models: adapters.attach(models, base, own), adapts=own.adapts,
-                steps=config.sample_steps, guidance=config.sample_guidance, clip_skip=config.clip_skip,
-                device=config.device, precision=config.mixed_precision, quantize=config.quantize,
-                on_picture=lambda n: show("comparing", n, len(prompts) * len(strengths)), stop=stop, loaded=loaded,
-                folder=store,
-            )  # fmt: skip
+        sheet = sample.grid(source, prompts, strengths, loaded=loaded, console=console)
     except KeyboardInterrupt:
-        if stop and stop.is_set():
-            return None
-        raise
-    labels = ["base" if s == 0 else f"strength {s:g}" for s in strengths]
-    plots.grid(rows, row_labels=list(prompts), column_labels=labels, path=path)
+        if not console.stop.is_set():
+            raise
+        return None
+    sheet.figure(path)
+    return path
+
+
+def export(session: Session) -> Path:
+    """Write the finished file, read it back and compare it with the adapter."""
+    base, adapter = session.prepared.base, session.state.adapter
+    metadata = session.metadata(session.total) | run_folder.thumbnail(session.folder.samples(session.total))
+    with session.state.evaluated():
+        path = adapters.save_adapter(adapter, base, session.folder.lora_file(session.config), metadata=metadata)
+        proof = adapters.prove(path, adapter, base)
+    size = path.stat().st_size / 1e6
+    session.console.say(f"export    {path.name}, {size:.1f} MB, kohya's format (A1111, Forge, ComfyUI, Civitai)")
+    session.console.say(f"proof     read back: {proof.describe()}")
     return path

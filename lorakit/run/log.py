@@ -1,23 +1,23 @@
-"""TensorBoard's event files beside log.jsonl, where tensorboard is installed.
+"""The log of a run: log.jsonl, and TensorBoard's event files where tensorboard is installed.
 
-Written as records of tensorboard's own protocol buffers: torch's writer imports TensorFlow where that is installed,
-which takes seconds and memory, and puts the machine's name into the file's.
+The event files are records of tensorboard's own protocol buffers. torch's writer would import TensorFlow where that is
+installed, which takes seconds and memory, and would put the machine's name into the file's.
 """
 
 import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from lorakit import storage
-from lorakit.run import run_folder
+from lorakit.run.session import Session
 from lorakit.train import Step
 
 
@@ -26,7 +26,7 @@ class Board:
 
     Args:
         folder: where the event files are; a new one is begun.
-        resumed_at: steps after this one are written anew, and TensorBoard forgets the old ones.
+        resumed_at: steps after this one are written again, and TensorBoard forgets the old ones.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -80,75 +80,37 @@ class Board:
         self.file.close()
 
 
-ON_BOARD, LAST_LINES = "curves in TensorBoard", "last lines of log.jsonl"  # what may be missing at the end
-
-
-@dataclass
-class Console:
-    """Where a run's words go, and the list of what it could not make."""
-
-    show: Callable[[str], None]
-    failures: dict[str, tuple[list[int], str]] = field(default_factory=dict)  # what → steps, the last one's reason
-
-    def __call__(self, text: str) -> None:
-        with suppress(OSError):  # a terminal that was closed
-            self.show(text)
-
-    def failed(self, what: str, error: Exception | str, step: int | None = None) -> None:
-        """Note that something could not be made, and why."""
-        steps, _ = self.failures.get(what, ([], ""))
-        steps += [] if step is None or step in steps else [step]
-        text = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
-        self.failures[what] = steps, (text.splitlines() or [""])[0]
-
-    def made(self, what: str) -> None:
-        """Note that something was made after all."""
-        self.failures.pop(what, None)
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """A line for each thing that could not be made: what, at which steps, and why."""
-        return tuple(f"{what}{_at(steps)}: {why}" for what, (steps, why) in self.failures.items())
-
-    def end(self) -> tuple[str, ...]:
-        """Say what is missing, as a run's last lines."""
-        for text in self.missing:
-            self(f"missing   {text}")
-        return self.missing
-
-
-def _at(steps: Sequence[int]) -> str:
-    """The steps at which something failed, in a few words."""
-    if len(steps) < 2:
-        return "".join(f" of step {step}" for step in steps)
-    few = ", ".join(map(str, steps)) if len(steps) <= 5 else f"{steps[0]} to {steps[-1]}, {len(steps)} of them"
-    return f" of steps {few}"
+ON_BOARD, LAST_LINES = "curves in TensorBoard", "last lines of log.jsonl"  # names of what may be missing at the end
 
 
 class Log:
-    """A listener that writes log.jsonl, a line a step; losses are fetched from the device in tens, or every 2 seconds.
+    """A listener that writes log.jsonl, a line a step. Losses are fetched from the device in tens, or every 2 seconds.
 
     Args:
-        names: of the pictures, to tell which ones a skipped step saw.
-        losses: gets each step's, by its number.
-        expected: digest of the file up to `resumed_at`, where one was kept.
+        session: gets the losses; lines after its state's step are written again.
+        show: called with the last step and its loss, when losses were fetched.
+        expected: SHA-256 of the file up to that step, when it is known.
 
-    Its `board` draws the same curves in TensorBoard, where that is installed.
+    Attributes:
+        marks: step → more values for its line.
+        board: draws the same curves for TensorBoard, where that is installed.
     """
 
-    def __init__(
-        self, file: Path, resumed_at: int, names: Sequence[str], show: Callable[[Step, float], None],
-        say: Console, losses: dict[int, float], expected: str | None = None,
-    ):  # fmt: skip
-        self.file, self.names, self.show, self.say, self.board = file, names, show, say, None
-        self.waiting, self.unwritten, self.losses, self.marks = [], "", losses, {}
+    def __init__(self, session: Session, show: Callable[[Step, float], None], expected: str | None = None):
+        self.session, self.console, self.show = session, session.console, show
+        self.file = session.folder.log_file
+        self.board: Board | None = None
+        self.waiting: list[tuple[Step, float]] = []
+        self.unwritten = ""
+        self.marks: dict[int, dict[str, Any]] = {}
         self.began = time.monotonic()
-        damaged = lambda text: say(f"log       {text}")  # noqa: E731
-        kept = [x for x in run_folder.read_log(file, damaged) if x["step"] <= resumed_at] if file.exists() else []
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        lines = session.folder.log(lambda text: self.console.say(f"log       {text}"))
+        text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= session.state.step)
         if expected and hashlib.sha256(text.encode()).hexdigest() != expected:
-            say(f"log       {file.name} was changed or damaged after it was saved: its curves may be wrong")
-        with storage.write_file(file) as partial:  # steps after the checkpoint are trained again
+            self.console.say(
+                f"log       {self.file.name} was changed or damaged after it was saved: its curves may be wrong"
+            )
+        with storage.write_file(self.file) as partial:  # steps after the checkpoint are trained again
             partial.write_text(text)
 
     def __call__(self, step: Step) -> None:
@@ -158,45 +120,49 @@ class Log:
         self.waiting.append((step, now))
 
     def flush(self) -> None:
-        """Bring what is waiting to the disk; where there is no room for it, it goes on waiting."""
+        """Write the waiting lines; without room on the disk they keep waiting."""
         if self.waiting:
             losses = torch.stack([step.loss for step, _ in self.waiting]).tolist()
             finite = torch.stack([step.finite for step, _ in self.waiting]).tolist()
             for (step, seconds), value, fine in zip(self.waiting, losses, finite, strict=True):
                 self.unwritten += json.dumps(self._line(step, seconds, value, fine)) + "\n"
-            self.losses.update((step.number, value) for (step, _), value in zip(self.waiting, losses, strict=True))
+            self.session.losses.update(
+                (step.number, value) for (step, _), value in zip(self.waiting, losses, strict=True)
+            )
             self.show(self.waiting[-1][0], losses[-1])
             self.waiting = []
         try:
             storage.append_lines(self.file, self.unwritten)
             self.unwritten = ""
-            self.say.made(LAST_LINES)
+            self.console.made(LAST_LINES)
         except OSError as error:
-            self.say(f"log       not written: {error}. Training goes on")
-            self.say.failed(LAST_LINES, error)
+            self.console.say(f"log       not written: {error}. Training continues")
+            self.console.failed(LAST_LINES, error)
         self.draw(lambda board: board.flush())
 
     def _line(self, step: Step, seconds: float, loss: float, finite: bool) -> dict:
-        line = {"step": step.number, "loss": round(loss, 6), "learning_rate": step.learning_rate}
+        line: dict[str, Any] = {"step": step.number, "loss": round(loss, 6), "learning_rate": step.learning_rate}
         line |= {"epoch": step.epoch, "seconds": round(seconds, 3)} | self.marks.pop(step.number, {})
         if not finite:
-            seen = line["skipped"] = sorted({self.names[i] for i in step.examples})
-            self.say(f"skipped   step {step.number}: loss or gradients not finite; it saw {', '.join(seen)}")
+            seen = line["skipped"] = sorted({self.session.prepared.names[i] for i in step.examples})
+            self.console.say(f"skipped   step {step.number}: loss or gradients not finite; it saw {', '.join(seen)}")
         curves = {k: v for k, v in line.items() if isinstance(v, float) and k != "seconds"}
         self.draw(lambda board: board.figures(step.number, **curves))
         return line
 
     def draw(self, how: Callable[[Board], None]) -> None:
-        """Draw on the board, where there is one and as long as its file can be written."""
+        """Draw on the board, if there is one and its file can be written."""
+        board = self.board
+        if not board:
+            return
         try:
-            if self.board:
-                how(self.board)
+            how(board)
         except OSError as error:
             with suppress(OSError):
-                self.board.close()
+                board.close()
             self.board = None
-            self.say(f"board     no more curves in TensorBoard: {error}. They are in log.jsonl")
-            self.say.failed(ON_BOARD, error)
+            self.console.say(f"board     no more curves in TensorBoard: {error}. They are in log.jsonl")
+            self.console.failed(ON_BOARD, error)
 
     def close(self) -> None:
         """Flush, and write no more."""

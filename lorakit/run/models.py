@@ -1,65 +1,66 @@
-"""Caches and a loaded UNet that several runs share."""
+"""Caches and loaded models that several runs share."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
+from dataclasses import dataclass
+from typing import Any
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
+from lorakit.base import Base
 from lorakit.config import Config
-from lorakit.device import choose_device, compute_dtype, free_memory
+from lorakit.device import Compute, free_memory
+from lorakit.sample import Loaded
 
 
 @dataclass
-class Shared:
-    """What runs that follow one another have in common, so that nothing is encoded or loaded twice.
+class Shared(Loaded):
+    """Models and caches of runs that follow one another, so that nothing is encoded or loaded twice.
 
-    One run at a time uses it, and hands models back as they were loaded.
+    One run uses it at a time, and gives the models back as they were loaded.
+
+    Attributes:
+        cache: folder of encoded pictures and texts; None: each run has its own.
+        origin: the base and the `Compute` that the models were loaded with.
     """
 
-    cache: Path | None = None  # folder for what is encoded; None: one in each run's own
-    loaded: dict[str, torch.nn.Module] = field(default_factory=dict, repr=False)  # "unet", and encoders in training
-    origin: tuple = ()  # what decides their weights and where they are
+    origin: tuple[str, Compute] | None = None
 
     @property
     def held(self) -> int:
-        """Bytes that the loaded models take."""
-        tensors = [t for model in self.loaded.values() for t in (*model.parameters(), *model.buffers())]
+        """Bytes of the loaded models."""
+        tensors = [t for model in self.models.values() for t in (*model.parameters(), *model.buffers())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def suit(self, config: Config) -> None:
-        """Free what a run with these settings has no use for."""
-        device = choose_device(config.device)
-        origin = (config.base, compute_dtype(config.mixed_precision, device), device, config.quantize)
+        """Free the models that a run with this config cannot use."""
+        origin = config.base, Compute.of(config)
         if origin != self.origin:
             self.release()
         self.origin = origin
 
-    def models(self, base: bases.Base, config: Config) -> adapters.Models:
-        """The UNet, and the text encoders that are trained: what is not there yet is loaded, the rest is freed."""
+    def load(self, base: Base, config: Config) -> dict[str, Any]:
+        """The UNet and the text encoders that are trained; other text encoders are freed."""
         self.suit(config)
-        _, dtype, device, quantize = self.origin
+        compute = Compute.of(config)
         trained = config.text_rates(base.text_encoders)
-        for which in self.loaded.keys() - {"unet", *trained}:
-            del self.loaded[which]
-        for which in trained:
-            if which not in self.loaded:
-                self.loaded[which] = bases.load_text_encoder(base, dtype, device, which)[0]
-        if "unet" not in self.loaded:
-            self.loaded["unet"] = bases.load_unet(base, dtype, device, quantize)
-        return {which: self.loaded[which] for which in ("unet", *trained)}
+        for name in self.models.keys() - {"unet", *trained}:
+            del self.models[name]
+        for name in trained:
+            if name not in self.models:
+                self.models[name] = bases.load_text_encoder(base, compute, name)[0]
+        if "unet" not in self.models:
+            self.models["unet"] = bases.load_unet(base, compute)
+        return {name: self.models[name] for name in ("unet", *trained)}
 
     def restore(self) -> None:
         """Take out of the models what training has put into them."""
-        adapters.eject(self.loaded)
-        for which, model in self.loaded.items():
+        adapters.eject(self.models)
+        for name, model in self.models.items():
             model.requires_grad_(False).eval()
-            if which == "unet":
+            if name == "unet":
                 model.disable_gradient_checkpointing()
 
     def release(self) -> None:
         """Free the models."""
-        self.loaded.clear()
+        self.models.clear()
         if self.origin:
-            free_memory(self.origin[2])
+            free_memory(self.origin[1].device)

@@ -1,299 +1,294 @@
-"""Everything the loop needs but the UNet: scan → what is held out → buckets → memory plan → cache."""
+"""Prepare a run: scan pictures, hold some out, choose buckets and settings that fit, encode pictures and captions."""
 
 import hashlib
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from tqdm.auto import tqdm
-
+from lorakit import adapter as adapters
 from lorakit import base as bases
 from lorakit import dataset as datasets
 from lorakit import plan, storage, train
-from lorakit.base import Encoded, Text
+from lorakit.base import Base, Encoded, Text
 from lorakit.config import Config
-from lorakit.dataset import Dataset
-from lorakit.device import choose_device, compute_dtype
+from lorakit.console import Console
+from lorakit.dataset import Dataset, Fit, Mask, Picture, scan_dataset
+from lorakit.device import Compute
+from lorakit.run.models import Shared
+from lorakit.train import Examples
 
-DEMO = Path(__file__).parents[1] / "demo" / "pictures"
-# What may change between two starts of one run: it does not decide the weights.
+# Settings that may change between two starts of one run: they do not decide the weights.
 FREE = {
-    "name",
-    "decisions",
-    "trigger",
-    "device",
-    "fit_memory",
-    "save_every",
-    "save_minutes",
-    "keep_states",
-    "keep_checkpoints",
-    "backup",
-    "validate_every",
-    "sample_every",
-    "sample_prompts",
-    "sample_steps",
-    "sample_guidance",
-}
+    "name", "decisions", "trigger", "device", "fit_memory", "save_every", "save_minutes", "keep_states",
+    "keep_checkpoints", "backup", "validate_every", "sample_every", "sample_prompts", "sample_steps", "sample_guidance",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything the loop needs but the UNet."""
+    """Everything that training needs except the models."""
 
-    config: Config  # as asked for, or what the run came down to for want of memory
-    base: bases.Base
+    config: Config  # as given, or with the changes that make it fit into memory
+    base: Base
     dataset: Dataset
-    pictures: list[Encoded]  # trained on, regularisation pictures last
+    examples: Examples  # trained on, regularisation pictures last
     held_out: list[Encoded]  # not trained on
-    names: list[str]  # of the pictures trained on
-    texts: dict[str, Text]  # captions, to the letter
-    said: dict[str, Text]  # the samples' prompts, as `prompting` reads them
-    repeats: list[int]
+    names: list[str]  # of the examples' pictures
+    prompt_texts: dict[str, Text]  # of `prompts` and of the empty prompt
     prompts: list[str]  # sampled while training and at the end
-    batches: int  # an epoch
-    contents: dict[str, str]  # what stands for masks and regularisation pictures among the settings
-    prediction: plan.Prediction
+    contents: dict[str, str]  # digests of files that settings name
+    prediction: plan.StepCost
 
     @property
     def prior_repeats(self) -> int:
-        """Regularisation pictures an epoch, repeats counted."""
-        return sum(times for picture, times in zip(self.pictures, self.repeats, strict=True) if picture.prior)
-
-
-def scan_dataset(config: Config) -> datasets.Dataset:
-    """The run's pictures, as they were decided about; those on Drive from a local copy, fetched once.
-
-    Raises:
-        ValueError, FileNotFoundError: as `dataset.scan`, `decisions.load` and `decisions.decide`.
-    """
-    path = DEMO if config.dataset == "demo" else config.dataset
-    found = datasets.scan(path, repeats=config.repeats, copy=datasets.is_remote(path))
-    if not config.decisions:
-        return found
-    decided = datasets.load_decisions(config.decisions, path)
-    here = {datasets.picture_name(picture.known_as, found) for picture in found.pictures}
-    still = tuple(name for name in decided.leave_out if name in here)  # what is gone is out anyway
-    return datasets.apply_decisions(found, replace(decided, leave_out=still))
+        """Regularisation pictures in an epoch, with repeats."""
+        pictures, repeats = self.examples.pictures, self.examples.repeats
+        return sum(times for picture, times in zip(pictures, repeats, strict=True) if picture.prior)
 
 
 def prepare(
-    config: Config, folder: Path, *, say: Callable[[str], None] = print, progress: bool | bases.Progress = True,
-    shared_by: int = 1, rungs: Sequence[Config] = (), stop: threading.Event | None = None, store: Path | None = None,
-    held: int = 0,
+    config: Config, folder: Path, console: Console | None = None, *, shared: Shared | None = None,
+    processes: int = 1, rungs: Sequence[Config] = (),
 ) -> Prepared:  # fmt: skip
     """Check everything that can be checked, then encode pictures and captions into the run's cache.
 
-    Where the run is predicted not to fit, it comes down to settings that do, if the config lets it.
+    When the run is predicted not to fit into memory, its settings are reduced until it does, if the config allows it.
 
     Args:
-        shared_by: processes that share each batch.
-        rungs: settings to come down to, the config first; () takes `plan.ladder`'s.
-        stop: set from elsewhere, ends it between two pictures or batches of captions.
-        store: the cache's folder; None is `cache` in the run's.
-        held: bytes of the device that models take which the run finds loaded.
+        folder: of the run.
+        shared: models that are loaded, and the cache's folder; by default the cache is in the run's folder.
+        processes: that share each batch.
+        rungs: settings to try, the config first; () takes `plan.ladder`'s.
 
     Raises:
         ValueError: settings that do not suit the base, or no usable picture.
         FileNotFoundError: no such base or dataset.
-        KeyboardInterrupt: `stop` was set.
+        KeyboardInterrupt: the console's `stop` was set.
     """
-    device = choose_device(config.device)
-    dtype = compute_dtype(config.mixed_precision, device)
+    console, shared = console or Console(), shared or Shared()
+    compute, base = Compute.of(config), open_base(config, console)
+    selection = _select(config, console)
+    config, fits, prediction = _fit(rungs or plan.ladder(config), base, selection, console, shared.held, processes)
+    prompts = list(config.sample_prompts) or [bases.escape(p.caption) for p in selection.dataset.pictures[:4]]
+    began, cache = time.monotonic(), shared.cache or folder / "cache"
+    pictures = bases.encode_pictures(
+        base, selection.pictures, fits, cache, compute, masks=selection.masks, flip=config.flip, console=console
+    )
+    for place, picture in enumerate(pictures):
+        variants = datasets.caption_variants(
+            picture.caption, config.caption_variants, shuffle=config.shuffle_captions,
+            keep_tokens=config.keep_tokens, tag_dropout=config.tag_dropout, seed=config.seed,
+        )  # fmt: skip
+        pictures[place] = replace(picture, variants=variants, prior=place >= len(selection.dataset))
+    texts = bases.encode_texts(base, train.captions_of(pictures, config), cache, compute, config.clip_skip, console)
+    prompt_texts = bases.encode_prompts(base, [*prompts, ""], cache, compute, config.clip_skip, console)
+    if console.stop.is_set():
+        raise KeyboardInterrupt("stopped before training; encoded pictures and captions are kept")
+    seconds = time.monotonic() - began
+    console.say(f"cache     {len(pictures)} pictures and {len(texts)} texts ready in {seconds:.1f} s")
+    examples = Examples([pictures[i] for i in selection.trained], selection.repeats, texts, config)
+    names = [selection.pictures[i].known_as.name for i in selection.trained]
+    return Prepared(
+        config, base, selection.dataset, examples, [pictures[i] for i in selection.held_out], names, prompt_texts,
+        prompts, selection.contents, prediction,
+    )  # fmt: skip
+
+
+def open_base(config: Config, console: Console) -> Base:
+    """The run's base, checked against the settings.
+
+    Raises:
+        ValueError: resolution or buckets that do not suit the base.
+    """
     base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr)
-    step = max(config.bucket_step, base.step)
+    step = bucket_step(config, base)
     if step % base.step or config.resolution % step:
         raise ValueError(
             f"resolution {config.resolution} and bucket_step {config.bucket_step} do not suit {base.name}, "
             f"whose picture sides are multiples of {base.step} pixels."
         )
     encoders = config.text_rates(base.text_encoders)
-    say(f"base      {base.name}: {base.family}, made for {base.resolution} px, predicts {base.prediction_type}")
-    if config.algorithm != "lora":
-        say(f"adapter   {config.algorithm}: A1111, Forge and ComfyUI read its files, diffusers does not")
+    console.say(f"base      {base.name}: {base.family}, made for {base.resolution} px, predicts {base.prediction_type}")
+    if "diffusers" not in adapters.ALGORITHMS[config.algorithm].layouts:
+        console.say(f"adapter   {config.algorithm}: A1111, Forge and ComfyUI read its files, diffusers does not")
     if encoders:
-        learn = [f"{which} at {rate:g}" for which, rate in encoders.items()]
-        say(f"text      {', '.join(learn)}: trained too{'' if config.train_unet else ', the UNet is not'}")
-    pictures = scan_dataset(config)
-    say("pictures  " + pictures.describe().replace("\n", "\n          "))
-    kinds = train.traits(pictures.pictures)
-    chosen = train.hold_out([p.digest for p in pictures.pictures], config.validation_share, config.seed, kinds)
-    held_out = sorted({*chosen, *_named(config.validation_pictures, pictures)})
-    kept = [place for place in range(len(pictures)) if place not in held_out]
+        rates = ", ".join(f"{name} at {rate:g}" for name, rate in encoders.items())
+        console.say(f"text      {rates}: trained too{'' if config.train_unet else ', the UNet is not'}")
+    return base
+
+
+def bucket_step(config: Config, base: Base) -> int:
+    """Pixels by which bucket sides differ."""
+    return max(config.bucket_step, base.step)
+
+
+# ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class _Selection:
+    """The pictures of a run, and which of them are trained on."""
+
+    dataset: Dataset
+    pictures: list[Picture]  # the dataset's, then the regularisation pictures
+    held_out: list[int]  # places among them
+    trained: list[int]
+    repeats: list[int]  # of the trained ones
+    masks: list[Mask | None] = field(default_factory=list)  # of all pictures; [] without masks
+    contents: dict[str, str] = field(default_factory=dict)
+
+
+def _select(config: Config, console: Console) -> _Selection:
+    """Scan the dataset, hold pictures out, and add regularisation pictures and masks."""
+    dataset = scan_dataset(config)
+    console.say("pictures  " + dataset.describe().replace("\n", "\n          "))
+    held_out = _hold_out(config, dataset, console)
+    trained = [place for place in range(len(dataset)) if place not in held_out]
+    repeats = [dataset.pictures[place].repeats for place in trained]
+    selection = _Selection(dataset, list(dataset.pictures), held_out, trained, repeats)
     if held_out:
-        names = [pictures.pictures[place].known_as.name for place in held_out]
-        say(f"held out  {len(names)} of {len(pictures)} pictures, to judge by: {', '.join(names)}")
-    if chosen:
-        say("          " + train.representative(chosen, kinds))
-    repeats, everything = [pictures.pictures[place].repeats for place in kept], list(pictures.pictures)
-    contents = {}
-    if held_out:
-        contents["held_out"] = settings_digest(sorted(pictures.pictures[place].digest for place in held_out))
+        selection.contents["held_out"] = settings_digest(sorted(dataset.pictures[place].digest for place in held_out))
     if config.regularisation:
-        prior = datasets.scan(config.regularisation, copy=datasets.is_remote(config.regularisation))
-        say("class     " + prior.describe().replace("\n", "\n          "))
-        kept += range(len(everything), len(everything) + len(prior))
-        everything += prior.pictures
-        repeats += evenly(sum(repeats), len(prior))
-        contents["regularisation"] = settings_digest([[p.digest, p.caption] for p in prior.pictures])
+        _add_prior(selection, config.regularisation, console)
     if config.start_from:
         file = Path(config.start_from)
         if not file.is_file():
             raise FileNotFoundError(f"start_from: there is no file {file.name}. Give a LoRA's .safetensors file.")
-        contents["start_from"] = storage.sha256(file)[:16]
-    masks = []
+        selection.contents["start_from"] = storage.sha256(file)[:16]
     if config.mask:
-        masks = datasets.find_masks(pictures.pictures, config.mask, pictures.root, copy=datasets.is_remote(config.mask))
-        masks += [None] * (len(everything) - len(masks))
-        contents["mask"] = settings_digest([mask and [mask.digest, mask.alpha] for mask in masks])
-        bare = [p.known_as.name for p, mask in zip(pictures.pictures, masks, strict=False) if mask is None]
-        say(f"masks     {len(pictures) - len(bare)} of {len(pictures)} pictures have one" + "; not: " * bool(bare)
-            + ", ".join(bare[:5]) + " …" * (len(bare) > 5))  # fmt: skip
-    config, fits, batches, prediction = _fitting(
-        rungs or plan.ladder(config), base, everything, kept, repeats, len(pictures) - len(held_out), step, device,
-        dtype, say, shared_by, held,
-    )  # fmt: skip
-    prompts = list(config.sample_prompts) or [bases.escape(p.caption) for p in pictures.pictures[:4]]
-    began = time.monotonic()
-    with bar(progress) as draw:
-
-        def show(*seen) -> None:
-            draw(*seen)
-            if stop and stop.is_set():
-                raise KeyboardInterrupt("stopped while pictures and captions were encoded; what is done is kept")
-
-        store = store or folder / "cache"
-        encoded = bases.encode_pictures(
-            base, everything, fits, store, device=device, dtype=dtype, flip=config.flip, masks=masks, progress=show,
-            say=say,
-        )  # fmt: skip
-        for place, picture in enumerate(encoded):
-            varied = datasets.caption_variants(
-                picture.caption, config.caption_variants, shuffle=config.shuffle_captions,
-                keep_tokens=config.keep_tokens, tag_dropout=config.tag_dropout, seed=config.seed,
-            )  # fmt: skip
-            encoded[place] = replace(picture, variants=varied, prior=place >= len(pictures))
-        how = {"device": device, "dtype": dtype, "clip_skip": config.clip_skip, "progress": show, "say": say}
-        texts = bases.encode_texts(base, train.batch_prompts(encoded, config), store, **how)
-        said = bases.encode_prompts(base, [*prompts, ""], store, **how)
-    say(f"cache     {len(encoded)} pictures and {len(texts)} texts ready in {time.monotonic() - began:.1f} s")
-    return Prepared(
-        config, base, pictures, [encoded[i] for i in kept], [encoded[i] for i in held_out],
-        [everything[i].known_as.name for i in kept], texts, said, repeats, prompts, batches, contents,
-        prediction,
-    )  # fmt: skip
+        _add_masks(selection, config.mask, console)
+    return selection
 
 
-def _fitting(
-    rungs: Sequence[Config], base: bases.Base, everything: Sequence, kept: Sequence[int], repeats: Sequence[int],
-    own: int, step: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None], shared_by: int,
-    held: int,
-) -> tuple[Config, list[datasets.Fit], int, plan.Prediction]:  # fmt: skip
-    """The first settings down the ladder that are predicted to fit; none does: those asked for.
-
-    Returns:
-        The settings, each picture's bucket, the batches of an epoch, and what is predicted.
-    """
-    free, tried = plan.free_memory_bytes(device), []
-    free = None if free is None else free + held
-    for lower in rungs:
-        fits = datasets.fit_all(
-            [(p.width, p.height) for p in everything], lower.resolution, step=step, rule=lower.bucket_rule,
-            minimum=lower.min_bucket_side, maximum=lower.max_bucket_side,
-        )  # fmt: skip
-        largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
-        store = plan.prediction_store()
-        share = lower.with_(batch_size=-(-lower.batch_size // shared_by))  # this process's
-        prediction = plan.predict_cached(base, share, size=largest, dtype=dtype, device=device.type, store=store)
-        tried.append((lower, fits, prediction, plan.verdict(prediction, free)))
-        if tried[-1][-1].fits is not False:
-            break
-    asked, chosen = tried[0], tried[-1] if tried[-1][-1].fits is not False else tried[0]
-    lower, fits, prediction, verdict = chosen
-    used = sorted({fit.size for fit in fits})
-    counts = [f"{w}×{h}: {sum(fit.size == (w, h) for fit in fits)}" for w, h in used]
-    say(f"buckets   {', '.join(counts)}")
-    batches = datasets.steps_per_epoch([fits[place].size for place in kept], repeats, lower.batch_size)
-    say("length    " + length(own, repeats, batches, lower))
-    if chosen is not asked:
-        peak = plan.readable_bytes(asked[2].peak)
-        say(f"memory    {peak} predicted as asked for, which does not fit. Comes down to {changes(rungs[0], lower)}")
-    say("memory    " + prediction.describe().replace("\n", "\n          "))
-    say("          " + str(verdict).replace("\n", "\n          "))
-    return lower, fits, batches, prediction
+def _hold_out(config: Config, dataset: Dataset, console: Console) -> list[int]:
+    """The places of the pictures that are kept from training."""
+    traits = train.traits(dataset.pictures)
+    chosen = train.hold_out([p.digest for p in dataset.pictures], config.validation_share, config.seed, traits)
+    held_out = sorted({*chosen, *_places_of(config.validation_pictures, dataset)})
+    if held_out:
+        names = ", ".join(dataset.pictures[place].known_as.name for place in held_out)
+        console.say(f"held out  {len(held_out)} of {len(dataset)} pictures, for validation: {names}")
+    if chosen:
+        console.say("          " + train.representative(chosen, traits))
+    return held_out
 
 
-def changes(asked: Config, lower: Config) -> str:
-    before, after = asked.model_dump(), lower.model_dump()
-    return ", ".join(f"{name} {after[name]}" for name in after if after[name] != before[name])
-
-
-def length(pictures: int, repeats: Sequence[int], batches: int, config: Config) -> str:
-    """The arithmetic of the run's length, kohya's way, in one line.
-
-    Args:
-        pictures: how many of those that repeats are given for are the dataset's own; the rest is regularisation.
-    """
-    times = f"{repeats[0]} repeats" if len(set(repeats[:pictures])) == 1 else "their repeats"
-    of_class = f", + {sum(repeats[pictures:])} of the class" * (len(repeats) > pictures)
-    updates = -(-batches // config.gradient_accumulation_steps)
-    total = config.total_steps(batches)
-    accumulated = f" / accumulation {config.gradient_accumulation_steps}" * (config.gradient_accumulation_steps > 1)
-    return (
-        f"{pictures} pictures × {times} = {sum(repeats[:pictures])}{of_class}, / batch {config.batch_size}"
-        f"{accumulated} = {updates} steps an epoch; {total} steps = {total / updates:.3g} epochs"
-    )
-
-
-def evenly(wanted: int, pictures: int) -> list[int]:
-    """Repeats that show so many pictures `wanted` times in all, as sd-scripts balances regularisation pictures."""
-    return [wanted // pictures + (place < wanted % pictures) for place in range(pictures)]
-
-
-def _named(names: Sequence[str], pictures: datasets.Dataset) -> list[int]:
+def _places_of(names: Sequence[str], dataset: Dataset) -> list[int]:
     """The places of pictures by their file names, with or without suffix.
 
     Raises:
         ValueError: no such picture, or nothing is left to train on.
     """
-    places = []
+    places: list[int] = []
     for name in names:
-        found = [i for i, p in enumerate(pictures.pictures) if name in (p.known_as.name, p.known_as.stem)]
-        if not found:
-            raise ValueError(f"validation_pictures: {pictures.root.name} holds no picture {name!r}.")
-        places += found
-    if len(set(places)) == len(pictures):
+        matches = [i for i, p in enumerate(dataset.pictures) if name in (p.known_as.name, p.known_as.stem)]
+        if not matches:
+            raise ValueError(f"validation_pictures: {dataset.root.name} holds no picture {name!r}.")
+        places += matches
+    if len(set(places)) == len(dataset):
         raise ValueError("validation_pictures names all pictures: none is left to train on.")
     return places
 
 
-def settings_digest(values) -> str:
+def _add_prior(selection: _Selection, folder: str, console: Console) -> None:
+    """Add regularisation pictures (in place), balanced as sd-scripts does: as many an epoch as pictures."""
+    prior = datasets.scan(folder, copy=datasets.is_remote(folder))
+    console.say("class     " + prior.describe().replace("\n", "\n          "))
+    total, count = sum(selection.repeats), len(prior)
+    selection.trained += range(len(selection.pictures), len(selection.pictures) + count)
+    selection.pictures += prior.pictures
+    selection.repeats += [total // count + (place < total % count) for place in range(count)]
+    selection.contents["regularisation"] = settings_digest([[p.digest, p.caption] for p in prior.pictures])
+
+
+def _add_masks(selection: _Selection, source: str, console: Console) -> None:
+    """Add masks (in place)."""
+    pictures = selection.dataset.pictures
+    masks = datasets.find_masks(pictures, source, selection.dataset.root, copy=datasets.is_remote(source))
+    without = [p.known_as.name for p, mask in zip(pictures, masks, strict=True) if mask is None]
+    selection.masks = [*masks, *[None] * (len(selection.pictures) - len(masks))]
+    selection.contents["mask"] = settings_digest([mask and [mask.digest, mask.alpha] for mask in selection.masks])
+    missing = "; not: " + ", ".join(without[:5]) + " …" * (len(without) > 5) if without else ""
+    console.say(f"masks     {len(pictures) - len(without)} of {len(pictures)} pictures have one{missing}")
+
+
+# ── Settings that fit ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _fit(
+    rungs: Sequence[Config], base: Base, selection: _Selection, console: Console, held: int, processes: int
+) -> tuple[Config, list[Fit], plan.StepCost]:  # fmt: skip
+    """The first settings that are predicted to fit into memory; the first of all when none do.
+
+    Args:
+        held: bytes of the device that loaded models take, which the run will use.
+
+    Returns:
+        The settings, each picture's bucket, and the prediction.
+    """
+    compute = Compute.of(rungs[0])
+    free, tried = plan.free_memory_bytes(compute.device), []
+    free = None if free is None else free + held
+    for config in rungs:
+        limits = config.min_bucket_side, config.max_bucket_side
+        buckets = datasets.Buckets(config.resolution, bucket_step(config, base), config.bucket_rule, *limits)
+        fits = buckets.fit([(picture.width, picture.height) for picture in selection.pictures])
+        largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
+        share = config.with_(batch_size=-(-config.batch_size // processes))
+        prediction = plan.step_cost(
+            base, share, size=largest, dtype=compute.dtype, device=compute.device.type, store=plan.prediction_store()
+        )
+        tried.append((config, fits, prediction, plan.verdict(prediction, free)))
+        if tried[-1][-1].fits is not False:
+            break
+    chosen = tried[-1] if tried[-1][-1].fits is not False else tried[0]
+    config, fits, prediction, verdict = chosen
+    counts = [f"{w}×{h}: {sum(fit.size == (w, h) for fit in fits)}" for w, h in sorted({fit.size for fit in fits})]
+    console.say(f"buckets   {', '.join(counts)}")
+    console.say("length    " + _length(selection, fits, config))
+    if chosen is not tried[0]:
+        peak = plan.readable_bytes(tried[0][2].peak)
+        console.say(f"memory    {peak} predicted, which does not fit. Reduced: {changes(rungs[0], config)}")
+    console.say("memory    " + prediction.describe().replace("\n", "\n          "))
+    console.say("          " + str(verdict).replace("\n", "\n          "))
+    return config, fits, prediction
+
+
+def changes(before: Config, after: Config) -> str:
+    """The settings in which `after` differs, in words."""
+    old, new = before.model_dump(), after.model_dump()
+    return ", ".join(f"{name} {new[name]}" for name in new if new[name] != old[name])
+
+
+def _length(selection: _Selection, fits: Sequence[Fit], config: Config) -> str:
+    """The length of the run, counted in kohya's way, in one line."""
+    count = len(selection.dataset) - len(selection.held_out)
+    repeats, prior = selection.repeats[:count], selection.repeats[count:]
+    sizes = [fits[place].size for place in selection.trained]
+    batches = datasets.steps_per_epoch(sizes, selection.repeats, config.batch_size)
+    times = f"{repeats[0]} repeats" if len(set(repeats)) == 1 else "their repeats"
+    of_class = f", + {sum(prior)} of the class" if prior else ""
+    accumulation = config.gradient_accumulation_steps
+    accumulated = f" / accumulation {accumulation}" if accumulation > 1 else ""
+    updates, total = -(-batches // accumulation), config.total_steps(batches)
+    return (
+        f"{count} pictures × {times} = {sum(repeats)}{of_class}, / batch {config.batch_size}"
+        f"{accumulated} = {updates} steps an epoch; {total} steps = {total / updates:.3g} epochs"
+    )
+
+
+# ── Settings that decide the result ─────────────────────────────────────────────────────────────────────────────────
+
+
+def settings_digest(values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def bar(progress: bool | bases.Progress) -> Iterator[bases.Progress]:
-    """A progress bar that says itself what it counts: show(what, done, of). False draws none, a function stands in."""
-    if callable(progress):
-        yield progress
-        return
-    with tqdm(disable=not progress, leave=False) as line:
-
-        def show(what: str, done: int, of: int) -> None:
-            line.set_description(what, refresh=False)
-            line.total, line.n = of, done
-            line.refresh()
-
-        yield show
-
-
 def settings(config: Config, prepared: Prepared) -> dict:
-    """What decides the result, as plain values that name no path of this machine."""
+    """The settings that decide the result, as plain values without any path of this machine."""
     pictures = settings_digest([[p.digest, p.caption, p.repeats] for p in prepared.dataset.pictures])
-    free = FREE - {"trigger"} if config.asks_class else FREE  # by which the class is asked for
+    free = FREE - {"trigger"} if config.asks_class else FREE  # the trigger is replaced by the class word there
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in free}
     return values | {"base": prepared.base.name, "dataset": pictures} | prepared.contents

@@ -1,39 +1,112 @@
-"""Find where a run continues: settings, checkpoints, forks and backups."""
+"""Find where a run continues: its checkpoints, the backup place, another run that it is forked from."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lorakit import plan, train
+from lorakit import plan, storage, train
 from lorakit.config import Config
+from lorakit.console import Console
 from lorakit.run import checkpoint, preparation
+from lorakit.run.checkpoint import Checkpoint
+from lorakit.run.models import Shared
 from lorakit.run.preparation import Prepared
+from lorakit.run.run_folder import RunFolder
 
 
 class OtherSettings(ValueError):
-    """A folder holds a run that was begun with other settings.
+    """A folder holds a run of other settings.
 
     Attributes:
-        changed: setting → what the run has, and what was asked for now.
+        changed: setting → its value in the run, and its value now.
     """
 
     def __init__(self, run: str, changed: dict[str, tuple]):
         self.changed = changed
         super().__init__(
-            f"{run} was begun with other settings: "
+            f"{run} was started with other settings: "
             + "; ".join(f"{name} was {before!r}, is now {now!r}" for name, (before, now) in changed.items())
-            + ". Put them back to go on, or name another folder for a new run: an empty one, or with --fork one that "
-            "goes on from this run's newest checkpoint with the new settings."
+            + ". Use those again to resume it, or name another folder for a new run: an empty one, or one with --fork, "
+            "which continues from this run's newest checkpoint with the new settings."
         )
 
 
-# ── Resuming ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def find_start(
+    config: Config, folder: RunFolder, console: Console, *, fork: Path | None, shared: Shared, team: train.Team
+) -> tuple[Prepared, Checkpoint | None]:
+    """Prepare a run, find the checkpoint that it continues from, and write its config down.
+
+    Raises:
+        OtherSettings: the folder holds a run of other settings.
+    """
+    if fork and (cache := RunFolder(fork).cache).is_dir() and not folder.cache.exists():
+        shutil.copytree(cache, folder.cache)  # nothing is encoded twice
+    shared.suit(config)
+    prepared = preparation.prepare(config, folder.path, console, shared=shared, processes=team.size)
+    warn = lambda text: console.say(f"resume    {text}")  # noqa: E731
+    saved, fetched = checkpoint.newest(folder.checkpoints, warn), None
+    if config.backup:
+        fetched = _fetch(config.backup, folder, saved.step if saved else 0, console)
+    if not (fetched or saved) and (aside := checkpoint.put_aside(folder.checkpoints, folder.log_file)):
+        console.say(
+            f"resume    starts from the beginning: none of {', '.join(aside)} can be resumed. They are kept as ….aside"
+        )
+    if saved := fetched or saved:
+        lower = _reduced(config, prepared, saved.settings)
+        check_settings(saved, config, folder, prepared)
+        if lower != prepared.config:
+            console.say(f"memory    continues with {preparation.changes(config, lower)}, as when it was saved")
+            rungs = plan.ladder(config)
+            below = rungs[rungs.index(lower) :]
+            prepared = preparation.prepare(lower, folder.path, console, shared=shared, processes=team.size, rungs=below)
+    if fetched and saved:
+        saved = replace(saved, path=_take_in(fetched.path, folder))
+        console.say(f"resume    step {saved.step} comes from the backup place")
+    if fork and not saved:
+        saved = _fork(RunFolder(fork), folder, prepared, warn)
+        console.say(f"fork      starts where {fork.name} was at step {saved.step}")
+    folder.write_config(prepared.config)
+    return prepared, saved
 
 
-def _come_down(config: Config, prepared: Prepared, saved: dict) -> Config:
-    """The lower of what is predicted to fit now and what a run had come down to when it was saved."""
+def _fetch(backup: str, folder: RunFolder, step: int, console: Console) -> Checkpoint | None:
+    """A checkpoint at the backup place that is newer than a step, fetched into the cache."""
+    place, warn = storage.backup_place(backup, folder.name), lambda text: console.say(f"resume    {text}")
+    fetched = storage.newest_backup(place, step, folder.cache / "fetched", checkpoint.read_whole, warn)
+    if not fetched:
+        console.say(f"backup    nothing newer than step {step} at the backup place")
+    return fetched
+
+
+def _take_in(fetched: Path, folder: RunFolder) -> Path:
+    """Move a fetched checkpoint to the run's own, and its log in place of an older one."""
+    log, path = fetched.with_name("log.jsonl"), folder.checkpoints / fetched.name
+    path.parent.mkdir(exist_ok=True)
+    if log.exists():
+        log.replace(folder.log_file)
+    return fetched.replace(path)
+
+
+def _fork(origin: RunFolder, folder: RunFolder, prepared: Prepared, warn: Callable[[str], None]) -> Checkpoint:
+    """The first checkpoint of a run that starts where another one is.
+
+    Raises:
+        ValueError: that run has no checkpoint, is past this run's end, or its weights are for other modules.
+    """
+    saved = checkpoint.newest(origin.checkpoints, warn)
+    if saved is None:
+        raise ValueError(f"{origin.name} has no checkpoint to fork from. Name the folder of a run that has saved one.")
+    if saved.step >= (total := prepared.examples.total_steps):
+        raise ValueError(f"{origin.name} is at step {saved.step}: set steps above that, it is {total} now.")
+    forked = checkpoint.fork(saved, folder.checkpoints, preparation.settings(prepared.config, prepared))
+    if origin.log_file.exists():
+        shutil.copyfile(origin.log_file, folder.log_file)
+    return forked
+
+
+def _reduced(config: Config, prepared: Prepared, saved: dict) -> Config:
+    """The lower one on the ladder of the settings that fit now and those that the run was saved with."""
     ladder = plan.ladder(config)
     for place, lower in enumerate(ladder):
         if preparation.settings(lower, prepared) == saved:
@@ -41,29 +114,13 @@ def _come_down(config: Config, prepared: Prepared, saved: dict) -> Config:
     return prepared.config
 
 
-def _as_of_now(saved: dict) -> dict:
-    """The settings of a run begun before some of today's were known, which then were as they are by default."""
-    unlike = preparation.FREE | {"steps", "epochs", "base", "dataset"}
-    return json.loads(Config(steps=1).model_dump_json(exclude=unlike)) | saved
-
-
-def is_finished(config: Config, folder: Path, prepared: Prepared) -> bool:
-    """Whether a folder holds this very run, at its last step and with its file.
+def check_settings(saved: Checkpoint, config: Config, folder: RunFolder, prepared: Prepared) -> None:
+    """Refuse to resume a run whose settings are not among those that the config may be reduced to.
 
     Raises:
-        OtherSettings: a run that was begun with other settings.
+        OtherSettings: says which differ.
     """
-    saved = checkpoint.newest(folder / "checkpoints", lambda _: None)
-    if saved is None:
-        return False
-    _known(replace(saved, settings=_as_of_now(saved.settings)), config, folder, prepared)
-    _, total = train.plan_epochs(prepared.pictures, prepared.repeats, prepared.config)
-    return saved.step >= total and (folder / f"{config.name}.safetensors").is_file()
-
-
-def _known(saved: checkpoint.Checkpoint, config: Config, folder: Path, prepared: Prepared) -> None:
-    """Refuse to go on with a run that these settings do not come down to."""
-    if saved.settings not in [preparation.settings(above, prepared) for above in plan.ladder(config)]:
+    if saved.settings not in [preparation.settings(rung, prepared) for rung in plan.ladder(config)]:
         before, now = saved.settings, preparation.settings(prepared.config, prepared)
         names = sorted(before.keys() | now.keys())
         changed = {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
@@ -71,78 +128,31 @@ def _known(saved: checkpoint.Checkpoint, config: Config, folder: Path, prepared:
             raise OtherSettings(folder.name, changed)
 
 
-def claim(folder: Path) -> None:
-    """Make the run folder, or check that it is one.
+def is_finished(config: Config, path: Path, prepared: Prepared) -> bool:
+    """Whether a folder holds this run, at its last step and with its file.
 
     Raises:
-        ValueError: the folder holds something else.
-        OSError: it cannot be made or written.
+        OtherSettings: a run of other settings.
     """
-    own = {"cache", "log.jsonl", "STOP"}  # before there is a config.json
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file. Name a folder for the run.")
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        foreign = {name for name in there if not name.startswith(".")} - own
-        if foreign and not {"config.json", "checkpoints"} & foreign:
-            raise ValueError(f"{folder} holds other files and no run. Name a new or empty folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror.lower() if error.strerror else error
-        raise OSError(error.errno, f"the run folder {folder.name} cannot be made: {reason}. Choose another") from error
-
-
-def _take_in(fetched: Path, folder: Path) -> Path:
-    """Put a checkpoint that was fetched among the run's own, and its log in place of an older one."""
-    log, path = fetched.with_name("log.jsonl"), folder / "checkpoints" / fetched.name
-    path.parent.mkdir(exist_ok=True)
-    if log.exists():
-        log.replace(folder / "log.jsonl")
-    return fetched.replace(path)
-
-
-def _forked(origin: Path, folder: Path, prepared: Prepared, warn: Callable[[str], None]) -> checkpoint.Checkpoint:
-    """The first checkpoint of a run that begins where another one is.
-
-    Raises:
-        ValueError: there is nothing to begin from, it is past this run's end, or its weights are for other modules.
-    """
-    saved = checkpoint.newest(origin / "checkpoints", warn)
+    folder = RunFolder(path)
+    saved = checkpoint.newest(folder.checkpoints, lambda _: None)
     if saved is None:
-        raise ValueError(f"{origin.name} has no checkpoint to fork from. Name the folder of a run that has saved one.")
-    if saved.step >= (total := prepared.config.total_steps(prepared.batches)):
-        raise ValueError(f"{origin.name} is at step {saved.step}: set steps above that, it is {total} now.")
-    forked = checkpoint.fork(saved, folder / "checkpoints", preparation.settings(prepared.config, prepared))
-    if (log := origin / "log.jsonl").exists():
-        shutil.copyfile(log, folder / "log.jsonl")
-    return forked
+        return False
+    check_settings(saved, config, folder, prepared)
+    return saved.step >= prepared.examples.total_steps and folder.lora_file(config).is_file()
 
 
-def _saved_anyhow(
-    folder: Path, state: train.State, config: Config, decided: dict, about: dict, say: Callable[[str], None]
-) -> checkpoint.Checkpoint | None:  # fmt: skip
-    """A checkpoint of the last whole step, written now; where an update was cut in its midst, the newest there is."""
-    if state.updating:
-        return checkpoint.newest(folder, say)
-    path, regular = folder / checkpoint.name(state.step), state.step > 0 and state.step % config.save_every == 0
-    try:
-        return checkpoint.read(checkpoint.save(path, state, decided, regular=regular, about=about))
-    except OSError as error:
-        say(f"save      step {state.step} is not saved: {error}")
-        return checkpoint.newest(folder, say)
+def last_good(folder: Path) -> Checkpoint | None:
+    """The newest regular checkpoint before the first step that was not finite; newer ones are renamed to `….diverged`.
 
-
-def _last_good(folder: Path) -> checkpoint.Checkpoint | None:
-    """The newest regular checkpoint before any step of the bad row; newer ones are put aside as `….diverged`.
-
-    Only regular ones: a run that was stopped in between goes back as far as one that was not.
+    Only a regular one, so that a run that was stopped in between goes back as far as one that was not.
     """
     for path in checkpoint.checkpoint_paths(folder):
         try:
-            found = checkpoint.read_whole(path)
+            saved = checkpoint.read_whole(path)
         except ValueError:
             continue
-        if found.regular and found.clean:
-            return found
+        if saved.regular and saved.clean:
+            return saved
         path.replace(path.with_suffix(".diverged"))
     return None

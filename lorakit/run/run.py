@@ -1,49 +1,53 @@
-"""The whole way, one folder a run: scan → buckets → memory plan → cache → train → checkpoints → samples → export.
+"""A training run in a folder of its own: prepare → train → checkpoints and samples → finished file and comparison.
 
     config.json · log.jsonl · tensorboard/ · loss.png · checkpoints/step-000500.safetensors · samples/step-000500/…png ·
     comparison.png · <name>.safetensors
 
-Starting on a folder that already holds a run resumes it from the newest checkpoint whose digest holds, here or at the
-run's second place.
+A run whose folder holds checkpoints continues from the newest one whose digest is right, here or at the backup place.
 """
 
 import errno
 import math
 import shutil
-import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from lorakit import adapter as adapters
+from lorakit import base as bases
 from lorakit import config as configs
-from lorakit import plan, storage, train
-from lorakit.base import Progress
+from lorakit import plan, sample, storage, train
+from lorakit.adapter import Lora
+from lorakit.base import Base
 from lorakit.config import Config
-from lorakit.device import choose_device, compute_dtype, free_memory, keep_freed_memory, out_of_memory
-from lorakit.run import checkpoint, finish, preparation, run_folder, saver
-from lorakit.run import log as log_module
+from lorakit.console import Console, Progress
+from lorakit.device import Compute, free_memory, keep_freed_memory, out_of_memory
+from lorakit.run import checkpoint, finish, preparation, resume, run_folder
 from lorakit.run import metadata as run_metadata
-from lorakit.run.control import Live, obeying, sampler
-from lorakit.run.finish import STRENGTHS
-from lorakit.run.log import Console
+from lorakit.run.checkpoint import Checkpoint
+from lorakit.run.control import Control, Requests, Sampler
+from lorakit.run.log import ON_BOARD, Board, Log
 from lorakit.run.models import Shared
 from lorakit.run.preparation import Prepared
-from lorakit.run.resume import _as_of_now, _come_down, _forked, _known, _last_good, _saved_anyhow, _take_in, claim
+from lorakit.run.run_folder import RunFolder
+from lorakit.run.saver import Saver
+from lorakit.run.session import Session
+from lorakit.sample import Grid, Loaded, Sampling
 from lorakit.train import Step
 
-PATIENCE = 600  # seconds that the end of a run waits for the second place
+PATIENCE = 600  # seconds that the end of a run waits for the backup place
 LEAST_FACTOR = 1 / 8  # of the learning rate: a run that diverges even then is given up
+
+Listener = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left."""
+    """The outcome of a run."""
 
     folder: Path
     config: Config
@@ -51,371 +55,522 @@ class Result:
     total: int
     losses: list[float] = field(repr=False)  # of the steps of this start
     lora: Path | None  # the finished file; None when the run was stopped before its end
-    comparison: Path | None  # base and strengths side by side
+    comparison: Path | None  # pictures of the base and of the LoRA at several strengths
     best: Path | None = None  # the checkpoint nearest to the lowest validation loss, where pictures are held out
     missing: tuple[str, ...] = ()  # what could not be made, and why: a line each
 
 
-# ── The run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+class Run:
+    """A LoRA's training run in one folder. Iterating over it trains, and resumes what was cut.
+
+        for step in Run(config, "runs/style"):
+            print(step.number, step.loss)
+
+    Leaving the loop saves the run; another loop continues it. At its last step the run writes the finished file.
+
+    Args:
+        folder: of the run; new, empty, or the folder of the same run.
+        console: where lines, progress bars and the wish to stop go.
+        control: to follow and steer the run from another thread.
+        fork: the folder of another run, from whose newest checkpoint this one starts.
+        shared: caches and models shared with runs before and after; the models stay loaded.
+
+    Attributes:
+        result: the outcome of the last loop.
+    """
+
+    def __init__(
+        self, config: Config, folder: str | Path, *, console: Console | None = None, control: Control | None = None,
+        fork: str | Path | None = None, shared: Shared | None = None,
+    ):  # fmt: skip
+        self.config, self.folder = config, RunFolder(folder)
+        self.control = control or Control()
+        console = console or Console()
+        self.console = (
+            replace(console, stop=self.control.stop, failures={}) if control else replace(console, failures={})
+        )
+        self.control.stop = self.console.stop
+        self.fork = Path(fork) if fork else None
+        self.shared, self._keeps_models = shared or Shared(), shared is not None
+        self.result: Result | None = None
+        self._steps: Generator[Step, None, None] | None = None
+        self._base: Base | None = None
+
+    # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def __iter__(self) -> Iterator[Step]:
+        """Train, yielding after each optimizer update.
+
+        Raises:
+            BlockingIOError: the folder is in use.
+            OtherSettings: the folder holds a run of other settings.
+            ValueError, FileNotFoundError, OSError, FloatingPointError: what is wrong and what to do.
+        """
+        if self._steps:
+            self._steps.close()  # a loop that an exception ended is kept alive by its traceback
+            self.control.stop.clear()
+        self._steps = self._train(())
+        return self._steps
+
+    def train(self, *listeners: Listener) -> Result:
+        """Train to the end, or until it is stopped.
+
+        Args:
+            listeners: called with every Step, after the run's own.
+
+        Raises:
+            As iterating does.
+        """
+        for _ in self._train(listeners):
+            pass
+        assert self.result
+        return self.result
+
+    def stop(self) -> None:
+        """Save and end after the current step. May be called from any thread."""
+        self.control.stop.set()
+
+    def _train(self, listeners: Sequence[Listener]) -> Generator[Step, None, None]:
+        """The run in each of its processes; only the first one shows text, calls listeners and writes."""
+        team = train.join_team(self.config.device)
+        if self.config.batch_size < team.size:
+            raise ValueError(
+                f"batch_size {self.config.batch_size} cannot be shared out among {team.size} processes: "
+                f"set it to {team.size} or a multiple, with as much less gradient_accumulation_steps."
+            )
+        with self._handing_models_back():
+            if not team.first:
+                yield from _Training(self, Console(lambda _: None, False, self.console.stop), team).steps(())
+                return
+            self.folder.make()
+            with storage.claim_folder(self.folder.path):
+                yield from _Training(self, self.console, team).steps(listeners)
+
+    @contextmanager
+    def _handing_models_back(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._keeps_models:
+                self.shared.restore()
+            else:
+                self.shared.release()
+
+    # ── Before and after ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self) -> plan.Prediction:
+        """Memory, time and file size, predicted without loading the base."""
+        return plan.predict(self.config)
+
+    @property
+    def base(self) -> Base:
+        """The base, opened but not loaded."""
+        if self._base is None:
+            config = self.config
+            self._base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr)
+        return self._base
+
+    @property
+    def lora(self) -> Lora:
+        """The LoRA of the finished file, or else of the newest checkpoint."""
+        finished = self.folder.lora_file(self.config)
+        return run_folder.lora_of(finished if finished.is_file() else self.folder.path)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The settings of sample pictures."""
+        return Sampling.of(self.config)
+
+    @property
+    def compute(self) -> Compute:
+        return Compute.of(self.config)
+
+    def sample(self, prompts: Sequence[str], strengths: Sequence[float] = finish.STRENGTHS) -> Grid:
+        """Make pictures of prompts without the LoRA and with it at several strengths."""
+        return sample.grid(self, prompts, strengths, console=self.console)
+
+    def export(
+        self, path: str | Path, step: str | int = "newest", *, dtype: str = "fp16", layout: str = "kohya"
+    ) -> Path:  # fmt: skip
+        """Write the LoRA of a step for other programs, and prove the file.
+
+        Args:
+            step: "newest", "best" (by validation loss), or a number.
+            dtype: "fp16", "bf16" or "fp32".
+            layout: "kohya", "diffusers" or "peft".
+        """
+        lora = run_folder.lora_of(self.folder.path, step)
+        written = adapters.save(lora, Path(path), dtype=adapters.dtype_of(dtype), layout=layout)
+        self.console.say(f"export    {written} from {lora.name}, layout {layout}, {dtype}")
+        self.console.say(f"proof     read back: {adapters.prove(written, lora, layout=layout).describe()}")
+        return written
+
+    def describe(self) -> str:
+        """How far the run came, in a few words."""
+        if not self.folder.is_run:
+            return f"{self.folder.name}: not started"
+        saved, finished = self.folder.saved(), self.folder.lora_file(self.config)
+        state = f"finished: {finished.name}" if finished.is_file() else "not finished"
+        return f"{self.folder.name}: saved at step {max(saved, default=0)}, {state}"
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        picture = self.folder.comparison if self.folder.comparison.is_file() else self.folder.loss_figure
+        if not picture.is_file():
+            return f"<p>{escape(self.describe())}</p>"
+        from PIL import Image
+
+        from lorakit import page
+
+        with Image.open(picture) as image:
+            return f"<p>{escape(self.describe())}</p>{page.image(image, max(image.size))}"
 
 
 def start(
     config: Config, folder: str | Path, *, say: Callable[[str], None] = print, progress: bool | Progress = True,
-    live: Live | None = None, listeners: Sequence[Callable[[Step], None]] = (),
-    fork: str | Path | None = None, shared: Shared | None = None,
+    control: Control | None = None, listeners: Sequence[Listener] = (), fork: str | Path | None = None,
+    shared: Shared | None = None,
 ) -> Result:  # fmt: skip
-    """Train a LoRA from pictures to finished file, or go on with a run that was cut.
+    """Train a LoRA from pictures to finished file, or resume a run that was cut: `Run(config, folder, …).train()`.
 
     Args:
-        folder: of the run; new, empty, or the folder of the same run.
-        say: gets each line of what is done.
-        progress: whether bars are drawn; or what is told, in their place, of what is done before training and after.
-        live: to see and steer the run from elsewhere. Its `stop` ends it after the current step, as Ctrl-C, SIGTERM and
-            a file named STOP do.
-        listeners: called with every Step, after the run's own.
-        fork: another run's folder: where this one has no checkpoint yet, it begins from the newest of that one.
-        shared: what it has in common with runs before and after; its models stay loaded.
-
-    Returns:
-        What was made. A stopped run has no finished file yet; start again to go on.
-
-    Raises:
-        BlockingIOError: the folder is in use.
-        OtherSettings: it holds a run of other settings.
-        ValueError, FileNotFoundError, OSError, FloatingPointError: what is wrong and what to do.
-
-    Of several processes (`accelerate launch`) every one calls this; each batch is shared out among them, and the first
-    alone speaks, listens, writes and returns the finished file.
+        say: called with each line of text.
+        progress: True draws progress bars; a function is called instead with what is done, how many, of how many.
     """
-    folder, live, team = Path(folder).absolute(), live or Live(), train.join_team(config.device)
-    if config.batch_size < team.size:
-        raise ValueError(
-            f"batch_size {config.batch_size} cannot be shared out among {team.size} processes: "
-            f"set it to {team.size} or a multiple, with as much less gradient_accumulation_steps."
-        )
-    keep = shared or Shared()
-    try:
-        if not team.first:
-            return _start(config, folder, Console(lambda _: None), False, live, (), None, team, keep)
-        claim(folder)
-        with storage.claim_folder(folder):
-            return _start(config, folder, Console(say), progress, live, listeners, fork and Path(fork), team, keep)
-    finally:
-        if shared:
-            shared.restore()
-        else:
-            keep.release()
+    run = Run(config, folder, console=Console(say, progress), control=control, fork=fork, shared=shared)
+    return run.train(*listeners)
 
 
-def _start(
-    config: Config, folder: Path, say: Console, progress: bool | Progress, live: Live,
-    listeners: Sequence[Callable[[Step], None]], fork: Path | None, team: train.Team, keep: Shared,
-) -> Result:  # fmt: skip
-    """`start`, in a folder that is this run's alone."""
-    # The computer's clock may jump; what has passed since the start does not.
-    started, began, rungs = time.time(), time.monotonic(), plan.ladder(config)
-    clock = lambda: started + time.monotonic() - began  # noqa: E731
-    with team.in_turn():
-        if team.first:
-            storage.remove_partial(folder)
-            (folder / "STOP").unlink(missing_ok=True)
-            prepared, saved = _ready(config, folder, team, say, progress, fork, live.stop, keep)
-            _room(prepared, folder, say)
-        else:  # as the first one has decided, from what it has encoded
-            config = configs.load(folder / "config.json")
-            asked = config.with_(fit_memory=False)
-            prepared = preparation.prepare(asked, folder, say=say, progress=False, store=keep.cache)
-            prepared = replace(prepared, config=config)
-            saved = checkpoint.newest(folder / "checkpoints", warn=say)
-    config, decided = prepared.config, preparation.settings(prepared.config, prepared)
+# ── One loop over a run ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    device = choose_device(config.device)
-    dtype = compute_dtype(config.mixed_precision, device)
-    keep_freed_memory(device)
-    if saved:
-        say(f"resume    at step {saved.step}, from {saved.path.name}")
-        before = ((saved.about or {}).get("metadata") or {}).get("ss_mixed_precision")
-        if before not in (None, adapters.precision_name(dtype)):
-            say(
-                f"          was trained in {before}, goes on in {adapters.precision_name(dtype)}: "
-                "not bit for bit the same"
+
+class _Training:
+    """One loop over a run: its sessions, one after the other, with what has to change between them."""
+
+    def __init__(self, run: Run, console: Console, team: train.Team):
+        self.run, self.folder, self.control, self.shared = run, run.folder, run.control, run.shared
+        self.console, self.team = console, team
+        self.started, self.began = time.time(), time.monotonic()
+        self.losses: dict[int, float] = {}
+        self.copier: storage.Copier | None = None
+
+    def clock(self) -> float:
+        """Seconds since 1970; the computer's clock may jump, the time since the start does not."""
+        return self.started + time.monotonic() - self.began
+
+    def steps(self, listeners: Sequence[Listener]) -> Generator[Step, None, None]:
+        prepared, saved = self._prepare()
+        keep_freed_memory(Compute.of(prepared.config).device)
+        if saved:
+            self._say_resumed(saved, prepared.config)
+        if prepared.config.backup and self.team.first:
+            place = storage.backup_place(prepared.config.backup, self.folder.name)
+            self.copier = storage.Copier(place, prepared.config.keep_states)
+        session: Session | None = None
+        while True:
+            full = None
+            try:
+                session = session or self._session(prepared, saved)
+                yield from self._session_steps(session, listeners, saved)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or not self._rungs_below(prepared.config) or self.team.size > 1:
+                    raise
+                # Only its words: the error itself holds on to what the step allocated.
+                full = (str(error).splitlines() or ["MemoryError"])[0].split(". ")[0]
+            except train.Diverged as error:
+                assert session
+                saved = self._go_back(session, error)
+            if full:
+                saved = self._save_reduced(session, prepared) if session else saved
+                session = None
+                prepared = self._reduce(prepared, saved, full)
+        assert session
+        self._end(session)
+
+    # ── Between sessions ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prepare(self) -> tuple[Prepared, Checkpoint | None]:
+        """Prepare the run; other processes take over what the first one has decided and encoded."""
+        folder, config = self.folder, self.run.config
+        with self.team.in_turn():
+            if self.team.first:
+                storage.remove_partial(folder.path)
+                folder.stop_file.unlink(missing_ok=True)
+                prepared, saved = resume.find_start(
+                    config, folder, self.console, fork=self.run.fork, shared=self.shared, team=self.team
+                )
+                _check_room(prepared, folder, self.console)
+                return prepared, saved
+            config = configs.load(folder.config_file)
+            prepared = preparation.prepare(
+                config.with_(fit_memory=False), folder.path, self.console, shared=self.shared
             )
-    per_epoch, total = train.plan_epochs(prepared.pictures, prepared.repeats, config)
-    losses: dict[int, float] = {}
-    copier = None
-    if config.backup and team.first:
-        copier = storage.Copier(storage.backup_place(config.backup, folder.name), config.keep_states)
-    models = state = None
-    while True:
-        full = None
-        try:
-            if state is None:
-                models = keep.models(prepared.base, config)
-                state = _state(models, prepared, device, dtype, saved, team)
-            at = _telling(config, prepared, state, per_epoch, saved, clock)
-            _drain(
-                models["unet"], prepared, state, config, folder, decided, at, total, say, progress, live, listeners,
-                losses, team, copier, (saved.about or {}).get("log") if saved else None,
-            )  # fmt: skip
-            break
-        except (RuntimeError, MemoryError) as error:
-            below = rungs[rungs.index(config) + 1 :] if config in rungs else []
-            if not out_of_memory(error) or not below or team.size > 1:
-                raise
-            # Its words alone: the error itself holds on to what the step allocated.
-            full = (str(error).splitlines() or ["MemoryError"])[0].split(". ")[0]
-        except train.Diverged as error:
-            factor = state.rate_factor / 2
-            with team.in_turn():
-                saved = _last_good(folder / "checkpoints")
-            back = saved.step if saved else 0
-            if copier:
-                copier.back(back)
-            if factor < LEAST_FACTOR:
-                raise FloatingPointError(_hopeless(error, config)) from error
-            state = _state(models, prepared, device, dtype, saved, team)
-            state.rate_factor = factor
-            say(f"back      {error} Going on from step {back} with {factor:g} of the learning rate.")
-        if full:
-            lower = below[0]
-            if state:
-                about = {"family": prepared.base.family, "metadata": at(state.step)}
-                asked = preparation.settings(lower, prepared)
-                saved = _saved_anyhow(folder / "checkpoints", state, lower, asked, about, say)
-            models = state = None
-            keep.release()
-            back = f"step {saved.step}" if saved else "the beginning"
-            say(f"memory    none left ({full}). Going on from {back} with {preparation.changes(config, lower)}.")
-            prepared = preparation.prepare(lower, folder, say=say, progress=progress, rungs=below, store=keep.cache)
-            config, decided = prepared.config, preparation.settings(prepared.config, prepared)
-            _write(config, folder)
-            per_epoch, total = train.plan_epochs(prepared.pictures, prepared.repeats, config)
-    if not team.first:
-        return Result(folder, config, state.step, total, [], None, None)
-    adapter = state.adapter
-    if state.step < total:
-        finish.draw(say, "loss.png", lambda: finish.draw_loss(folder, config))
-        _finish(copier, say)
-        say(f"stopped   at step {state.step} of {total}, saved. Start again to go on from there.")
-        done, best = [losses[step] for step in sorted(losses)], run_folder.best_checkpoint(folder)[0]
-        return Result(folder, config, state.step, total, done, None, None, best, say.end())
+            prepared = replace(prepared, config=config, examples=replace(prepared.examples, config=config))
+            return prepared, checkpoint.newest(folder.checkpoints, warn=self.console.say)
 
-    thumbnail = run_folder.thumbnail(folder / "samples" / f"step-{total:06d}")
-    with state.evaluated():
-        lora = adapters.save_adapter(
-            adapter, prepared.base, folder / f"{config.name}.safetensors", metadata=at(total) | thumbnail
+    def _say_resumed(self, saved: Checkpoint, config: Config) -> None:
+        self.console.say(f"resume    at step {saved.step}, from {saved.path.name}")
+        precision = adapters.precision_name(Compute.of(config).dtype)
+        before = ((saved.about or {}).get("metadata") or {}).get("ss_mixed_precision")
+        if before not in (None, precision):
+            self.console.say(f"          trained in {before} so far, now in {precision}: not bit for bit the same")
+
+    def _session(self, prepared: Prepared, saved: Checkpoint | None) -> Session:
+        """Models, a fresh adapter in them, and the state as it was saved."""
+        models = self.shared.load(prepared.base, prepared.config)
+        state = self._state(models, prepared, saved)
+        metadata = self._metadata(prepared, state.adapter, saved)
+        return Session(
+            self.folder, prepared, models, state, self.console, metadata, self.losses, self.copier, self.team
         )
-        proof = adapters.prove(lora, adapter, prepared.base)
-    say(f"export    {lora.name}, {lora.stat().st_size / 1e6:.1f} MB, kohya's format (A1111, Forge, ComfyUI, Civitai)")
-    say(f"proof     read back: {proof.describe()}")
-    finish.draw(say, "loss.png", lambda: finish.draw_loss(folder, config))
-    best, advice = run_folder.best_checkpoint(folder)
-    if best:
-        say(f"best      {best.name}. {advice}")
-    del models, adapter, state
-    keep.restore()  # what is loaded makes the sheet: a second copy might find no room
-    free_memory(device)
-    sheet = folder / "comparison.png"
-    prompts, told = list(live.prompts or prepared.prompts), {"progress": progress, "stop": live.stop}
-    here = {"loaded": keep.loaded, "store": keep.cache or folder / "cache"}
-    comparison = finish.draw(
-        say, sheet.name, lambda: finish.draw_comparison(prepared.base, lora, prompts, config, sheet, **told, **here)
-    )
-    if live.stop.is_set() and not comparison:
-        say.failed(sheet.name, "stopped")
-    if comparison:
-        say(f"look      {sheet.name}: the bare base and strengths {', '.join(map(str, STRENGTHS[1:]))} side by side")
-    if copier:
-        made = [path for path in (lora, comparison) if path]
-        copier.put(total, {f"{path.stem}-step-{total:06d}{path.suffix}": path for path in made})
-        _finish(copier, say)
-    done = [losses[step] for step in sorted(losses)]
-    return Result(folder, config, total, total, done, lora, comparison, best, say.end())
+
+    def _state(self, models: adapters.Models, prepared: Prepared, saved: Checkpoint | None) -> train.State:
+        config, compute = prepared.config, Compute.of(prepared.config)
+        adapters.eject(models)
+        adapter = adapters.inject(models, adapters.run_specs(models, config), config.seed)
+        if config.start_from and not saved:
+            adapters.copy_weights(adapter, prepared.base, config.start_from)
+        elif not saved:
+            train.initialise(adapter, models["unet"], prepared.base, prepared.examples, self.team)
+        state = train.initial_state(adapter, config, compute.device, compute.dtype)
+        if saved:
+            checkpoint.restore(state, saved)
+        return state
+
+    def _metadata(
+        self, prepared: Prepared, adapter: adapters.Adapter, saved: Checkpoint | None
+    ) -> Callable[[int], dict[str, str]]:
+        """Makes the metadata of a LoRA that was trained until a step."""
+        before = ((saved.about or {}) if saved else {}).get("metadata", {})
+        constant = run_metadata.run_metadata(
+            prepared.config, prepared.base, prepared.dataset, adapter=adapter,
+            batches=prepared.examples.batches_per_epoch,
+            started=float(before.get("ss_training_started_at", self.clock())), prior=prepared.prior_repeats,
+        )  # fmt: skip
+        per_epoch = prepared.examples.steps_per_epoch
+        return lambda step: constant | run_metadata.step_metadata(step, -(-step // per_epoch), self.clock())
+
+    def _rungs_below(self, config: Config) -> Sequence[Config]:
+        """Settings that need less memory."""
+        rungs = plan.ladder(self.run.config)
+        return rungs[rungs.index(config) + 1 :] if config in rungs else []
+
+    def _save_reduced(self, session: Session, prepared: Prepared) -> Checkpoint | None:
+        """The last whole step, saved with the reduced settings; the newest checkpoint when that cannot be."""
+        state, folder = session.state, self.folder.checkpoints
+        lower = self._rungs_below(prepared.config)[0]
+        if state.updating:
+            return checkpoint.newest(folder, self.console.say)
+        regular = state.step > 0 and state.step % lower.save_every == 0
+        settings, about = preparation.settings(lower, prepared), session.about(state.step)
+        path = self.folder.checkpoint(state.step)
+        try:
+            return checkpoint.read(checkpoint.save(path, state, settings, regular=regular, about=about))
+        except OSError as error:
+            self.console.say(f"save      step {state.step} is not saved: {error}")
+            return checkpoint.newest(folder, self.console.say)
+
+    def _reduce(self, prepared: Prepared, saved: Checkpoint | None, full: str) -> Prepared:
+        """Prepare the run again, with settings that need less memory."""
+        rungs = self._rungs_below(prepared.config)
+        self.shared.release()
+        start, changed = f"step {saved.step}" if saved else "the start", preparation.changes(prepared.config, rungs[0])
+        self.console.say(f"memory    none left ({full}). Continues from {start} with {changed}.")
+        prepared = preparation.prepare(rungs[0], self.folder.path, self.console, shared=self.shared, rungs=rungs)
+        self.folder.write_config(prepared.config)
+        return prepared
+
+    def _go_back(self, session: Session, error: train.Diverged) -> Checkpoint | None:
+        """Put the session (in place) back to the last good checkpoint, with half the learning rate.
+
+        Raises:
+            FloatingPointError: the learning rate was halved too often.
+        """
+        factor = session.state.rate_factor / 2
+        with self.team.in_turn():
+            saved = resume.last_good(self.folder.checkpoints)
+        step = saved.step if saved else 0
+        if self.copier:
+            self.copier.back(step)
+        if factor < LEAST_FACTOR:
+            raise FloatingPointError(
+                f"{error} The learning rate was halved {round(math.log2(1 / LEAST_FACTOR))} times, and it happened "
+                f"again. Start again with a lower learning_rate than {session.config.learning_rate:g}, or with "
+                "mixed_precision 'bf16' or 'no'; a picture that every skipped step saw may be the cause: see log.jsonl."
+            ) from error
+        session.state = self._state(session.models, session.prepared, saved)
+        session.metadata = self._metadata(session.prepared, session.state.adapter, saved)
+        session.state.rate_factor = factor
+        self.console.say(f"back      {error} Continues from step {step} with {factor:g} of the learning rate.")
+        return saved
+
+    # ── In a session ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _session_steps(
+        self, session: Session, listeners: Sequence[Listener], saved: Checkpoint | None
+    ) -> Generator[Step, None, None]:
+        """Train with the run's own listeners; saves where it ends."""
+        loop = train.steps(session.unet, session.prepared.base, session.state, session.prepared.examples, self.team)
+        if not self.team.first:
+            yield from self._watched(loop, ())
+            return
+        control, config = self.control, session.config
+        control.prepared, control.step, control.total = session.prepared, session.state.step, session.total
+        with self._bar(session) as show:
+            log = Log(session, show, ((saved.about or {}) if saved else {}).get("log"))
+            saver = Saver(session, log)
+            try:
+                log.board = self._board(session)
+                # The log before what saves it, and requests before the state that they change is saved.
+                own: list[Listener] = [
+                    log, *self._validation(session, log), Requests(session, control, saver, log),
+                    checkpoint.every(config.save_every, config.save_minutes, saver), Sampler(session, control, log),
+                ]  # fmt: skip
+                yield from self._watched(loop, (*own, *listeners))
+                if session.state.step < session.total:  # at its end there is the finished file, which needs less room
+                    saver.stopped()
+            except GeneratorExit:  # whoever iterates has left the loop
+                saver.stopped()
+                raise
+            except BaseException as error:
+                # A run that diverged goes back, and one that lacks memory is saved with the reduced settings.
+                if not isinstance(error, train.Diverged) and not out_of_memory(error):
+                    saver.stopped(error)
+                raise
+            finally:
+                log.close()
+                saver.report_copies()
+
+    def _watched(self, loop: Iterator[Step], listeners: Sequence[Listener]) -> Generator[Step, None, None]:
+        """The loop's steps, after the listeners had them; ends after a step when any process is stopped."""
+        with train.interruptible(self.console.stop) as stop:
+            for step in loop:
+                for listener in listeners:
+                    listener(step)
+                yield step
+                if self.team.any(stop.is_set()):
+                    return
+
+    def _validation(self, session: Session, log: Log) -> list[Listener]:
+        held_out, examples = session.prepared.held_out, session.prepared.examples
+        if not held_out:
+            return []
+        note = lambda mark: log.marks.setdefault(mark.step, {}).update(mark.facts())  # noqa: E731
+        every, base = session.config.validate_every, session.prepared.base
+        return [train.validate_every(every, session.unet, base, session.state, examples, held_out, note)]
+
+    @contextmanager
+    def _bar(self, session: Session) -> Iterator[Callable[[Step, float], None]]:
+        """A progress bar of the steps: called with a step and its loss."""
+        drawn, state = self.console.progress is True, session.state
+        with tqdm(total=session.total, initial=state.step, desc="train", unit="step", disable=not drawn) as line:
+
+            def show(step: Step, loss: float) -> None:
+                with suppress(OSError):  # a terminal that was closed
+                    line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
+                    line.update(step.number - line.n)
+
+            yield show
+
+    def _board(self, session: Session) -> Board | None:
+        try:
+            return Board(self.folder.tensorboard, session.state.step)
+        except OSError as error:
+            self.console.say(f"board     no curves in TensorBoard: {error}. They are in log.jsonl")
+            self.console.failed(ON_BOARD, error)
+        except ImportError:
+            self.console.say("board     tensorboard is not installed: the curves are only in log.jsonl")
+        return None
+
+    # ── The end ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _end(self, session: Session) -> None:
+        """Finish a run that came to its last step or was stopped, and set its result."""
+        config, state, total = session.config, session.state, session.total
+        if not self.team.first:
+            self.run.result = Result(self.folder.path, config, state.step, total, [], None, None)
+            return
+        losses = [self.losses[step] for step in sorted(self.losses)]
+        lora = comparison = None
+        if state.step == total:
+            lora = finish.export(session)
+        finish.attempt(self.console, "loss.png", lambda: finish.draw_loss(self.folder, config))
+        best, advice = self.folder.best()
+        if lora:
+            if best:
+                self.console.say(f"best      {best.name}. {advice}")
+            prepared, step = session.prepared, state.step
+            del session.models, session.state, state  # the adapter is freed before the sheet is made
+            comparison = self._comparison(prepared)
+            self._close_copier(step, [path for path in (lora, comparison) if path])
+        else:
+            step = state.step
+            self._close_copier(step, [])
+            self.console.say(f"stopped   at step {step} of {total}, saved. Start again to continue from there.")
+        self.run.result = Result(
+            self.folder.path, config, step, total, losses, lora, comparison, best, self.console.end()
+        )
+
+    def _comparison(self, prepared: Prepared) -> Path | None:
+        """Make the sheet of prompts × strengths with the finished file and the models that are loaded."""
+        self.shared.restore()  # a second copy of the models might find no room
+        free_memory(Compute.of(prepared.config).device)
+        path, prompts = self.folder.comparison, list(self.control.prompts or prepared.prompts)
+        loaded = Loaded(self.shared.models, self.shared.cache or self.folder.cache)
+
+        comparison = finish.attempt(
+            self.console, path.name,
+            lambda: finish.draw_comparison(self.run, prompts, path, loaded=loaded, console=self.console),
+        )  # fmt: skip
+        if self.console.stop.is_set() and not comparison:
+            self.console.failed(path.name, "stopped")
+        if comparison:
+            strengths = ", ".join(map(str, finish.STRENGTHS[1:]))
+            self.console.say(f"look      {path.name}: the bare base and strengths {strengths} side by side")
+        return comparison
+
+    def _close_copier(self, step: int, files: Sequence[Path]) -> None:
+        """Let the copier finish, with these files of the run's end, and say whether all is at the backup place."""
+        if not self.copier:
+            return
+        if files:
+            self.copier.put(step, {f"{path.stem}-step-{step:06d}{path.suffix}": path for path in files})
+        why = self.copier.close(PATIENCE)
+        for text in self.copier.messages():
+            self.console.say(text)
+        if why:
+            self.console.failed("copies at the second place", why)
 
 
-def _ready(
-    config: Config, folder: Path, team: train.Team, say: Callable[[str], None], progress: bool | Progress,
-    fork: Path | None, stop: threading.Event, keep: Shared,
-) -> tuple[Prepared, checkpoint.Checkpoint | None]:  # fmt: skip
-    """Prepare a run, or find where it goes on, and write down the settings it has."""
-    if fork and (fork / "cache").is_dir() and not (folder / "cache").exists():
-        shutil.copytree(fork / "cache", folder / "cache")  # nothing is encoded twice
-    keep.suit(config)
-    how = {"say": say, "progress": progress, "shared_by": team.size, "store": keep.cache, "held": keep.held}
-    prepared = preparation.prepare(config, folder, stop=stop, **how)
-    warn = lambda text: say(f"resume    {text}")  # noqa: E731
-    saved, fetched = checkpoint.newest(folder / "checkpoints", warn), None
-    if config.backup:
-        place, here = storage.backup_place(config.backup, folder.name), saved.step if saved else 0
-        fetched = storage.newest_backup(place, here, folder / "cache" / "fetched", checkpoint.read_whole, warn)
-        if not fetched:
-            say(f"backup    nothing newer than step {here} at the second place")
-    if not (fetched or saved) and (aside := checkpoint.put_aside(folder / "checkpoints", folder / "log.jsonl")):
-        say(f"resume    begins anew: none of {', '.join(aside)} can be gone on from. They stay as ….aside")
-    if saved := fetched or saved:
-        saved = replace(saved, settings=_as_of_now(saved.settings))
-        lower = _come_down(config, prepared, saved.settings)
-        _known(saved, config, folder, prepared)
-        if lower != prepared.config:
-            say(f"memory    goes on with {preparation.changes(config, lower)}, which the run had come down to")
-            rungs = plan.ladder(config)
-            below = rungs[rungs.index(lower) :]
-            prepared = preparation.prepare(lower, folder, rungs=below, **how)
-    if fetched:
-        saved = replace(saved, path=_take_in(fetched.path, folder))
-        say(f"resume    step {saved.step} comes from the second place")
-    if fork and not saved:
-        saved = _forked(fork, folder, prepared, warn)
-        say(f"fork      begins where {fork.name} was at step {saved.step}")
-    _write(prepared.config, folder)
-    return prepared, saved
-
-
-def _room(prepared: Prepared, folder: Path, say: Callable[[str], None]) -> None:
-    """Say how much of the disk the run may take, and make sure that it can be saved at all.
+def _check_room(prepared: Prepared, folder: RunFolder, console: Console) -> None:
+    """Say how much of the disk the run may take, and check that it can be saved at all.
 
     Raises:
-        OSError: there is no room for two checkpoints, as replacing one needs, and the finished file.
+        OSError: no room for two checkpoints, which replacing one takes, and the finished file.
     """
     config, prediction = prepared.config, prepared.prediction
     averaged = bool(config.ema_decay) or config.optimizer == "adamw_schedulefree"
     whole, weights = checkpoint.sizes(prediction.adapter, prediction.optimizer, averaged)
-    regular = -(-config.total_steps(prepared.batches) // config.save_every)
+    regular = -(-prepared.examples.total_steps // config.save_every)
     thinned = max(0, min(regular, config.keep_checkpoints or regular) - config.keep_states)
     least = 2 * whole + prediction.file_size
     most = (config.keep_states + 1) * whole + thinned * weights + prediction.file_size
-    here = sum(path.stat().st_size for path in checkpoint.checkpoint_paths(folder / "checkpoints"))
-    free = shutil.disk_usage(folder).free + here
+    free = shutil.disk_usage(folder.path).free + sum(path.stat().st_size for path in folder.saved().values())
     readable = plan.readable_bytes
-    say(
-        f"disk      {readable(most)} predicted for checkpoints ({readable(whole)} each, of all but the newest "
-        f"{config.keep_states} the weights, {readable(weights)}) and the file; {readable(free)} free"
+    console.say(
+        f"disk      {readable(most)} predicted for checkpoints (the newest {config.keep_states} take {readable(whole)} "
+        f"each, older ones {readable(weights)}) and the file; {readable(free)} free"
     )
     if free < least:
         raise OSError(
             errno.ENOSPC,
-            f"no room for the run in {folder.name}: {least:,} bytes are needed at least, {free:,} are free. Make room "
+            f"no room for the run in {folder.name}: it needs at least {least:,} bytes, {free:,} are free. Make room "
             "or choose another folder",
         )
     if free < most:
-        say(
-            "          not enough for all: raise save_every, set keep_checkpoints or make room. What finds none is told"
-        )
-
-
-def _finish(copier: storage.Copier | None, say: Console) -> None:
-    """Wait for the second place to have all that it shall, and say whether it has."""
-    if copier:
-        why = copier.close(PATIENCE)
-        for text in copier.told():
-            say(text)
-        if why:
-            say.failed("copies at the second place", why)
-
-
-def _telling(
-    config: Config, prepared: Prepared, state: train.State, per_epoch: int, saved: checkpoint.Checkpoint | None,
-    clock: Callable[[], float],
-) -> Callable[[int], dict[str, str]]:  # fmt: skip
-    """What makes of a step the metadata of a LoRA that was trained until then."""
-    said = ((saved.about or {}) if saved else {}).get("metadata", {})
-    about = run_metadata.run_metadata(
-        config, prepared.base, prepared.dataset, adapter=state.adapter, batches=prepared.batches,
-        started=float(said.get("ss_training_started_at", clock())), prior=prepared.prior_repeats,
-    )  # fmt: skip
-    return lambda step: about | run_metadata.step_metadata(step, -(-step // per_epoch), clock())
-
-
-def _write(config: Config, folder: Path) -> None:
-    with storage.write_file(folder / "config.json") as partial:
-        partial.write_text(config.to_json(), encoding="utf-8")
-
-
-def _state(
-    models: dict[str, torch.nn.Module], prepared: Prepared, device, dtype, saved: checkpoint.Checkpoint | None,
-    team: train.Team,
-) -> train.State:  # fmt: skip
-    """A fresh adapter in the models, in place of any that is there, and the state around it as `saved` has it."""
-    config, base = prepared.config, prepared.base
-    adapters.eject(models)
-    adapter = adapters.fresh(models, config)
-    if config.start_from and not saved:
-        adapters.copy_weights(adapter, base, config.start_from)
-    elif not saved:
-        train.initialise(
-            adapter, models["unet"], base, prepared.pictures, prepared.repeats, prepared.texts, config, team
-        )  # fmt: skip
-    state = train.initial_state(adapter, config, device, dtype)
-    if saved:
-        checkpoint.restore(state, saved)
-    return state
-
-
-def _hopeless(error: Exception, config: Config) -> str:
-    return (
-        f"{error} The learning rate was halved {round(math.log2(1 / LEAST_FACTOR))} times, and it happened again. "
-        f"Start anew with a lower learning_rate than {config.learning_rate:g}, or mixed_precision 'bf16' or 'no'; a "
-        "picture that every skipped step saw may be the cause: see log.jsonl."
-    )
-
-
-def _drain(
-    unet, prepared: Prepared, state: train.State, config: Config, folder: Path, decided: dict,
-    at: Callable[[int], dict[str, str]], total: int, say: Console, progress: bool | Progress,
-    live: Live, listeners: Sequence[Callable[[Step], None]], losses: dict[int, float], team: train.Team,
-    copier: storage.Copier | None, kept: str | None,
-) -> None:  # fmt: skip
-    """The training itself, with the run's own listeners; saves where it ends, puts down each step's loss."""
-    loop = train.steps(unet, prepared.base, state, prepared.pictures, prepared.repeats, prepared.texts, config, team)
-    if not team.first:
-        train.drain(loop, stop=live.stop, team=team)
-        return
-    live.prepared, live.step, live.total = prepared, state.step, total
-
-    with tqdm(total=total, initial=state.step, desc="train", unit="step", disable=progress is not True) as line:
-
-        def show(step: Step, loss: float) -> None:
-            with suppress(OSError):  # a terminal that was closed
-                line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
-                line.update(step.number - line.n)
-
-        log = log_module.Log(folder / "log.jsonl", state.step, prepared.names, show, say, losses, kept)
-        about = lambda step: {"family": prepared.base.family, "metadata": at(step)}  # noqa: E731
-        keeper = saver.Keeper(folder, state, decided, config, about, log, copier, say)
-        try:
-            log.board = _board(folder / "tensorboard", state.step, say)
-            keep = checkpoint.every(config.save_every, config.save_minutes, keeper)
-            own = [  # the log before what saves it, and wishes before the state is saved that has them
-                log, obeying(live, state, prepared, config, keeper, log, folder / "STOP", say, team), keep,
-                sampler(unet, state, prepared, config, folder, live, say, log),
-            ]  # fmt: skip
-            if prepared.held_out:
-                own_pictures = [picture for picture in prepared.pictures if not picture.prior]
-                judge = train.validate_every(
-                    config.validate_every, unet, state, prepared.base, prepared.held_out, own_pictures, prepared.texts,
-                    config, lambda mark: log.marks.setdefault(mark.step, {}).update(mark.facts()),
-                )  # fmt: skip
-                own.insert(1, judge)
-            train.drain(loop, *own, *listeners, stop=live.stop, team=team)
-            if state.step < total:  # at its end there is the finished file, which needs less room
-                keeper.stopped()
-        except BaseException as error:
-            # A run that diverged goes back, and one that lacks memory is saved with the settings it comes down to.
-            if not isinstance(error, train.Diverged) and not out_of_memory(error):
-                keeper.stopped(error)
-            raise
-        finally:
-            log.close()
-            keeper.listen()
-
-
-def _board(folder: Path, resumed_at: int, say: Console) -> log_module.Board | None:
-    try:
-        return log_module.Board(folder, resumed_at)
-    except OSError as error:
-        say(f"board     no curves in TensorBoard: {error}. They are in log.jsonl")
-        say.failed(log_module.ON_BOARD, error)
-        return None
-    except ImportError:
-        say("board     tensorboard is not installed: the curves are in log.jsonl alone")
-        return None
+        console.say("          not enough for all of them: raise save_every, set keep_checkpoints or make room")

@@ -1,11 +1,13 @@
-"""Prompts → pictures, with adapters at chosen strengths, one after the other as they are made.
+"""Denoise latents with a UNet, and decode them to pictures.
 
-A picture depends on its own prompt and seed alone, whatever is made beside it in a batch.
+A picture depends on its own prompt and seed only, not on the pictures that are made in the same batch.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from lorakit import base as bases
 from lorakit.base import Text
+from lorakit.config import Config
 from lorakit.device import autocast, free_memory, out_of_memory
 
 SCHEDULERS: dict[str, tuple[str, dict]] = {
@@ -25,11 +28,60 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {
     "lcm": ("LCMScheduler", {}),  # for LoRAs and bases that were made for 4 to 8 steps, at a guidance of 1 to 2
 }
 DEFAULT_SCHEDULER = "dpm++_2m_karras"
-FEWEST = 16  # latents on a side of a tile
 ANCESTRAL = ("euler_a", "lcm")  # draw noise at each step
+SMALLEST_TILE = 16  # latent cells on a side
 
 
-def scheduler(name: str, base: bases.Base):
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made from prompts.
+
+    Attributes:
+        negative: the prompt that guidance pushes away from.
+        steps: denoising steps.
+        guidance: strength of the prompt; 1 follows the prompt only and takes half the time
+            (classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598).
+        scheduler: one of SCHEDULERS.
+        size: (height, width) in pixels; None takes the base's own.
+        clip_skip: 1 takes the text encoder's last layer, 2 the one before.
+        seeds: one for each prompt, or the first prompt's, from which the others count up.
+    """
+
+    negative: str = ""
+    steps: int = 25
+    guidance: float = 7.0
+    scheduler: str = DEFAULT_SCHEDULER
+    size: tuple[int, int] | None = None
+    clip_skip: int = 1
+    seeds: int | Sequence[int] = 0
+
+    @classmethod
+    def of(cls, config: Config) -> "Sampling":
+        """The settings of a run's sample pictures."""
+        return cls(
+            steps=config.sample_steps, guidance=config.sample_guidance, size=(config.resolution, config.resolution),
+            clip_skip=config.clip_skip, seeds=config.seed,
+        )  # fmt: skip
+
+    def resolve(self, count: int, base: bases.Base) -> tuple[list[int], tuple[int, int]]:
+        """The seed of each of `count` prompts, and the size (height, width) in pixels.
+
+        Raises:
+            ValueError: an unknown scheduler, another number of seeds than prompts, or a size the base cannot make.
+        """
+        make_scheduler(self.scheduler, base)
+        seeds = [self.seeds + i for i in range(count)] if isinstance(self.seeds, int) else list(self.seeds)
+        if len(seeds) != count:
+            raise ValueError(
+                f"{len(seeds)} seeds were given for {count} prompts. Give one for each, or a single number."
+            )
+        height, width = self.size or (base.resolution, base.resolution)
+        if height % base.step or width % base.step:
+            raise ValueError(f"Sample size {width}×{height} must be multiples of {base.step} pixels for {base.name}.")
+        return seeds, (height, width)
+
+
+def make_scheduler(name: str, base: bases.Base) -> Any:
     """A diffusers scheduler with the base's own noise schedule.
 
     Raises:
@@ -45,151 +97,130 @@ def scheduler(name: str, base: bases.Base):
     return getattr(diffusers, cls).from_config(base.configs["scheduler"], **options)
 
 
-def suits(base: bases.Base, size: tuple[int, int]) -> None:
-    if size[0] % base.step or size[1] % base.step:
-        raise ValueError(f"Sample size {size[1]}×{size[0]} must be multiples of {base.step} pixels for {base.name}.")
+@dataclass
+class Denoiser:
+    """A UNet with the settings it denoises by.
 
-
-@torch.no_grad()
-def sample_latents(
-    unet, base: bases.Base, texts: Sequence[Text], negative: Text, seeds: Sequence[int], *, size: tuple[int, int],
-    steps: int = 25, guidance: float = 7.0, scheduler_name: str = DEFAULT_SCHEDULER, batch: int = 4,
-    on_picture: Callable[[int], None] | None = None, stop: threading.Event | None = None, empty: Text | None = None,
-) -> Tensor:  # fmt: skip
-    """Denoise one set of latents a text.
-
-    Args:
-        texts, seeds: a prompt and a seed for each picture, N of them.
-        negative: what guidance pushes away from.
-        size: (height, width) in pixels, multiples of `base.step`.
-        guidance: 1 follows the prompt alone and costs half.
-        batch: pictures at once, at most; half as many where there is no memory for them.
+    Attributes:
+        size: (height, width) in pixels.
+        batch: prompts denoised together, at most. Halved when the memory does not suffice, and stays so.
         stop: once it is set, no further step is made.
-        empty: the empty prompt, which prompts are filled up with where the negative one is longer, and it where they
-            are; None does with the negative one.
-
-    Returns:
-        Latents (N, C, height / factor, width / factor), float32, on the CPU; of those finished, where it was stopped.
-
-    Raises:
-        ValueError: size does not suit the base.
-
-    Source: Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance).
     """
-    suits(base, size)
-    made = [torch.empty(0, *_shape(base, size))]
-    batches = in_batches(unet, base, texts, negative, seeds, size, steps, guidance, scheduler_name, batch, stop, empty)
-    for some, _ in batches:
-        made.append(some)
-        if on_picture:
-            on_picture(sum(map(len, made)))
-    return torch.cat(made)
 
+    unet: Any
+    base: bases.Base
+    sampling: Sampling
+    size: tuple[int, int]
+    batch: int = 4
+    stop: threading.Event | None = None
 
-def _shape(base: bases.Base, size: tuple[int, int]) -> tuple[int, int, int]:
-    return base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[Text], seeds: Sequence[int], negative: Text, empty: Text) -> Iterator[Tensor]:
+        """Denoise one picture for each text, batch by batch; ends early when it is stopped.
 
+        Args:
+            texts, seeds: N prompts, and a seed for each.
+            empty: the empty prompt, which fills up the shorter one of a prompt and `negative`.
 
-@torch.no_grad()
-def in_batches(
-    unet, base: bases.Base, texts: Sequence[Text], negative: Text, seeds: Sequence[int], size: tuple[int, int],
-    steps: int, guidance: float, scheduler_name: str, batch: int, stop: threading.Event | None, empty: Text | None,
-) -> Iterator[tuple[Tensor, int]]:  # fmt: skip
-    """`latents` batch by batch; each with how many at once there was memory for."""
-    lengths = [max(len(text.embeddings), len(negative.embeddings)) for text in texts]
-    start = 0
-    while start < len(texts):
-        end = start + 1
-        while end < len(texts) and end - start < batch and lengths[end] == lengths[start]:
-            end += 1
-        some = [bases.pad_text(text, empty or negative, lengths[start]) for text in texts[start:end]]
-        unwanted = bases.pad_text(negative, empty or negative, lengths[start])
-        full = False
+        Yields:
+            Latents (n, C, height / factor, width / factor) of the next n texts, float32, on the CPU.
+        """
+        lengths = [max(len(text.embeddings), len(negative.embeddings)) for text in texts]
+        start = 0
+        while start < len(texts):
+            end = start + 1
+            while end < len(texts) and end - start < self.batch and lengths[end] == lengths[start]:
+                end += 1
+            padded = [bases.pad_text(text, empty, lengths[start]) for text in (*texts[start:end], negative)]
+            latents = self._or_less(padded, seeds[start:end])
+            if latents is None:
+                continue
+            if not len(latents):
+                return
+            yield latents
+            start = end
+
+    def _or_less(self, texts: Sequence[Text], seeds: Sequence[int]) -> Tensor | None:
+        """`_denoise`; None when there is no memory for so many, and `batch` was halved."""
         try:
-            x = _denoised(
-                unet, base, some, unwanted, seeds[start:end], _shape(base, size), size, steps, guidance,
-                scheduler_name, stop,
-            )  # fmt: skip
+            return self._denoise(texts, seeds)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or end - start == 1:
+            if not out_of_memory(error) or len(seeds) == 1:
                 raise
-            full = True  # what the step allocated goes with the error
-        if full:
-            batch = (end - start + 1) // 2
-            free_memory(unet.device)
-            continue
-        if x is None:
-            break
-        yield x, batch
-        start = end
+        self.batch = (len(seeds) + 1) // 2
+        free_memory(self.unet.device)  # the memory of the failed step went with its error
+        return None
 
-
-def _denoised(
-    unet, base: bases.Base, texts: Sequence[Text], negative: Text, seeds: Sequence[int], shape: tuple[int, int, int],
-    size: tuple[int, int], steps: int, guidance: float, scheduler_name: str, stop: threading.Event | None,
-) -> Tensor | None:  # fmt: skip
-    """`latents` of one batch, of texts of one length; None where it was stopped."""
-    device, dtype = unet.device, unet.dtype
-    randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = torch.stack([torch.randn(*shape, generator=random) for random in randoms]).to(device)
-    both = [*texts, *([negative] * len(texts) if guidance > 1 else [])]
-    embeddings = torch.stack([text.embeddings for text in both]).to(device, dtype)
-    conditions = None
-    if base.family == "sdxl":
-        pooled = torch.stack([text.pooled for text in both]).to(device, dtype)
-        sizes = bases.size_conditions(size, (0, 0), size).repeat(len(both), 1)
-        conditions = {"text_embeds": pooled, "time_ids": sizes.to(device, dtype)}
-    stepper = scheduler(scheduler_name, base)
-    # LCM takes its steps from among 50 others, unless told to from more.
-    among = {"original_inference_steps": steps} if scheduler_name == "lcm" and steps > 50 else {}
-    stepper.set_timesteps(steps, device=device, **among)
-    x = x * stepper.init_noise_sigma
-    # From each picture's own generator, whatever the batch.
-    random = {"generator": randoms} if scheduler_name in ANCESTRAL else {}
-    for timestep in stepper.timesteps:
-        if stop and stop.is_set():
-            return None
-        scaled = stepper.scale_model_input(x, timestep).to(dtype)
-        scaled = torch.cat([scaled, scaled]) if guidance > 1 else scaled
-        with autocast(device, dtype):
-            answer = unet(scaled, timestep, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
-        answer = answer.float()
-        if guidance > 1:
-            wanted, unwanted = answer.chunk(2)
-            answer = unwanted + guidance * (wanted - unwanted)
-        x = stepper.step(answer, timestep, x, **random).prev_sample
-    return x.cpu()
+    def _denoise(self, texts: Sequence[Text], seeds: Sequence[int]) -> Tensor:
+        """Latents of one batch of texts, the negative one last; empty when it was stopped."""
+        device, dtype, sampling = self.unet.device, self.unet.dtype, self.sampling
+        height, width = self.size
+        shape = self.base.latent_channels, height // self.base.vae_factor, width // self.base.vae_factor
+        randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
+        x = torch.stack([torch.randn(*shape, generator=random) for random in randoms]).to(device)
+        *prompts, negative = texts
+        guided = sampling.guidance > 1
+        both = [*prompts, *[negative] * (len(prompts) * guided)]
+        embeddings = torch.stack([text.embeddings for text in both]).to(device, dtype)
+        conditions = None
+        if self.base.family == "sdxl":
+            pooled = torch.stack([text.pooled for text in both]).to(device, dtype)
+            sizes = bases.size_conditions(self.size, (0, 0), self.size).repeat(len(both), 1)
+            conditions = {"text_embeds": pooled, "time_ids": sizes.to(device, dtype)}
+        scheduler = make_scheduler(sampling.scheduler, self.base)
+        # LCM takes its steps from 50 timesteps unless it is given more.
+        options = (
+            {"original_inference_steps": sampling.steps} if sampling.scheduler == "lcm" and sampling.steps > 50 else {}
+        )
+        scheduler.set_timesteps(sampling.steps, device=device, **options)
+        x = x * scheduler.init_noise_sigma
+        noise = {"generator": randoms} if sampling.scheduler in ANCESTRAL else {}  # one generator for each picture
+        for timestep in scheduler.timesteps:
+            if self.stop and self.stop.is_set():
+                return x[:0].cpu()
+            scaled = scheduler.scale_model_input(x, timestep).to(dtype)
+            scaled = torch.cat([scaled, scaled]) if guided else scaled
+            with autocast(device, dtype):
+                answer = self.unet(
+                    scaled, timestep, encoder_hidden_states=embeddings, added_cond_kwargs=conditions
+                ).sample
+            answer = answer.float()
+            if guided:
+                with_prompt, without = answer.chunk(2)
+                answer = without + sampling.guidance * (with_prompt - without)
+            x = scheduler.step(answer, timestep, x, **noise).prev_sample
+        return x.cpu()
 
 
 @torch.no_grad()
-def decode_latents(vae, latents: Tensor) -> list[Image.Image]:
-    """Latents (N, C, h, w), as `latents` gives them, → RGB pictures; in tiles where whole ones do not fit."""
+def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
+    """Decode latents (N, C, h, w) to RGB pictures, in tiles where whole ones do not fit into memory."""
     pictures = []
     for x in latents:
         x = x[None].to(vae.device, vae.dtype) / vae.config.scaling_factor
         x = x + (getattr(vae.config, "shift_factor", None) or 0.0)
-        y = (_decoded(vae, x).float().clamp(-1, 1) + 1) * 127.5
+        y = (_decode(vae, x).float().clamp(-1, 1) + 1) * 127.5
         pictures.append(Image.fromarray(y.permute(1, 2, 0).round().byte().cpu().numpy()))
     return pictures
 
 
-def _decoded(vae, x: Tensor) -> Tensor:
+def _decode(vae: Any, x: Tensor) -> Tensor:
     side, factor = max(x.shape[-2:]), 2 ** (len(vae.config.block_out_channels) - 1)
     while True:
         try:
             return vae.decode(x).sample[0]
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or side < 2 * FEWEST:
+            if not out_of_memory(error) or side < 2 * SMALLEST_TILE:
                 raise
-        free_memory(vae.device)  # what the attempt allocated is gone with the error
+        free_memory(vae.device)  # the memory of the failed attempt went with its error
         vae.enable_tiling()
         side //= 2
         vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * factor
 
 
 @contextmanager
-def borrow(unet) -> Iterator:
-    """The training UNet in sampling state: no dropout, no gradients; handed back as it was, randomness too."""
+def borrow(unet: Any) -> Iterator[Any]:
+    """Inside, the training UNet samples: no dropout, no gradients. Afterwards it and all randomness are as before."""
     training = unet.training
     numpy_state, devices = np.random.get_state(), [unet.device] if unet.device.type == "cuda" else []
     unet.eval()

@@ -1,14 +1,14 @@
-"""Pictures that a base makes, with captions, as training or regularisation data.
+"""Make pictures with captions from a base, as training or regularisation data.
 
-The folder grows picture by picture. Each carries its prompt, seed and settings in its own metadata, so that a call that
-was cut goes on where it was.
+The folder grows picture by picture. Each file holds its prompt, seed and settings, so that a call that was cut
+continues where it stopped.
 """
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -16,102 +16,90 @@ from tqdm.auto import tqdm
 
 from lorakit import base as bases
 from lorakit import storage
-from lorakit.device import choose_device, compute_dtype, free_memory
-from lorakit.sample import denoise, png
+from lorakit.device import Compute
+from lorakit.sample import png
+from lorakit.sample.denoise import Sampling
+from lorakit.sample.sampler import Variant, stream
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A picture that is to be there."""
+class _Picture:
+    """A picture of the folder, made or not."""
 
     path: Path
     prompt: str
     caption: str
     seed: int
-    facts: str  # prompt, seed and settings, as A1111's "PNG Info" reads them
+    infotext: str
 
 
 def generate_pictures(
-    base: bases.Base, prompts: Sequence[str], folder: Path, *, name: str, repeats: int = 1, seeds: Sequence[int] = (0,),
-    captions: Sequence[str] = (), negative: str = "", size: tuple[int, int] | None = None, steps: int = 25,
-    guidance: float = 7.0, scheduler_name: str = denoise.DEFAULT_SCHEDULER, clip_skip: int = 1, device: str = "auto",
-    precision: str = "auto", quantize: str = "none", batch: int = 4,
+    base: bases.Base, prompts: Sequence[str], folder: Path, name: str, sampling: Sampling | None = None, *,
+    repeats: int = 1, captions: Sequence[str] = (), compute: Compute | None = None,
 ) -> Path:  # fmt: skip
     """Make a picture of each prompt with each seed, in kohya's form: `FOLDER/REPEATS_NAME/….png` with its `….txt`.
 
-    What is there already, whole and made with the same settings, is not made again; no caption file is written over.
-    UNet and VAE are loaded once, side by side, so that every batch can be looked at.
+    Whole pictures of the same settings are not made again; existing caption files are not overwritten.
 
     Args:
         name: what the pictures show, as in "1_cat".
-        repeats: times per epoch.
-        captions: one for each prompt; by default the prompts themselves.
-        size: (height, width) in pixels; None is the base's own.
-        quantize: as for `base.load_unet`.
+        sampling: its `seeds` are used for every prompt.
+        repeats: times that each picture counts in an epoch.
+        captions: one for each prompt; by default the prompts.
+        compute: None chooses the best of this machine.
 
     Returns:
         The folder of the pictures.
 
     Raises:
-        ValueError: settings that make no pictures or do not suit the base.
+        ValueError: nothing to make, a name that cannot be a folder's, or settings that do not suit the base.
     """
+    sampling = sampling or Sampling()
+    seeds = [sampling.seeds] if isinstance(sampling.seeds, int) else list(sampling.seeds)
     if not prompts or not seeds or len(captions or prompts) != len(prompts):
         raise ValueError(
-            f"{len(prompts)} prompts, {len(seeds)} seeds and {len(captions)} captions: give a prompt and a seed at "
-            "least, and a caption for each prompt or none."
+            f"{len(prompts)} prompts, {len(seeds)} seeds and {len(captions)} captions: give at least one prompt and "
+            "one seed, and one caption for each prompt or none."
         )
     if not 1 <= repeats <= 999 or not re.fullmatch(r"[^/\\]+", name):
-        raise ValueError(f"A folder {repeats}_{name} does not say its repeats: give 1 to 999, and a plain name.")
-    denoise.scheduler(scheduler_name, base)  # an unknown name is told before anything is loaded
-    size = size or (base.resolution, base.resolution)
-    settings = {"steps": steps, "guidance": guidance, "scheduler_name": scheduler_name, "clip_skip": clip_skip}
-    folder, wanted = Path(folder).expanduser() / f"{repeats}_{name}", []
+        raise ValueError(f"A folder {repeats}_{name} cannot hold repeats: give 1 to 999, and a name without slashes.")
+    _, size = replace(sampling, seeds=0).resolve(1, base)
+    folder, pictures = Path(folder).expanduser() / f"{repeats}_{name}", []
     for prompt, caption in dict(zip(prompts, captions or prompts, strict=True)).items():
         for seed in seeds:
-            facts = png.infotext(prompt, seed, size, negative=negative, model=base.name, **settings)
-            wanted.append(Wanted(folder / f"{_slug(prompt)}-seed-{seed}.png", prompt, caption, seed, facts))
-    missing = [one for one in wanted if not _is_there(one)]
+            text = png.infotext(prompt, seed, size, sampling, base.name)
+            pictures.append(_Picture(folder / f"{_slug(prompt)}-seed-{seed}.png", prompt, caption, seed, text))
+    missing = [picture for picture in pictures if not _is_whole(picture)]
     if not missing:
         return folder
-    target = choose_device(device)
-    dtype = compute_dtype(precision, target)
-    with tempfile.TemporaryDirectory() as scratch:
-        said = [*(one.prompt for one in missing), negative]
-        texts = bases.encode_texts(base, said, Path(scratch), device=target, dtype=dtype, clip_skip=clip_skip)
-    unet, vae = bases.load_unet(base, dtype, target, quantize), bases.load_vae(base, dtype, target)
-    with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc="generating", unit="picture") as bar:
-        for start in range(0, len(missing), batch):
-            some = missing[start : start + batch]
-            latents = denoise.sample_latents(
-                unet, base, [texts[one.prompt] for one in some], texts[negative], [one.seed for one in some], size=size,
-                steps=steps, guidance=guidance, scheduler_name=scheduler_name, batch=batch,
-            )  # fmt: skip
-            for one, picture in zip(some, denoise.decode_latents(vae, latents), strict=True):
-                _write(one, picture)
-                bar.update()
-    del unet, vae
-    free_memory(target)
+    sampling = replace(sampling, seeds=[picture.seed for picture in missing])
+    images = stream(base, [picture.prompt for picture in missing], [Variant()], sampling, compute=compute)
+    with closing(images), tqdm(total=len(pictures), initial=len(pictures) - len(missing), unit="picture") as bar:
+        for row, _, image in images:
+            _write(missing[row], image)
+            bar.update()
     return folder
 
 
 def _slug(prompt: str) -> str:
-    """A file name that tells the prompt, and no other prompt's."""
+    """A file name that shows the prompt and is unique to it."""
     words = re.sub(r"\W+", "-", prompt).strip("-")[:40]
     return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
 
 
-def _is_there(wanted: Wanted) -> bool:
+def _is_whole(picture: _Picture) -> bool:
+    """Whether the picture and its caption are there, made with the same settings."""
     try:
-        with Image.open(wanted.path, formats=["PNG"]) as image:
+        with Image.open(picture.path, formats=["PNG"]) as image:
             image.load()
-            return image.info.get("parameters") == wanted.facts and wanted.path.with_suffix(".txt").exists()
+            return image.info.get("parameters") == picture.infotext and picture.path.with_suffix(".txt").exists()
     except (OSError, ValueError, SyntaxError):
         return False
 
 
-def _write(wanted: Wanted, picture: Image.Image) -> None:
-    caption = wanted.path.with_suffix(".txt")
-    if not caption.exists():  # a person may have written it anew
+def _write(picture: _Picture, image: Image.Image) -> None:
+    caption = picture.path.with_suffix(".txt")
+    if not caption.exists():  # somebody may have edited it
         with storage.write_file(caption) as partial:
-            partial.write_text(wanted.caption + "\n", encoding="utf-8")
-    png.write_picture(picture, wanted.path, wanted.facts)
+            partial.write_text(picture.caption + "\n", encoding="utf-8")
+    png.write_picture(image, picture.path, picture.infotext)

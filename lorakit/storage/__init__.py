@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, archives, backups, fetched models, cached tensors."""
+"""Files that are complete or absent, archives, backups, models from the Hub, safetensors files."""
 
 from typing import TYPE_CHECKING
 
@@ -8,12 +8,14 @@ __all__ = []
 
 if TYPE_CHECKING:
     from lorakit.storage.archive import mirror_folder, unpack
-    from lorakit.storage.backup import Copier, Source, backup_names, backup_place, copy_verified, log_name
+    from lorakit.storage.backup import Copier, Source, backup_name, backup_place, copy_verified, log_name
     from lorakit.storage.backup import newest_backup
-    from lorakit.storage.files import DISK_FULL, append_lines, claim_folder, remove_partial, sha256, write_file
-    from lorakit.storage.files import write_folder
-    from lorakit.storage.index import WORKERS, measure_files
-    from lorakit.storage.models import fetch_model, first_line, locate_model
-    from lorakit.storage.tensors import cache_key, digest_tensors, own_memory, read_cached, write_cached
+    from lorakit.storage.files import DISK_FULL, append_lines, claim_folder, first_line, remove_partial, sha256
+    from lorakit.storage.files import user_cache, write_file, write_folder
+    from lorakit.storage.index import measure_files
+    from lorakit.storage.models import fetch_from_hub, fetch_model, is_hub_id, locate_model
+    from lorakit.storage.tensors import cache_key, digest_tensors, open_safetensors, own_memory, read_cached
+    from lorakit.storage.tensors import read_header, write_cached
+    from lorakit.storage.threads import WORKERS, thread_pool
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Files and folders that are complete or absent."""
 
 import errno
 import hashlib
@@ -9,139 +9,149 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 UNLOCKED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def user_cache() -> Path:
+    """The folder of lorakit's caches for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorakit")
+
+
 @contextmanager
 def write_file(path: str | Path, size: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends, put what was written there in `path`'s place.
+    """Yield a temporary path in the same folder; when the block ends, move the file written there to `path`.
 
-    Whoever opens `path` sees the old file or the new one, never a part of it, even if the machine dies meanwhile.
-    On any exception the temporary file is removed and `path` left as it was. Missing folders are made.
+    A reader of `path` sees the old file or the new one, never a part of it, even if the machine stops meanwhile.
+    On any exception the temporary file is removed and `path` is unchanged. Missing folders are made.
 
     Args:
-        size: bytes that will be written, for the message when there is no room.
+        size: bytes that will be written, for the message when the disk is full.
 
     Raises:
-        OSError: no room, or no right to write there (PermissionError); says what to do.
+        OSError: the disk is full, or `path` must not be written (PermissionError); the message gives advice.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{path} is a folder: give the name of a file")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with _replace(path, size) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())  # else a power cut can leave the new name on empty blocks
-        os.replace(partial, path)
-    except BaseException as error:
-        written = 0
-        with suppress(OSError):
-            written = partial.stat().st_size
-            partial.unlink()
-        if explained := _explain(error, path, partial, f"{size:,}" if size else f"more than {written:,}"):
-            raise explained from error
-        raise
-    _sync_folder(path.parent)
 
 
 @contextmanager
 def write_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; when the block ends, give it that name. All of it is there, or nothing.
+    """Yield a temporary folder in the same place; when the block ends, rename it to `path`, with all of its files.
 
     Raises:
-        FileExistsError: something of that name is there already.
-        OSError: as `replacing`.
+        FileExistsError: `path` exists and is not an empty folder.
+        OSError: as `write_file`.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(errno.EEXIST, f"{path.name} is there already: name a new folder, or remove it first")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed program left
+        raise FileExistsError(errno.EEXIST, f"{path.name} already exists: name a new folder, or remove it first")
+    with _replace(path, None) as partial:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed program
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb+") as stream:
-                    os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        shutil.rmtree(partial, ignore_errors=True)
-        if explained := _explain(error, path, partial, f"more than {written:,}"):
-            raise explained from error
-        raise
-    _sync_folder(path.parent)
-
-
-def append_lines(path: str | Path, text: str) -> None:
-    """Add lines to a file, all of them or none, in UTF-8.
-
-    Raises:
-        OSError: as `replacing`; the file is what it was then.
-    """
-    path, left = Path(path), memoryview(text.encode())
-    with path.open("ab", buffering=0) as stream:  # a buffer would try again while it is closed
-        before = stream.tell()
-        try:
-            while left:
-                left = left[stream.write(left) :]
-        except BaseException as error:
-            with suppress(OSError):
-                os.truncate(path, before)
-            if explained := _explain(error, path, path, f"{len(text):,}"):
-                raise explained from error
-            raise
 
 
 @contextmanager
-def claim_folder(folder: Path) -> Iterator[None]:
-    """Let nobody else claim the folder inside a `with` block: no other process, and no other thread of this one.
+def _replace(path: Path, size: int | None) -> Iterator[Path]:
+    """Yield the temporary path; when the block ends, flush the files there and move them to `path`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        for file in _files(partial):
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())  # else a power cut can leave the new name on empty blocks
+        os.replace(partial, path)
+    except BaseException as error:
+        written = 0
+        with suppress(OSError):
+            written = sum(file.stat().st_size for file in _files(partial))
+            _remove(partial)
+        _raise_with_advice(error, path, partial, f"{size:,}" if size else f"more than {written:,}")
+    with suppress(OSError):  # Windows and some network drives can flush no folder, and need not
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # else the new name may be lost
+        finally:
+            os.close(handle)
 
-    The system takes the claim back when a process dies. File systems that know no locks are used without.
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed program left in a folder."""
+    for path in folder.rglob(".*.partial"):
+        _remove(path)
+
+
+def append_lines(path: str | Path, text: str) -> None:
+    """Append lines to a file in UTF-8, all of them or none.
 
     Raises:
-        BlockingIOError: somebody has claimed it.
+        OSError: as `write_file`; the file is unchanged.
+    """
+    path, rest = Path(path), memoryview(text.encode())
+    with path.open("ab", buffering=0) as stream:  # a buffer would try again while it is closed
+        before = stream.tell()
+        try:
+            while rest:
+                rest = rest[stream.write(rest) :]
+        except BaseException as error:
+            with suppress(OSError):
+                os.truncate(path, before)
+            _raise_with_advice(error, path, path, f"{len(text):,}")
+
+
+@contextmanager
+def claim_folder(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Lock the folder during a `with` block, against other processes and other threads of this one.
+
+    The system frees the lock when the process ends. File systems without locks are used unlocked.
+
+    Args:
+        wait: until it is free; else a locked folder is an error.
+
+    Raises:
+        BlockingIOError: it is already locked.
         OSError: it cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    firm = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters else {}
-    lock = FileLock(folder / ".lock", timeout=0, **firm)
+    known = inspect.signature(FileLock.__init__).parameters
+    firm: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in known else {}
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0, **firm)
     try:
         lock.acquire()
     except Timeout:
         raise BlockingIOError(
-            f"{folder.name} is in use: another program, notebook or cell works in it. Stop that one first (a file "
-            "named STOP in the folder ends a run after its step), or name another folder."
+            f"{folder.name} is in use by another program, notebook or cell. Stop that one first (a file named STOP in "
+            "the folder ends a run after its step), or name another folder."
         ) from None
     except NotImplementedError:
         pass
     except OSError as error:
-        if error.errno in UNLOCKED:
-            yield
-            return
-        if explained := _explain(error, folder / ".lock", folder / ".lock", "a few"):
-            raise explained from error
-        raise
+        if error.errno not in UNLOCKED:
+            _raise_with_advice(error, folder / ".lock", folder / ".lock", "a few")
     try:
         yield
     finally:
         lock.release()
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what a killed program left half-written in a folder."""
-    for path in folder.rglob(".*.partial"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -153,33 +163,33 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _explain(error: BaseException, path: Path, partial: Path, size: str) -> OSError | None:
-    """The same error with advice, if it is about writing `path`."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters without the full stop; else its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__
+
+
+def _raise_with_advice(error: BaseException, path: Path, partial: Path, size: str) -> NoReturn:
+    """Raise the error again, with advice if the system refused to write `path`.
+
+    Args:
+        size: bytes that were to be written, as text.
+    """
     if isinstance(error, OSError):
         code = error.errno
-    else:  # safetensors' writer is Rust: what the system said is only in its text
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(told[1]) if told else None
+    else:  # safetensors' writer is Rust: the system's error is only in its text
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(match[1]) if match else None
+    name = getattr(error, "filename", None)
     if code in DISK_FULL:
         free = ""
         with suppress(OSError):
             free = f", {shutil.disk_usage(path.parent).free:,} are free"
-        where = f"{path.name} in {path.parent}"
-        return OSError(code, f"no room for {where}: {size} bytes are needed{free}. Make room or choose another folder")
-    about = getattr(error, "filename", None)
-    if code in FORBIDDEN and (about is None or Path(os.fsdecode(about)) in (path, partial, *path.parents)):
-        reason = os.strerror(code).lower()
-        return OSError(code, f"{path.name} cannot be written in {path.parent}, {reason}. Choose another folder")
+        needs = f"no room for {path.name} in {path.parent}: {size} bytes are needed{free}"
+        raise OSError(code, f"{needs}. Make room or choose another folder") from error
+    if code in FORBIDDEN and (name is None or Path(os.fsdecode(name)) in (path, partial, *path.parents)):
+        reason = f"{path.name} cannot be written in {path.parent}, {os.strerror(code).lower()}"
+        raise OSError(code, f"{reason}. Choose another folder") from error
     if code is not None and not isinstance(error, OSError):
-        return OSError(code, f"{path.name} cannot be written: {os.strerror(code).lower()}")
-    return None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last as well. Windows and some network drives cannot, and need not be asked."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        raise OSError(code, f"{path.name} cannot be written: {os.strerror(code).lower()}") from error
+    raise error

@@ -1,56 +1,64 @@
-"""A model of transformers' kind by a short name, a hub id or a folder; no pickle is ever fetched."""
+"""Files of the Hugging Face Hub, and models of transformers' kind by short name, Hub id or folder. Never a pickle."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lorakit.storage.files import first_line
+
 DESCRIPTIONS = ["*.json", "*.txt", "*.jinja", "selected_tags.csv"]
+Known = Mapping[str, tuple[str, str | None]]  # short name → Hub id and revision
 
 
-def fetch_model(name: str, known: Mapping[str, tuple[str, str | None]]) -> Path:
-    """The folder of a model, from the hub where it is not here.
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, "owner/name"."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+
+
+def fetch_from_hub(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a repository in the Hub's cache, with its files that match the patterns.
+
+    Raises:
+        FileNotFoundError: no such repository, or the Hub does not answer; says why.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the Hub raises a dozen kinds: offline, gated, not found, rate limit …
+        raise FileNotFoundError(
+            f"{repository!r} is not a folder on this machine and cannot be fetched from the Hub ({first_line(error)}). "
+            "Check the spelling and the connection; for a gated model accept its terms and set HF_TOKEN; or download "
+            "it elsewhere and give its folder."
+        ) from error
+
+
+def locate_model(name: str, known: Known) -> Path | tuple[str, str | None]:
+    """A model's folder, or its Hub id and revision.
 
     Args:
-        name: one of `known`, a folder, or a hub id.
-        known: short name → hub id and revision.
+        name: one of `known`, a folder, or a Hub id.
 
     Raises:
-        FileNotFoundError: no such model, or the hub is out of reach.
-    """
-    found = locate_model(name, known)
-    return found if isinstance(found, Path) else _from_hub(name, *found)
-
-
-def locate_model(name: str, known: Mapping[str, tuple[str, str | None]]) -> Path | tuple[str, str | None]:
-    """A model's folder, or its hub id and revision.
-
-    Raises:
-        FileNotFoundError: no such model.
+        FileNotFoundError: none of these.
     """
     if name in known:
         return known[name]
     if (folder := Path(name).expanduser()).is_dir():
         return folder.resolve()
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if is_hub_id(name):
         return name, None
-    raise FileNotFoundError(f"There is no model {name!r}. Use {', '.join(known)}, a folder, or a hub id.")
+    raise FileNotFoundError(f"There is no model {name!r}. Use {', '.join(known)}, a folder, or a Hub id.")
 
 
-def _from_hub(name: str, repository: str, revision: str | None) -> Path:
-    """A model's folder in the hub's cache, with the files that are read alone."""
-    from huggingface_hub import snapshot_download
+def fetch_model(name: str, known: Known) -> Path:
+    """The folder of a model, fetched from the Hub if needed; arguments and errors as `locate_model`, `fetch_from_hub`.
 
-    try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=DESCRIPTIONS))
-        weights = "model.onnx" if (folder / "selected_tags.csv").is_file() else "*.safetensors"
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*DESCRIPTIONS, weights]))
-    except Exception as error:  # the hub raises a dozen kinds: offline, gated, not found, rate limit …
-        raise FileNotFoundError(
-            f"The model {name!r} ({repository}) is not here and could not be fetched from the hub "
-            f"({first_line(error)}). "
-            "Check the connection, or fetch it elsewhere and give its folder as the model."
-        ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    Of a tagger, `model.onnx` is fetched; of other models, only safetensors weights.
+    """
+    place = locate_model(name, known)
+    if isinstance(place, Path):
+        return place
+    repository, revision = place
+    folder = fetch_from_hub(repository, DESCRIPTIONS, revision)
+    weights = "model.onnx" if (folder / "selected_tags.csv").is_file() else "*.safetensors"
+    return fetch_from_hub(repository, [*DESCRIPTIONS, weights], revision)

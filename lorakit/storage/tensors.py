@@ -1,9 +1,11 @@
-"""Tensors in safetensors files: digests, cached entries, memory of their own."""
+"""Safetensors files: open, read headers, digest, cache."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,52 +15,90 @@ from torch import Tensor
 from lorakit.storage import files
 
 
-def cache_key(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped into memory, not read: `safe_open`'s handle.
+
+    Raises:
+        ValueError: the file is damaged, cut off, or of another kind.
+        FileNotFoundError: no such file.
+    """
+    try:
+        with safe_open(file, "pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file.name} ({file.stat().st_size:,} bytes) is no complete safetensors file ({error}). Download it again."
+        ) from error
+
+
+def read_header(file: Path) -> tuple[dict[str, str], dict[str, dict]]:
+    """A safetensors file's metadata, and its tensors in the file's order: key → dtype, shape and data_offsets.
+
+    Raises:
+        ValueError: as `open_safetensors`.
+    """
+    with open_safetensors(file), file.open("rb") as stream:
+        table = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    metadata = table.pop("__metadata__", {})
+    return metadata, dict(sorted(table.items(), key=lambda item: item[1]["data_offsets"]))
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], facts: dict | None = None) -> str:
-    """A digest of tensors, on the CPU, and what is said of them, hex."""
-    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    """A digest of tensors on the CPU and of facts about them that JSON can hold, hex."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors to be saved: on the CPU, contiguous, each with memory of its own.
+    """The same tensors, ready to be saved: on the CPU, contiguous, each with its own memory.
 
     safetensors refuses tensors that share memory, as bitsandbytes' optimizer states share their quantization tables.
-    A tensor that shares none is not copied.
+    Only such tensors are copied.
     """
-    found, taken = {}, set()
+    separate, taken = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in taken else tensor
+        separate[name] = tensor.clone() if place in taken else tensor
         taken.add(place)
-    return found
+    return separate
+
+
+# ── Cached entries ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cache_key(*parts: Any) -> str:
+    """A file name for what is computed from these values, which JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def read_cached(file: Path, say: Callable[[str], None]) -> dict[str, Tensor] | None:
-    """A cached entry; None when it is missing or damaged, which only means that it is encoded again."""
+    """The tensors of a cache entry; None if it is missing or damaged, and must be computed again.
+
+    Args:
+        say: called with a message for a damaged entry.
+    """
     if not file.is_file():
         return None
     try:
-        with safe_open(file, "pt") as handle:
+        with open_safetensors(file) as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             if digest_tensors(tensors) == (handle.metadata() or {}).get("digest"):
                 return tensors
-    except (OSError, SafetensorError):
+    except ValueError:
         pass
-    say(f"cache     {file.name} is damaged: encoded again")
+    say(f"cache     {file.name} is damaged: it is computed again")
     return None
 
 
-def write_cached(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = own_memory(tensors)
+def write_cached(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write a cache entry, and return its tensors on the CPU."""
+    separate = own_memory(tensors)
     with files.write_file(file) as partial:
-        save_file(tensors, partial, {"digest": digest_tensors(tensors)})
-    return tensors
+        save_file(separate, partial, {"digest": digest_tensors(separate)})
+    return separate

@@ -1,7 +1,7 @@
-"""One run on several processes, one a device: who am I, wait for one another, add up.
+"""One run on several processes, each with its own device: ranks, barriers and sums.
 
-`accelerate launch -m lorakit train CONFIG` starts them and tells each in its environment who it is. They share every
-batch, so that the same run comes out whatever their number; the first alone writes files.
+`accelerate launch -m lorakit train CONFIG` starts the processes and passes each its rank in environment variables.
+They share every batch, so the result does not depend on their number. Only the first one writes files.
 """
 
 import os
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +17,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Team:
-    """This process among those of the run; alone, nothing here does anything."""
+    """The processes of a run, seen from this one; with one process, all methods are trivial."""
 
     number: int = 0
     size: int = 1
-    flags: object = None  # a group on the CPU: what is agreed on there never waits for a device
+    flags: Any = None  # a process group on the CPU: exchanging flags never waits for a device
 
     @property
     def first(self) -> bool:
         return self.number == 0
 
     def share(self, count: int) -> slice:
-        """Which of `count` things are this process's; they differ by one at most, and may be none."""
+        """This process's part of `count` items: parts differ by at most one item, and may be empty."""
         each, more = divmod(count, self.size)
         start = self.number * each + min(self.number, more)
         return slice(start, start + each + (self.number < more))
 
     @torch.no_grad()
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Put the sum over all processes into each tensor (in place), in one message."""
+        """Replace each tensor (in place) with its sum over all processes, in one message."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.flatten().float() for tensor in tensors])
@@ -42,17 +43,17 @@ class Team:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def any(self, said: bool) -> bool:
-        """Whether any process says so; all of them hear the same."""
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; the same in all of them."""
         if self.size == 1:
-            return said
-        flag = torch.tensor(float(said))
-        torch.distributed.all_reduce(flag, group=self.flags)
-        return bool(flag)
+            return flag
+        count = torch.tensor(float(flag))
+        torch.distributed.all_reduce(count, group=self.flags)
+        return bool(count)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first goes through the block alone, then all others: what it wrote is there for them."""
+        """The first process runs the block before all others, which can then read what it wrote."""
         if not self.first:
             torch.distributed.barrier(group=self.flags)
         yield
@@ -64,16 +65,15 @@ ALONE = Team()
 
 
 def join_team(device: str = "auto") -> Team:
-    """This process's place, from what the launcher put into the environment; on CUDA it takes its own card.
+    """This process's team, from the launcher's environment variables; on CUDA it selects this process's card.
 
-    Args:
-        device: as in the config; "cpu" lets the processes talk by gloo.
+    With the config's device "cpu", the processes communicate by gloo.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    # Encoding a large dataset takes the first its time; the others wait for as long as it needs.
+    # The other processes wait while the first encodes the dataset, which can take hours.
     group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
     return Team(state.process_index, state.num_processes, group)

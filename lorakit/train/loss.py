@@ -1,9 +1,10 @@
-"""What a training step compares: timesteps, noise, the target and its weight.
+"""Noise, timesteps, the training target, the loss and its weights.
 
-Randomness has no state: every example's draws come from (run seed, step, example), so a resumed run repeats them.
+Randomness has no state: an example's draws depend only on (run seed, step, example), so a resumed run repeats them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TIMESTEPS = 1000  # all of Stable Diffusion is trained on 1000
+from lorakit.config import Config
+
+TIMESTEPS = 1000  # of every Stable Diffusion base
 
 
 def generator(seed: int, step: int, example: int) -> torch.Generator:
@@ -21,67 +24,87 @@ def generator(seed: int, step: int, example: int) -> torch.Generator:
 
 
 class Draws(NamedTuple):
-    """What chance decides for a batch, on the CPU."""
+    """The random numbers of a batch, on the CPU."""
 
     noise: Tensor  # (B, C, H, W), float32
     timesteps: Tensor  # (B,), int64
-    perturbation: Tensor | None = None  # (B, C, H, W): added to the noise the UNet sees, not to the target
+    perturbation: Tensor | None = None  # (B, C, H, W): added to the noise in the UNet's input, not in the target
 
 
-def draw(
-    seed: int, step: int, examples: Sequence[int], shape: Sequence[int], *, noise_offset: float = 0.0,
-    multires_iterations: int = 0, multires_discount: float = 0.3, input_perturbation: float = 0.0,
-    timesteps: tuple[int, int] = (0, TIMESTEPS), timestep_sampling: str = "uniform", timestep_shift: float = 0.0,
-) -> Draws:  # fmt: skip
-    """Noise and timesteps for a batch.
+@dataclass(frozen=True)
+class Noise:
+    """Settings for drawing noise and timesteps.
 
-    Args:
-        examples: the place of each example in the whole batch of the step.
-        shape: latent shape of one example, (C, H, W).
-        noise_offset: strength of a constant added to each channel, for very dark or bright pictures
+    Attributes:
+        offset: strength of a constant added to each channel, for very dark or bright pictures
             (Guttenberg 2023, "Diffusion with Offset Noise").
-        multires_iterations, multires_discount: coarser and coarser noise added on top, each by the discount weaker
-            than the one before, for the same purpose (Whitaker 2023, "Multi-Resolution Noise for Diffusion Model
-            Training"); 0 adds none.
-        input_perturbation: strength of noise that the UNet sees and is not asked for (Ning et al. 2023,
-            arXiv:2301.11706).
-        timesteps: the first, and one past the last, that are trained.
-        timestep_sampling: "uniform", or "logit_normal": most from the middle (Esser et al. 2024, arXiv:2403.03206).
-        timestep_shift: of the logit-normal's mean; above 0 towards noise, below 0 towards detail.
+        multires_iterations, multires_discount: levels of coarser noise added for the same purpose; the discount is the
+            strength of each relative to the one before (Whitaker 2023, "Multi-Resolution Noise for Diffusion Model
+            Training").
+        perturbation: strength of noise added to the UNet's input only (Ning et al. 2023, arXiv:2301.11706).
+        timesteps: the first one to train on, and one past the last.
+        sampling: "uniform", or "logit_normal": mostly from the middle (Esser et al. 2024, arXiv:2403.03206).
+        shift: of the logit-normal's mean; above 0 towards noise, below 0 towards detail.
     """
-    low, high = timesteps
-    noise, times, perturbation = [], [], []
-    for example in examples:
-        random = generator(seed, step, example)
-        if timestep_sampling == "logit_normal":
-            share = torch.sigmoid(timestep_shift + torch.randn(1, generator=random))
-            times.append((low + share * (high - low)).long().clamp(max=high - 1))
-        elif timestep_sampling == "uniform":
-            times.append(torch.randint(low, high, (1,), generator=random))
-        else:
-            raise ValueError(f"timestep_sampling {timestep_sampling!r} is unknown. Use 'uniform' or 'logit_normal'.")
-        x = torch.randn(*shape, generator=random)
-        if noise_offset:
-            x += noise_offset * torch.randn(shape[0], 1, 1, generator=random)
-        if multires_iterations:
-            x = _multires(x, multires_iterations, multires_discount, random)
-        noise.append(x)
-        if input_perturbation:
-            perturbation.append(input_perturbation * torch.randn(*shape, generator=random))
-    return Draws(torch.stack(noise), torch.cat(times), torch.stack(perturbation) if perturbation else None)
 
+    offset: float = 0.0
+    multires_iterations: int = 0
+    multires_discount: float = 0.3
+    perturbation: float = 0.0
+    timesteps: tuple[int, int] = (0, TIMESTEPS)
+    sampling: str = "uniform"
+    shift: float = 0.0
 
-def _multires(noise: Tensor, iterations: int, discount: float, random: torch.Generator) -> Tensor:
-    """Noise (C, H, W) with coarser noise on top, scaled back to unit variance."""
-    (height, width), side = noise.shape[1:], 1.0
-    for level in range(1, iterations + 1):
-        side *= 2 + 2 * float(torch.rand(1, generator=random))
-        size = (max(1, int(height / side)), max(1, int(width / side)))
-        coarse = torch.randn(1, len(noise), *size, generator=random)
-        noise = noise + discount**level * F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
-        if size == (1, 1):
-            break
-    return noise / noise.std()
+    @classmethod
+    def of(cls, config: Config) -> "Noise":
+        return cls(
+            config.noise_offset, config.multires_noise_iterations, config.multires_noise_discount,
+            config.input_perturbation, (config.min_timestep, config.max_timestep), config.timestep_sampling,
+            config.timestep_shift,
+        )  # fmt: skip
+
+    def draw(self, seed: int, step: int, examples: Sequence[int], shape: Sequence[int]) -> Draws:
+        """Noise and timesteps for a batch.
+
+        Args:
+            examples: the place of each example in the whole batch of the step.
+            shape: latent shape of one example, (C, H, W).
+        """
+        noise, timesteps, perturbation = [], [], []
+        for example in examples:
+            random = generator(seed, step, example)
+            timesteps.append(self._timestep(random))
+            x = torch.randn(*shape, generator=random)
+            if self.offset:
+                x += self.offset * torch.randn(shape[0], 1, 1, generator=random)
+            if self.multires_iterations:
+                x = self._multires(x, random)
+            noise.append(x)
+            if self.perturbation:
+                perturbation.append(self.perturbation * torch.randn(*shape, generator=random))
+        return Draws(torch.stack(noise), torch.cat(timesteps), torch.stack(perturbation) if perturbation else None)
+
+    def _timestep(self, random: torch.Generator) -> Tensor:
+        low, high = self.timesteps
+        if self.sampling == "uniform":
+            return torch.randint(low, high, (1,), generator=random)
+        if self.sampling != "logit_normal":
+            raise ValueError(f"timestep_sampling {self.sampling!r} is unknown. Use 'uniform' or 'logit_normal'.")
+        share = torch.sigmoid(self.shift + torch.randn(1, generator=random))
+        return (low + share * (high - low)).long().clamp(max=high - 1)
+
+    def _multires(self, noise: Tensor, random: torch.Generator) -> Tensor:
+        """Add coarser noise to noise (C, H, W) and scale the sum to unit variance."""
+        (height, width), side = noise.shape[1:], 1.0
+        for level in range(1, self.multires_iterations + 1):
+            side *= 2 + 2 * float(torch.rand(1, generator=random))
+            size = (max(1, int(height / side)), max(1, int(width / side)))
+            coarse = torch.randn(1, len(noise), *size, generator=random)
+            coarse = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
+            noise = noise + self.multires_discount**level * coarse
+            if size == (1, 1):
+                break
+        return noise / noise.std()
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
@@ -89,11 +112,9 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The forward process: sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise.
+    """The forward process: sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise, for x and noise of shape (B, C, H, W).
 
-    Args:
-        latents, noise: shape (B, C, H, W).
-        alpha_bar: cumulative product of alphas at each example's timestep, shape (B,).
+    `alpha_bar` (B,) is the cumulative product of alphas at each example's timestep.
 
     Source: Ho et al. 2020, arXiv:2006.11239, equation 4.
     """
@@ -101,10 +122,10 @@ def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def target(prediction_type: str, latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the UNet should answer: the noise, or the velocity of a v-predicting base.
+    """The UNet's target: the noise, or the velocity for a v-predicting base. Shapes as for `add_noise`.
 
     Raises:
-        ValueError: a prediction type Stable Diffusion bases do not have.
+        ValueError: a prediction type that no Stable Diffusion base has.
 
     Source: Salimans & Ho 2022, arXiv:2202.00512, appendix D.
     """
@@ -116,15 +137,12 @@ def target(prediction_type: str, latents: Tensor, noise: Tensor, alpha_bar: Tens
 
 
 def min_snr_weight(snr: Tensor, gamma: float = 5.0, prediction_type: str = "epsilon") -> Tensor:
-    """Weight each example so that easy timesteps do not dominate the loss.
+    """Weights (B,) for the examples, so that easy timesteps do not dominate the loss.
 
     Args:
-        snr: signal-to-noise ratio alpha_bar / (1 - alpha_bar) at each timestep, shape (B,). 0 is allowed for
-            v-prediction (zero terminal SNR) alone.
+        snr: signal-to-noise ratio alpha_bar / (1 - alpha_bar) at each timestep, shape (B,). It may be 0 for
+            v-prediction (zero terminal SNR), not for epsilon.
         gamma: SNR above which a timestep counts as easy.
-
-    Returns:
-        Weights, shape (B,).
 
     Source: Hang et al. 2023, arXiv:2303.09556, section 3.4.
     """
@@ -132,48 +150,44 @@ def min_snr_weight(snr: Tensor, gamma: float = 5.0, prediction_type: str = "epsi
 
 
 def debiased_weight(snr: Tensor, prediction_type: str = "epsilon") -> Tensor:
-    """Weight each example by what its error does to the picture: noisy timesteps more, clean ones less.
+    """Weights (B,) for the examples by the effect of an error on the picture: more for noisy timesteps.
 
-    Args:
-        snr: as for `min_snr_weight`, shape (B,).
-
-    Returns:
-        Weights, shape (B,): 1 / sqrt(snr) for epsilon, and what comes to the same for v-prediction.
+    They are 1 / sqrt(snr) for epsilon, and the equivalent for v-prediction. `snr` as for `min_snr_weight`.
 
     Source: Yu et al. 2023, arXiv:2310.08442.
     """
     if prediction_type == "v_prediction":
         return snr.sqrt() / (snr + 1)
-    return snr.clamp(max=1000).rsqrt()  # beyond 1000 there is next to no noise to tell
+    return snr.clamp(max=1000).rsqrt()  # above 1000 the noise is negligible
 
 
 def error(
-    predicted: Tensor, wanted: Tensor, weight: Tensor | None = None, kind: str = "mse", delta: float = 0.1,
+    predicted: Tensor, expected: Tensor, weight: Tensor | None = None, kind: str = "mse", delta: float = 0.1,
     mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The mean error, each example weighted. A scalar, float32.
 
     Args:
-        predicted, wanted: shape (B, ...).
+        predicted, expected: shape (B, ...).
         weight: shape (B,).
-        kind: "mse"; "huber" or "smooth_l1", which count large errors by their size and not its square, so that a few
-            odd pictures decide less. Both equal "mse" for small errors ("smooth_l1" but for a factor 1 / delta).
-        delta: the error from which on they do.
-        mask: what each place counts, shape (B, 1, H, W), 0 to 1.
+        kind: "mse"; "huber" or "smooth_l1", which are linear in large errors, so that outliers have less influence.
+            Both equal "mse" for small errors ("smooth_l1" divides by delta).
+        delta: the error above which they are linear.
+        mask: weight of each place, shape (B, 1, H, W), 0 to 1.
 
     Raises:
         ValueError: unknown kind.
 
     Source: Huber 1964, doi:10.1214/aoms/1177703732; Girshick 2015, arXiv:1504.08083.
     """
-    predicted, wanted = predicted.float(), wanted.float()
+    predicted, expected = predicted.float(), expected.float()
     if kind == "mse":
-        each = F.mse_loss(predicted, wanted, reduction="none")
+        errors = F.mse_loss(predicted, expected, reduction="none")
     elif kind == "huber":
-        each = 2 * F.huber_loss(predicted, wanted, reduction="none", delta=delta)
+        errors = 2 * F.huber_loss(predicted, expected, reduction="none", delta=delta)
     elif kind == "smooth_l1":
-        each = 2 * F.smooth_l1_loss(predicted, wanted, reduction="none", beta=delta)
+        errors = 2 * F.smooth_l1_loss(predicted, expected, reduction="none", beta=delta)
     else:
         raise ValueError(f"loss {kind!r} is unknown. Use 'mse', 'huber' or 'smooth_l1'.")
-    each = (each if mask is None else each * mask).flatten(1).mean(1)
-    return (each if weight is None else each * weight).mean()
+    errors = (errors if mask is None else errors * mask).flatten(1).mean(1)
+    return (errors if weight is None else errors * weight).mean()

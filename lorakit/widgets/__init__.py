@@ -1,4 +1,4 @@
-"""Panels for notebooks, one a file. They show and ask; what is done is done in the rooms below.
+"""Panels for notebooks, one a file: fields, buttons and pictures for the functions of the other folders.
 
-They use what ipywidgets 7.7 (Colab's) and 8 share, and are shown by naming them at the end of a cell.
+They use only what ipywidgets 7.7 (Colab's) and 8 share. A panel at the end of a cell is displayed.
 """

@@ -1,24 +1,20 @@
-"""Settings of a run as fields to fill in, and what they will take, before anything is downloaded."""
+"""Settings of a run as fields with advice, and a prediction of the run before anything is downloaded."""
 
 import json
-from collections.abc import Callable
-from html import escape
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import ipywidgets as widgets
 import torch
-from IPython.display import HTML
 
 from lorakit import base as bases
 from lorakit import config as configs
-from lorakit import demo, plan, presets, run, storage
+from lorakit import demo, plan, presets, storage
 from lorakit.config import Config
-from lorakit.device import choose_device, compute_dtype
-from lorakit.widgets.parts import button, note
-from lorakit.widgets.training import cards_html
+from lorakit.widgets.parts import button, line, note, on_change, reporting
 
-BASES = (  # what it is called, and what `Config.base` is
+BASES = (  # label, value of `Config.base`
     ("Stable Diffusion 1.5", "sd15"), ("Stable Diffusion 2.1", "sd21"), ("Stable Diffusion XL", "sdxl"),
     ("embedded: small, for a CPU, to try things out", "demo"),
 )  # fmt: skip
@@ -27,19 +23,18 @@ FIRST = (  # the fields that a first run needs; all others are folded away
     "name", "dataset", "trigger", "steps", "rank", "alpha", "learning_rate", "schedule", "batch_size", "resolution",
     "save_every", "sample_every", "sample_prompts", "validation_share",
 )  # fmt: skip
-USUAL = ""  # no preset of the user's own
+USUAL = ""  # none of the user's own presets
 STEPS = {"character": "3000–5000", "style": "2000–4000", "object": "2500–4000", "clothing": "3000–5000"}
 RANKS = {
     "character": "32–64 for a character", "style": "16–32 for a style, 64–128 for a complex one",
     "object": "16–32 for an object", "clothing": "32–64 for clothing",
 }  # fmt: skip
 SIZES = {"sd15": "512 usually generalises better than 768", "sd2": "768 for SD 2.1", "sdxl": "1024 for SDXL"}
-LINE = widgets.Layout(display="grid", grid_template_columns="130px minmax(0, 1fr)", grid_gap="0 10px")
-FLOW = widgets.Layout(display="flex", flex_flow="row wrap", align_items="center", grid_gap="0 10px")
+WIDE = "min(100%, 420px)"
 
 
 def advice(name: str, kind: str, family: str) -> str:
-    """What the training guide says of a setting, for what is taught and on which family."""
+    """The training guide's advice on a setting, for a kind of LoRA and a family of bases; "" if there is none."""
     return {
         "trigger": "a word unlikely in ordinary prompts; every caption should have it",
         "steps": f"{STEPS[kind]} for {kind} (the guide's)",
@@ -51,187 +46,196 @@ def advice(name: str, kind: str, family: str) -> str:
         "resolution": SIZES.get(family, ""),
         "save_every": "500, and all are kept",
         "sample_prompts": "a prompt a line, some of them unlike the captions",
-        "validation_share": "0.1 keeps a tenth of the pictures back: validation loss, overfit dial, best checkpoint",
+        "validation_share": "0.1 holds out a tenth of the pictures: validation loss, overfit dial, best checkpoint",
     }.get(name, "")
 
 
 def preset(kind: str, base: str) -> Config:
-    """The usual settings for what is taught on a base, which is named as for `Settings`.
+    """The usual settings for a kind of LoRA on a base; arguments as for `Settings`.
 
     Raises:
         ValueError: no such kind.
     """
-    base = _present(base)
+    base = _resolve(base)
     if base == "demo":
         return demo.config(kind=kind)
     return presets.preset(kind, FAMILY.get(base, "sd15")).with_(base=bases.KNOWN.get(base, base))
 
 
-def _present(base: str) -> str:
+def _resolve(base: str) -> str:
     return ("sd15" if torch.cuda.is_available() else "demo") if base == "auto" else base
 
 
+def planned(config: Config) -> plan.Prediction:
+    """The memory, minutes, steps and file size of a run, predicted; arguments and errors as for `plan.predict`."""
+    return plan.predict(config)
+
+
 class Settings(widgets.VBox):
-    """A panel of settings: what is taught × base fills all fields with a preset, each can be changed.
+    """A panel of settings: a kind of LoRA and a base fill all fields with a preset, and each can be changed.
 
     Args:
         kind: character, style, object or clothing.
-        base: sd15, sd21, sdxl, demo, a hub id, a file or folder; "auto" is SD 1.5 where there is an NVIDIA card, else
-            the embedded base.
-        store: file that keeps the settings as they are filled in, by what the panel was begun with. What is there of
-            the same arguments is taken up, so that a notebook run again goes on with the same run.
-        given: other settings, in place of the preset's.
+        base: sd15, sd21, sdxl, demo, a hub id, a file or folder; "auto" is SD 1.5 on an NVIDIA card, else the embedded
+            base.
+        store: file that keeps the settings, by the arguments of the panel. The same arguments restore them, so that a
+            notebook that is run again resumes the same run.
+        given: settings that replace the preset's.
     """
 
     def __init__(self, kind: str = "character", base: str = "auto", *, store: Path | None = None, **given: Any):
-        base = _present(base)
+        base = _resolve(base)
         self.given, self.store = {name: value for name, value in given.items() if value not in ("", None)}, store
-        self.begun = json.loads(json.dumps({"kind": kind, "base": base, **self.given}))
-        known = [value for _, value in BASES]
-        options = [*BASES, *([] if base in known else [(base, base)])]
+        self.arguments = json.loads(json.dumps({"kind": kind, "base": base, **self.given}))
+        other = [] if base in [value for _, value in BASES] else [(base, base)]
         self.kind = widgets.Dropdown(options=["character", "style", "object", "clothing"], value=kind)
-        self.base = widgets.Dropdown(options=options, value=base, layout=widgets.Layout(width="min(100%, 420px)"))
-        self.own = widgets.Dropdown(layout=widgets.Layout(width="min(100%, 420px)"))
-        self.called = widgets.Text(placeholder="its name", layout=widgets.Layout(width="160px"))
-        self.kept, self.picking = widgets.HTML(), False
-        self.told, self.fields, self.hints = widgets.HTML(), {}, {}
-        named = [name for name in Config.model_fields if name not in ("base", "kind")]
-        first = [self._line(name) for name in FIRST]
-        rest = [self._line(name) for name in named if name not in FIRST]
-        folded = widgets.Accordion([widgets.VBox(rest)], selected_index=None)
-        folded.set_title(0, "Advanced")
-        top = [
-            _labelled("what is taught", self.kind), _labelled("base", self.base), _labelled("preset", self.own),
-        ]  # fmt: skip
-        keep = _labelled("keep as a preset", self.called, button("Keep", self.keep), self.kept)
-        super().__init__([*top, *first, folded, self.told, keep])
-        self._offer()
-        self.preset()
+        self.base = widgets.Dropdown(options=[*BASES, *other], value=base, layout=widgets.Layout(width=WIDE))
+        self.presets = widgets.Dropdown(layout=widgets.Layout(width=WIDE))
+        self.preset_name = widgets.Text(placeholder="its name", layout=widgets.Layout(width="160px"))
+        self.preset_message, self.filling = widgets.HTML(), False
+        self.message = widgets.HTML()
+        # Shared by all lines, which saves the page many models.
+        self.flow = widgets.Layout(display="flex", flex_flow="row wrap", align_items="center", grid_gap="0 10px")
+        self.columns = widgets.Layout(display="grid", grid_template_columns="130px minmax(0, 1fr)", grid_gap="0 10px")
+        self.fields: dict[str, widgets.Widget] = {}
+        self.hints: dict[str, widgets.HTML] = {}
+        rest = [name for name in Config.model_fields if name not in ("base", "kind", *FIRST)]
+        first, folded = ([self._line(name) for name in names] for names in (FIRST, rest))
+        advanced = widgets.Accordion([widgets.VBox(folded)], selected_index=None)
+        advanced.set_title(0, "Advanced")
+        keep = [self.preset_name, button("Keep", self.keep), self.preset_message]
+        super().__init__([
+            self._labelled("kind", self.kind), self._labelled("base", self.base),
+            self._labelled("preset", self.presets), *first, advanced, self.message,
+            self._labelled("keep as a preset", *keep),
+        ])  # fmt: skip
+        self._list_presets(USUAL)
+        self._fill_usual()
         if store and store.exists():
-            self._take_up()
-        self.kind.observe(lambda _: self.preset(), "value")
-        self.base.observe(lambda _: self.preset(), "value")
-        self.own.observe(lambda _: self._pick(), "value")
-        for field in self.fields.values():
-            field.observe(lambda _: self._check(), "value")
+            self._restore(store)
+        on_change(self._fill_usual, self.kind, self.base)
+        on_change(self._use_preset, self.presets)
+        on_change(self._check, *self.fields.values())
         self._check()
 
     def _line(self, name: str) -> widgets.Box:
         self.fields[name], self.hints[name] = _field(name), widgets.HTML()
-        return _labelled(name, self.fields[name], self.hints[name])
+        return self._labelled(name, self.fields[name], self.hints[name])
 
-    # ── Values ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _labelled(self, name: str, *fields: widgets.Widget) -> widgets.Box:
+        label = widgets.HTML(line(name.replace("_", " "), "padding-top:6px"))
+        return widgets.Box([label, widgets.Box(fields, layout=self.flow)], layout=self.columns)
 
-    def preset(self) -> None:
-        """Fill every field with what is usual for what is taught on the base."""
-        if self.picking:
-            return
-        self.own.value = USUAL
-        self._fill(preset(self.kind.value, self.base.value).with_(**self.given))
+    # ── Presets ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _offer(self) -> None:
-        """The presets that there are, now; none of the user's own is picked."""
-        self.own.options = [("the usual settings", USUAL), *((name, name) for name in presets.own_presets())]
-        self.own.value = USUAL
+    def _fill_usual(self) -> None:
+        """Fill every field with the preset of the kind and the base."""
+        if not self.filling:
+            self.presets.value = USUAL
+            self._fill(preset(self.kind.value, self.base.value).with_(**self.given))
 
-    def _pick(self) -> None:
-        """Fill in what one of the user's own presets keeps; all else stays as it is."""
-        if self.picking:
+    def _list_presets(self, chosen: str) -> None:
+        self.presets.options = [("the usual settings", USUAL), *((name, name) for name in presets.own_presets())]
+        self.presets.value = chosen
+
+    def _use_preset(self) -> None:
+        """Fill in the settings of one of the user's own presets; all others stay."""
+        if self.filling:
             return
-        if self.own.value == USUAL:
-            self.preset()
+        if self.presets.value == USUAL:
+            self._fill_usual()
             return
-        try:
-            kept = presets.kept(self.own.value)
-            config = configs.parse(self._settings() | kept)
-        except ValueError as error:
-            self.kept.value = note(str(error), "bad")
-            return
-        self.picking = True  # what is set now asks for no preset of its own
-        try:
-            self.kind.value, self.kept.value = config.kind, ""
-            if "base" in kept:
-                short = {hub_id: name for name, hub_id in bases.KNOWN.items()}.get(config.base, config.base)
-                if short not in [value for _, value in self.base.options]:
-                    self.base.options = [*self.base.options, (short, short)]
-                self.base.value = short
-        finally:
-            self.picking = False
-        self._fill(config)
+        with reporting(self.preset_message):
+            settings = presets.kept(self.presets.value)
+            config = configs.parse(self._settings() | settings)
+            self.preset_message.value, self.filling = "", True  # the new kind and base do not ask for their preset
+            try:
+                self.kind.value = config.kind
+                if "base" in settings:
+                    self._set_base(config.base)
+            finally:
+                self.filling = False
+            self._fill(config)
+
+    def _set_base(self, base: str) -> None:
+        base = {hub_id: name for name, hub_id in bases.KNOWN.items()}.get(base, base)
+        if base not in [value for _, value in self.base.options]:
+            self.base.options = [*self.base.options, (base, base)]
+        self.base.value = base
 
     def keep(self) -> None:
-        """Keep the settings as a preset of the user's own."""
-        try:
-            name = self.called.value.strip()
+        """Keep the settings as one of the user's own presets."""
+        with reporting(self.preset_message):
+            name = self.preset_name.value.strip()
             presets.save_preset(name, self.config)
-        except (ValueError, OSError) as error:
-            self.kept.value = note(str(error), "bad")
-            return
-        self.picking = True
-        self._offer()
-        self.own.value, self.picking = name, False
-        self.kept.value = note(f"{name} is kept", "good")
+            self.filling = True
+            self._list_presets(name)
+            self.filling = False
+            self.preset_message.value = note(f"{name} is kept", "good")
+
+    # ── Values ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _fill(self, config: Config) -> None:
         family = FAMILY.get(self.base.value, "")
         for name, field in self.fields.items():
-            field.value = _shown(name, getattr(config, name))
-            said = Config.model_fields[name].description or ""
-            hint = advice(name, self.kind.value, family) or said
-            self.hints[name].value = f'<div style="opacity:.75;line-height:1.3;font-size:12px">{escape(hint)}</div>'
+            field.value = _to_field(name, getattr(config, name))
+            hint = advice(name, self.kind.value, family) or Config.model_fields[name].description or ""
+            self.hints[name].value = line(hint, "opacity:.75;font-size:12px")
 
-    def _take_up(self) -> None:
-        try:
-            for kept in self._kept():
-                if kept["begun"] == self.begun:
-                    config = configs.parse(kept["settings"])
-                    self.kind.value, self.base.value = config.kind, kept["base"]
+    def _restore(self, store: Path) -> None:
+        """Fill in the settings that the file keeps for these arguments."""
+        with suppress(ValueError, KeyError, TypeError):  # of another version: the preset stays
+            for entry in _stored(store):
+                if entry["begun"] == self.arguments:
+                    config = configs.parse(entry["settings"])
+                    self.kind.value, self.base.value = config.kind, entry["base"]
                     self._fill(config)
-        except (ValueError, KeyError, TypeError):  # of another version: the preset stands
-            return
-
-    def _kept(self) -> list[dict]:
-        try:
-            return list(json.loads(self.store.read_text("utf-8")))
-        except (OSError, ValueError, TypeError):  # not there, or damaged
-            return []
 
     @property
     def config(self) -> Config:
-        """The settings as they are filled in; kept in `store`.
+        """The settings in the fields; they are written into `store`.
 
         Raises:
-            ValueError: what is wrong with which of them.
+            ValueError: names every wrong setting.
         """
-        made = configs.parse(self._settings())
+        config = configs.parse(self._settings())
         if self.store:
-            own = {"begun": self.begun, "base": self.base.value, "settings": made.model_dump(mode="json")}
-            others = [kept for kept in self._kept() if isinstance(kept, dict) and kept.get("begun") != self.begun]
+            entry = {"begun": self.arguments, "base": self.base.value, "settings": config.model_dump(mode="json")}
+            others = [old for old in _stored(self.store) if old.get("begun") != self.arguments]
             with storage.write_file(self.store) as partial:
-                partial.write_text(json.dumps([*others, own], indent=2) + "\n", "utf-8")
-        return made
+                partial.write_text(json.dumps([*others, entry], indent=2) + "\n", "utf-8")
+        return config
 
     def _settings(self) -> dict[str, Any]:
-        values = {name: _value(name, field.value) for name, field in self.fields.items()}
+        values = {name: _from_field(name, field.value) for name, field in self.fields.items()}
         return values | {"kind": self.kind.value, "base": bases.KNOWN.get(self.base.value, self.base.value)}
 
     def _check(self) -> None:
-        try:
+        with reporting(self.message):
             configs.parse(self._settings())
-            self.told.value = ""
-        except ValueError as error:
-            self.told.value = note(str(error), "bad")
+            self.message.value = ""
+
+
+def _stored(store: Path) -> list[dict[str, Any]]:
+    """The entries of the file; none if it is missing or damaged."""
+    try:
+        return [entry for entry in json.loads(store.read_text("utf-8")) if isinstance(entry, dict)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+# ── Fields ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _optional(name: str) -> bool:
     return type(None) in get_args(Config.model_fields[name].annotation)
 
 
-def _kind_of(name: str) -> Any:
-    """The setting's type: Literal's values as a tuple, else bool, int, float, str, dict or tuple."""
+def _type(name: str) -> Any:
+    """A setting's type: the values of a Literal as a tuple, else bool, int, float, str, dict or tuple."""
     annotation = Config.model_fields[name].annotation
     if _optional(name):
-        annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
     values = get_args(annotation)
     if values and all(isinstance(value, str) for value in values):
         return values
@@ -239,20 +243,18 @@ def _kind_of(name: str) -> Any:
 
 
 def _field(name: str) -> widgets.Widget:
-    kind, width = _kind_of(name), widgets.Layout(width="160px")
+    kind = _type(name)
+    layout = widgets.Layout(width=WIDE if kind is tuple or name in ("name", "dataset") else "160px")
     if isinstance(kind, tuple):
-        return widgets.Dropdown(options=list(kind), layout=width)
+        return widgets.Dropdown(options=list(kind), layout=layout)
     if kind is bool:
-        return widgets.Checkbox(indent=False, layout=widgets.Layout(width="160px"))
-    if kind is tuple:
-        return widgets.Textarea(rows=3, layout=widgets.Layout(width="min(100%, 420px)"))
-    wide = name in ("name", "dataset")
-    return widgets.Text(layout=widgets.Layout(width="min(100%, 420px)") if wide else width)
+        return widgets.Checkbox(indent=False, layout=layout)
+    return widgets.Textarea(rows=3, layout=layout) if kind is tuple else widgets.Text(layout=layout)
 
 
-def _shown(name: str, value: Any) -> Any:
-    """A setting as its field shows it; what is not set is an empty text."""
-    kind = _kind_of(name)
+def _to_field(name: str, value: Any) -> Any:
+    """A setting as the value of its field; "" if it is not set."""
+    kind = _type(name)
     if kind is tuple:
         return "\n".join(value)
     if kind is dict:
@@ -262,62 +264,17 @@ def _shown(name: str, value: Any) -> Any:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _value(name: str, shown: Any) -> Any:
-    """What a field shows as `Config` takes it; what cannot be read stays a text, of which Config tells."""
-    kind = _kind_of(name)
+def _from_field(name: str, value: Any) -> Any:
+    """The value of a field as `Config` takes it; Config reports a text that cannot be read."""
+    kind = _type(name)
     if kind is tuple:
-        return tuple(line.strip() for line in shown.splitlines() if line.strip())
+        return tuple(text.strip() for text in value.splitlines() if text.strip())
     if kind is bool or isinstance(kind, tuple):
-        return shown
-    shown = shown.strip()
-    if not shown and (kind is not str or _optional(name)):
+        return value
+    value = value.strip()
+    if not value and (kind is not str or _optional(name)):
         return {} if kind is dict else None
-    readers: dict[Any, Callable] = {int: int, float: float, dict: json.loads}
-    try:
-        return readers.get(kind, str)(shown)
-    except ValueError:
-        return shown
-
-
-def _labelled(name: str, *things: widgets.Widget) -> widgets.Box:
-    label = widgets.HTML(f'<div style="line-height:1.3;padding-top:6px">{escape(name.replace("_", " "))}</div>')
-    return widgets.Box([label, widgets.Box(things, layout=FLOW)], layout=LINE)
-
-
-def planned(config: Config) -> HTML:
-    """What a run will take, predicted: memory against this card, minutes, steps, file size. Nothing is downloaded.
-
-    Raises:
-        ValueError, FileNotFoundError: settings that do not suit the base, no usable pictures, no such base.
-    """
-    known = config.base in (*bases.KNOWN, *bases.KNOWN.values())
-    base = bases.known(config.base) if known else bases.open(config.base, config.prediction_type)
-    here, pictures = plan.this_machine(), run.scan_dataset(config)
-    steps = config.steps or config.total_steps(-(-pictures.epoch_size // config.batch_size))
-    if here:
-        (row,) = [row for row in plan.plan_for_cards(base, config) if row.card.name == here.name]
-        chosen, free, where, minutes = row.plan, int(here.memory * 2**30), here.name, row.minutes
-    else:
-        device = choose_device(config.device)
-        free, where, minutes = plan.free_memory_bytes(device), "this computer", None
-        dtype = compute_dtype(config.mixed_precision, device)
-        chosen = plan.choose_settings(
-            base, config, free, dtype=dtype, device=device.type, store=plan.prediction_store()
-        )
-    prediction = chosen.prediction
-    cards = [
-        ("memory, predicted", plan.readable_bytes(prediction.peak)),
-        (f"free on {where}", plan.readable_bytes(free or 0)),
-        ("steps", f"{steps} = {steps * config.batch_size / pictures.epoch_size:.3g} epochs"),
-        ("time, estimated", f"about {minutes:.0f} min" if minutes else "not known here"),
-        ("LoRA file", f"{prediction.file_size / 1e6:.1f} MB"), ("pictures", f"{len(pictures)}"),
-    ]  # fmt: skip
-    told = [note(f"{base.name} · {chosen.describe()}", {True: "good", False: "bad", None: "warning"}[chosen.fits])]
-    for change in chosen.changes:
-        told.append(note(f"chosen because memory is short: {change}", "warning"))
-    if not here and config.base != "demo":
-        told.append(note("There is no NVIDIA card here: such a base would take days on a CPU.", "bad"))
-    auto = {"device": choose_device(config.device).type}
-    auto["precision"] = str(compute_dtype(config.mixed_precision, choose_device(config.device)))[6:]
-    told.append(note("chosen by itself: " + ", ".join(f"{name} {value}" for name, value in auto.items())))
-    return HTML(told[0] + cards_html(cards) + "".join(told[1:]))
+    if kind is dict:
+        with suppress(ValueError):
+            return json.loads(value)
+    return value  # Config reads numbers

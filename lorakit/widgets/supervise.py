@@ -1,8 +1,8 @@
-"""Clicks that are answered while a cell works.
+"""Answer clicks while a cell works.
 
-A kernel handles one message after the other, so that a click waits for the end of the cell. Here a worker thread does
-the work; the cell's own thread looks for clicks ten times a second, and is the only one that touches widgets: what a
-worker thread changes does not show in Colab.
+A kernel handles one message after the other, so a click waits for the end of the cell. Here a worker thread does the
+work, and the cell's own thread looks for clicks ten times a second. Only that thread changes widgets, because Colab
+does not show the changes of other threads.
 """
 
 import sys
@@ -10,8 +10,8 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import closing, suppress
+from typing import Any, TypeVar
 
 import zmq
 from IPython import get_ipython
@@ -20,41 +20,38 @@ from lorakit import device
 
 EVERY = 0.1  # seconds between two looks
 COMMS = ("comm_open", "comm_msg", "comm_close")
-QUESTIONS = ("kernel_info_request", "comm_info_request")  # what a page asks that was opened anew
-Made = TypeVar("Made")
+QUESTIONS = ("kernel_info_request", "comm_info_request")  # of a page that was opened again
+T = TypeVar("T")
 
 
-def supervise(work: Callable[[], Made], refresh: Callable[[], None], stop: threading.Event) -> Made:
-    """Let a worker thread work, while this thread answers clicks.
+def supervise(work: Callable[[], T], refresh: Callable[[], None], stop: threading.Event) -> T:
+    """The result of work done in a worker thread, while this thread answers clicks.
 
     Args:
         work: called once. It looks at `stop`, and ends soon after that is set.
-        refresh: called ten times a second, and once more when the work is done; brings widgets up to date. A failure
-            of it ends nothing, and is told once on standard error.
-        stop: set by an Interrupt. A third one leaves the worker alone.
-
-    Returns:
-        What `work` returned.
+        refresh: called ten times a second, and once after the work, to update widgets. Its errors do not end the work;
+            the first one is printed on standard error.
+        stop: set by an Interrupt. The third Interrupt abandons the worker.
 
     Raises:
-        KeyboardInterrupt: interrupted for the third time; the worker may still be busy.
-        BaseException: what `work` raised.
+        KeyboardInterrupt: the third Interrupt; the worker may still be busy.
+        BaseException: the error of `work`.
     """
-    outcome = _begin(work)
+    outcome = _start(work)
     _watch(outcome, refresh, stop)
     return outcome.result()
 
 
-def react(work: Callable[[], Made], refresh: Callable[["Future[Made] | None"], None], stop: threading.Event) -> None:
-    """`supervise` for a button's callback: other clicks are answered while the work goes on.
+def react(work: Callable[[], T], refresh: Callable[["Future[T] | None"], None], stop: threading.Event) -> None:
+    """`supervise` for a button's callback: other clicks are answered during the work.
 
-    Where clicks have a thread of their own (a subshell, as JupyterLab asks of new kernels), that must not be held up,
-    and this returns at once; elsewhere when the work is done.
+    Returns when the work is done. Where clicks have a thread of their own (a subshell, which JupyterLab asks new
+    kernels for), it returns at once, so as not to block that thread.
 
     Args:
-        refresh: called with None while the work goes on, and at last with its outcome.
+        refresh: called with None during the work, and at last with its outcome.
     """
-    outcome = _begin(work)
+    outcome = _start(work)
     arguments = (outcome, lambda: refresh(outcome if outcome.done() else None), stop)
     if threading.current_thread() is threading.main_thread():
         _watch(*arguments)
@@ -62,14 +59,14 @@ def react(work: Callable[[], Made], refresh: Callable[["Future[Made] | None"], N
         threading.Thread(target=_watch, args=arguments, name="lorakit watcher", daemon=True).start()
 
 
-def _begin(work: Callable[[], Made]) -> "Future[Made]":
-    outcome: Future = Future()
+def _start(work: Callable[[], T]) -> "Future[T]":
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
             outcome.set_result(work())
         except BaseException as error:
-            # What is raised again is kept by the notebook, and with its frames the models in them.
+            # The notebook keeps the error that is raised again, and its frames would keep the models.
             traceback.clear_frames(error.__traceback__)
             outcome.set_exception(error)
 
@@ -79,93 +76,105 @@ def _begin(work: Callable[[], Made]) -> "Future[Made]":
 
 
 def _watch(outcome: Future, refresh: Callable[[], None], stop: threading.Event) -> None:
-    """Refresh and answer clicks until the outcome is there."""
-    pump, interrupts, failed, done = Pump(), 0, False, False
-    try:
+    """Refresh and answer clicks until the work is done."""
+    interrupts, failed, done = 0, False, False
+    with closing(Pump()) as pump:
         while not done:
             try:
                 done = bool(wait([outcome], EVERY).done)
                 pump.poll()
-                refresh()
+                failed = _refreshed(refresh, failed)
             except KeyboardInterrupt:
                 stop.set()
                 interrupts += 1
-                if interrupts == 3:
-                    raise
-            except Exception as error:
-                if not failed:
-                    print(f"What is shown may be out of date: {error!r}. The work goes on.", file=sys.stderr)
-                failed = True
-    finally:
-        pump.close()
+            if interrupts == 3:
+                raise KeyboardInterrupt
+
+
+def _refreshed(refresh: Callable[[], None], failed: bool) -> bool:
+    """Refresh, and return whether this or an earlier refresh has failed; the first error is printed."""
+    try:
+        refresh()
+    except Exception as error:
+        if not failed:
+            print(f"The display may be out of date: {error!r}. The work continues.", file=sys.stderr)
+        return True
+    return failed
 
 
 class Pump:
-    """Hands clicks that wait in the kernel's queue to their widgets; all else keeps its place in it.
+    """Delivers clicks that wait in the kernel's queue to their widgets; other messages keep their order.
 
-    It stands on private parts of ipykernel (6: `msg_queue`; 7: the pair of sockets to the main thread). Where those
-    are missing or fail, it does nothing any more: Interrupt and the file STOP still work.
+    It uses private parts of ipykernel (6: `msg_queue`; 7: the pair of sockets to the main thread). If these are missing
+    or fail, it does nothing: Interrupt and the file STOP still work.
     """
 
-    held: list = []  # of all pumps of the kernel: one may begin within a click that another one answers
-    within = 0
+    held: list[list] = []  # other messages, of all pumps: one may start within a click that another one delivers
+    running = 0  # pumps
 
-    def __init__(self):
-        self.kernel = getattr(get_ipython(), "kernel", None)
-        Pump.within += threading.current_thread() is threading.main_thread()
-        self.failed: Exception | None = None
-        manager = getattr(getattr(self.kernel, "shell_channel_thread", None), "manager", None)
-        self.pair = getattr(getattr(manager, "_shell_channel_to_main", None), "to_socket", None)
-        self.reply = manager.get_subshell_to_shell_channel_socket(None) if self.pair else None
-        self.queue = None if self.pair else getattr(self.kernel, "msg_queue", None)
+    def __init__(self) -> None:
+        self.kernel: Any = getattr(get_ipython(), "kernel", None)
+        Pump.running += threading.current_thread() is threading.main_thread()
+        self.error: Exception | None = None
+        manager: Any = getattr(getattr(self.kernel, "shell_channel_thread", None), "manager", None)
+        self.socket: Any = getattr(getattr(manager, "_shell_channel_to_main", None), "to_socket", None)
+        self.reply = manager.get_subshell_to_shell_channel_socket(None) if self.socket else None
+        self.queue: Any = None if self.socket else getattr(self.kernel, "msg_queue", None)
         if self.queue is not None:
-            self.reply = self.kernel.shell_stream
+            self.reply = getattr(self.kernel, "shell_stream", None)
 
     @property
     def works(self) -> bool:
-        """Whether clicks can be seen from here."""
-        mine = threading.current_thread() is threading.main_thread()
-        return mine and not self.failed and (self.pair or self.queue) is not None
+        """Whether this thread can see clicks."""
+        main = threading.current_thread() is threading.main_thread()
+        return main and not self.error and (self.socket or self.queue) is not None
 
     def poll(self) -> None:
-        """Handle the clicks that wait."""
+        """Deliver the waiting clicks."""
         if not self.works:
             return
         try:
-            if self.pair:
-                with suppress(zmq.Again):
-                    while True:
-                        Pump.held.append(self.pair.recv_multipart(zmq.NOBLOCK, copy=False))  # lost by no Interrupt
-                        mine = Pump.held[-1]
-                        if self._handled(mine):
-                            Pump.held.remove(mine)
+            if self.socket:
+                self._poll_socket()
             else:
-                self.kernel.shell_stream.flush(zmq.POLLIN)
-                waiting, kept = [], []
-                try:
-                    while not self.queue.empty():
-                        waiting.append(self.queue.get_nowait())  # (when, what handles it, its arguments)
-                    while waiting:
-                        handled = self._handled(waiting[0][2][0])
-                        kept += [] if handled else waiting[:1]
-                        del waiting[0]
-                finally:
-                    for item in kept + waiting:
-                        self.queue.put_nowait(item)
+                self._poll_queue()
         except Exception as error:
-            self.failed = error
+            self.error = error
+
+    def _poll_socket(self) -> None:
+        with suppress(zmq.Again):
+            while True:
+                Pump.held.append(self.socket.recv_multipart(zmq.NOBLOCK, copy=False))  # an Interrupt must not lose it
+                frames = Pump.held[-1]
+                if self._deliver(frames):
+                    Pump.held.remove(frames)
+
+    def _poll_queue(self) -> None:
+        self.kernel.shell_stream.flush(zmq.POLLIN)
+        waiting: list[tuple] = []  # (time, handler, its arguments)
+        others: list[tuple] = []
+        try:
+            while not self.queue.empty():
+                waiting.append(self.queue.get_nowait())
+            while waiting:
+                delivered = self._deliver(waiting[0][2][0])
+                others += [] if delivered else waiting[:1]
+                del waiting[0]
+        finally:
+            for item in others + waiting:
+                self.queue.put_nowait(item)
 
     def close(self) -> None:
-        """Hand back what was kept, in its order."""
+        """Hand other messages back, in their order."""
         if threading.current_thread() is not threading.main_thread():
             return
-        Pump.within -= 1
-        held, Pump.held = (Pump.held, []) if Pump.within == 0 else ([], Pump.held)
-        for frames in held:
+        Pump.running -= 1
+        messages, Pump.held = (Pump.held, []) if Pump.running == 0 else ([], Pump.held)
+        for frames in messages:
             self.kernel.io_loop.add_callback(self.kernel.shell_main, None, frames)
 
-    def _handled(self, frames: list) -> bool:
-        """Handle a message if it is a click or a page's question; the cell stays the parent of what it prints."""
+    def _deliver(self, frames: list[Any]) -> bool:
+        """Handle a click or a page's question, and return whether it was one; the cell remains the printing cell."""
         kernel, session = self.kernel, self.kernel.session
         identities, parts = session.feed_identities(frames, copy=False)
         kind = session.unpack(parts[1].bytes)["msg_type"]
@@ -175,7 +184,7 @@ class Pump:
         kernel._publish_status("busy", "shell", parent=message)
         try:
             answer = kernel.shell_handlers[kind](self.reply, identities, message)
-            if hasattr(answer, "send"):  # a coroutine that waits for nothing
+            if hasattr(answer, "send"):  # a coroutine that awaits nothing
                 with suppress(StopIteration):
                     answer.send(None)
         finally:

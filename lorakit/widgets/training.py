@@ -1,16 +1,16 @@
-"""Train a run in a notebook: seen while it goes on, steered by buttons.
+"""Train a run in a notebook: watch it and steer it with buttons.
 
-The panel is a view of the run's folder and of `Live`: it reads the log and the samples as they come, and decides
-nothing.
+The panel shows the run's folder and its `Control`: it reads the log and the samples as they are written.
 """
 
 import json
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 import torch
@@ -20,136 +20,136 @@ from PIL import Image
 from lorakit import page, plan, plots, run
 from lorakit import train as training
 from lorakit.config import Config
+from lorakit.console import Console
 from lorakit.device import choose_device, free_memory
-from lorakit.run import Live
+from lorakit.run import Control, RunFolder
+from lorakit.sample import prompt_of
 from lorakit.widgets import supervise
-from lorakit.widgets.parts import button, note
+from lorakit.widgets.parts import across, button, line, note, span
 
 EVERY = 0.5  # seconds between two drawings
-KEPT = 10  # seconds between two copies of the curve in the notebook itself
-SIDE = 160  # pixels of a sample shown
-LINES = 200  # of what the run said
-ROW = widgets.Layout(display="flex", flex_flow="row wrap", align_items="center", grid_gap="8px")
+KEEP_EVERY = 10  # seconds between two copies of the curve in the notebook file
+SIDE = 160  # pixels of a sample
+LINES = 200  # of the run's output
 
 
 class Training(widgets.VBox):
-    """A panel that trains a run, or goes on with one that was cut.
+    """A panel that trains a run, or resumes one that was cut.
 
-    `train` does it and holds the cell, so that Run all waits; Interrupt and the button Stop end it after the step at
-    work, saved. Closing the page does not.
+    `train` holds the cell, so that Run all waits; Interrupt and the button Stop save the run and end it after the
+    current step. Closing the page does not stop it.
 
     Args:
         config: the settings.
-        folder: of the run, as `run.start` takes it.
+        folder: as for `run.Run`.
     """
 
     def __init__(self, config: Config, folder: str | Path):
-        self.config, self.folder, self.live, self.curves = config, Path(folder), Live(), Curves()
-        self.said: deque[str] = deque(maxlen=LINES)
-        self.doing, self.sampled, self.drawn, self.stored, self.kept = ("", 0, 0), None, 0.0, 0.0, None
+        self.config, self.folder, self.control, self.curves = config, RunFolder(Path(folder)), Control(), Curves()
+        self.output: deque[str] = deque(maxlen=LINES)
+        self.stage = ("", 0, 0)  # before the first step: what is done, how many are done, how many there are
+        self.sampled: tuple[Path, int] | None = None  # the samples shown: their folder and number
+        self.drawn, self.stored, self.figure = 0.0, 0.0, None
         self.bar = widgets.FloatProgress(max=1, layout=widgets.Layout(width="100%", height="20px"))
         self.head, self.figures, self.advice, self.samples, self.lines = (widgets.HTML() for _ in range(5))
         self.plot = widgets.HTML(layout=widgets.Layout(width="100%"))
-        self.stop = button("Stop", self._stop, "danger", "end after this step, saved; the cell goes on from there")
-        self.save = button("Save now", self.live.save.set, tooltip="a checkpoint after this step")
-        self.sample = button("Sample now", self.live.sample.set, tooltip="pictures after this step")
+        self.stop = button(
+            "Stop", self.control.stop.set, "danger", "save and end after this step; run the cell again to resume"
+        )
+        self.save = button("Save now", self.control.save.set, tooltip="a checkpoint after this step")
+        self.sample = button("Sample now", self.control.sample.set, tooltip="pictures after this step")
         self.rate = widgets.FloatText(config.learning_rate, step=config.learning_rate / 10)
         self.rate.layout = widgets.Layout(width="110px")
         self.prompts = widgets.Textarea("\n".join(config.sample_prompts), rows=3, placeholder="a prompt a line")
         self.prompts.layout = widgets.Layout(width="100%", max_width="640px")
-        self.asked = widgets.HTML()
+        self.answer = widgets.HTML()  # to a requested change
         change = [
-            widgets.Box([widgets.Label("learning rate"), self.rate, button("Use it", self._rate)], layout=ROW),
+            across(widgets.Label("learning rate"), self.rate, button("Use it", self._use_rate)),
             widgets.Label("prompts of the samples, one a line"), self.prompts,
-            widgets.Box([button("Use them", self._prompts)], layout=ROW), self.asked,
+            across(button("Use them", self._use_prompts)), self.answer,
         ]  # fmt: skip
         folded = widgets.Accordion([widgets.VBox(change), self.lines], selected_index=None)
         folded.set_title(0, "Change while it runs")
-        folded.set_title(1, "What the run said")
+        folded.set_title(1, "Output of the run")
         super().__init__([
             self.head, self.bar, self.figures, self.plot, self.advice, self.samples,
-            widgets.Box([self.stop, self.save, self.sample], layout=ROW), folded,
+            across(self.stop, self.save, self.sample), folded,
         ])  # fmt: skip
 
-    # ── What a click does: wishes, nothing else ───────────────────────────────────────────────────────────────────
+    # ── Clicks set requests, nothing else ─────────────────────────────────────────────────────────────────────────
 
-    def _stop(self) -> None:
-        self.live.stop.set()
-
-    def _rate(self) -> None:
+    def _use_rate(self) -> None:
         if 0 < self.rate.value < math.inf:
-            self.live.learning_rate = self.rate.value
-            self.asked.value = note(f"{self.rate.value:g} from the next step on", "good")
+            self.control.learning_rate = self.rate.value
+            self.answer.value = note(f"{self.rate.value:g} from the next step on", "good")
         else:
-            self.asked.value = note("a learning rate is above 0", "bad")
+            self.answer.value = note("a learning rate is above 0", "bad")
 
-    def _prompts(self) -> None:
-        lines = [line.strip() for line in self.prompts.value.splitlines() if line.strip()]
-        self.live.prompts = lines or None
-        told = f"{len(lines)} prompts" if lines else "the settings' own prompts"
-        self.asked.value = note(f"{told} from the next samples on", "good")
+    def _use_prompts(self) -> None:
+        prompts = [text.strip() for text in self.prompts.value.splitlines() if text.strip()]
+        self.control.prompts = prompts or None
+        text = f"{len(prompts)} prompts" if prompts else "the settings' prompts"
+        self.answer.value = note(f"{text} from the next samples on", "good")
 
     # ── The run ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(self, fork: str | Path | None = None) -> run.Result:
-        """Show the panel and train until the end, or until it is stopped.
+        """Show the panel and train to the end, or until it is stopped.
 
-        Returns and raises what `run.start` does.
+        Args, result and errors are those of `run.Run` and its `train`.
         """
         display(self)
-        # What the panel shows is lost with the kernel; this stays in a notebook that is saved.
-        self.kept = display(HTML(""), display_id=True)
-        for event in (self.live.stop, self.live.save, self.live.sample):
+        # The panel is lost with the kernel; this figure stays in a saved notebook.
+        self.figure = display(HTML(""), display_id=True)
+        for event in (self.control.stop, self.control.save, self.control.sample):
             event.clear()
-        self._able(True)
+        self._enable(True)
+        console = Console(self.output.append, self._progress)
 
         def work() -> run.Result:
-            return run.start(
-                self.config, self.folder, say=self.said.append, progress=self._progress, live=self.live, fork=fork
-            )
+            return run.Run(self.config, self.folder.path, console=console, control=self.control, fork=fork).train()
 
-        began, result, failed = time.monotonic(), None, None
+        start, result, error = time.monotonic(), None, None
         try:
-            result = supervise.supervise(work, self.refresh, self.live.stop)
+            result = supervise.supervise(work, self.refresh, self.control.stop)
             return result
-        except BaseException as error:
-            failed = error
+        except BaseException as raised:
+            error = raised
             free_memory(choose_device(self.config.device))
             raise
         finally:
-            self._able(False)
-            self._ended(result, failed, time.monotonic() - began)
+            self._enable(False)
+            self._end(result, error, time.monotonic() - start)
 
-    def _progress(self, what: str, done: int, of: int) -> None:
-        self.doing = (what, done, of)
+    def _progress(self, what: str, done: int, total: int) -> None:
+        self.stage = (what, done, total)
 
-    def _able(self, able: bool) -> None:
-        for clicked in (self.stop, self.save, self.sample):
-            clicked.disabled = not able
+    def _enable(self, on: bool) -> None:
+        for widget in (self.stop, self.save, self.sample):
+            widget.disabled = not on
 
-    def _ended(self, result: run.Result | None, failed: BaseException | None, seconds: float) -> None:
-        """The last state, and a figure that stays in the notebook when the panel is gone."""
+    def _end(self, result: run.Result | None, error: BaseException | None, seconds: float) -> None:
+        """Show the outcome, and leave a figure in the notebook."""
         self.draw()
-        if isinstance(failed, KeyboardInterrupt):
-            self.head.value = note(
-                "stopped before the first step, or at the third Interrupt. Run the cell again", "warning"
-            )
-            self.bar.bar_style = "warning"
-        elif failed:
-            told = str(failed) or type(failed).__name__
-            self.head.value, self.bar.bar_style = note(told, "bad"), "danger"
-        elif result.lora:
-            told = f"done: {result.lora.name}, {result.total} steps in {_span(seconds)}"
-            told = "\n".join([told, *(f"missing: {text}" for text in result.missing)])
+        if isinstance(error, KeyboardInterrupt):
+            text = "stopped before the first step, or by the third Interrupt. Run the cell again"
+            tone, style = "warning", "warning"
+        elif error:
+            text, tone, style = str(error) or type(error).__name__, "bad", "danger"
+        elif result and result.lora:
+            text = f"done: {result.lora.name}, {result.total} steps in {span(seconds)}"
+            text = "\n".join([text, *(f"missing: {missing}" for missing in result.missing)])
             tone, style = ("warning", "warning") if result.missing else ("good", "success")
-            self.head.value, self.bar.bar_style, self.bar.value = note(told, tone), style, 1
+            self.bar.value = 1
         else:
-            told = f"stopped at step {result.steps} of {result.total}, saved. Run the cell again to go on from there."
-            self.head.value, self.bar.bar_style = note(told, "warning"), "warning"
-        if self.curves.steps and self.kept:
-            self.kept.update(self.curves.figure(self.config.name))
+            assert result
+            text = f"stopped at step {result.steps} of {result.total}, saved. Run the cell again to resume."
+            tone, style = "warning", "warning"
+        self.head.value, self.bar.bar_style = note(text, tone), style
+        if self.curves.steps and self.figure:
+            self.figure.update(self.curves.chart(self.config.name))
 
-    # ── What is seen ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Display ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def refresh(self) -> None:
         """Draw, at most twice a second."""
@@ -158,158 +158,141 @@ class Training(widgets.VBox):
             self.drawn = time.monotonic()
 
     def draw(self) -> None:
-        """Bring the panel up to date. What has not changed is not sent again."""
-        new = self.curves.read(self.folder / "log.jsonl", self.live.step) if self.live.total else False
+        """Update the panel. Unchanged parts are not sent again."""
+        control, curves = self.control, self.curves
+        new = curves.read(self.folder.log_file, control.step) if control.total else False
         self._draw_progress()
         if new:
-            self.plot.value = self.curves.svg(self.config.name, self.live.total)
-            if self.kept and time.monotonic() - self.stored >= KEPT:
+            self.plot.value = curves.chart(self.config.name, control.total).svg(700, 230)
+            if self.figure and time.monotonic() - self.stored >= KEEP_EVERY:
                 self.stored = time.monotonic()
-                told = f"loss until step {self.curves.steps[-1]}, which stays when the panel is gone"
-                self.kept.update(HTML(f"<details><summary>{told}</summary>{self.plot.value}</details>"))
-            self.figures.value = self._cards()
-            if marks := self.curves.validation:
-                advice = training.advise(*zip(*marks, strict=True))
-                colour = {"rising": "bad", "plateau": "warning", "falling": "good"}.get(advice.state, "")
-                self.advice.value = note(str(advice), colour)
+                summary = f"loss until step {curves.steps[-1]}, kept in the notebook without the panel"
+                self.figure.update(HTML(f"<details><summary>{summary}</summary>{self.plot.value}</details>"))
+            self._draw_figures()
         self._draw_samples()
-        text = "\n".join(self.said)
-        self.lines.value = f'<pre style="white-space:pre-wrap;line-height:1.35;font-size:12px">{escape(text)}</pre>'
+        text = escape("\n".join(self.output))
+        self.lines.value = f'<pre style="white-space:pre-wrap;line-height:1.35;font-size:12px">{text}</pre>'
 
     def _draw_progress(self) -> None:
-        live, (what, done, of) = self.live, self.doing
-        if live.total and live.step < live.total:
-            left = (live.total - live.step) * self.curves.pace
-            pace = f" · {self.curves.pace:.2g} s a step · {_span(left)} left" if self.curves.pace else ""
-            told, share = f"step {live.step} of {live.total}{pace}", live.step / live.total
-        elif of:
-            told, share = f"{what}: {done} of {of}", done / of
+        control, (what, done, total) = self.control, self.stage
+        if control.total and control.step < control.total:
+            left = (control.total - control.step) * self.curves.pace
+            pace = f" · {self.curves.pace:.2g} s a step · {span(left)} left" if self.curves.pace else ""
+            text, share = f"step {control.step} of {control.total}{pace}", control.step / control.total
+        elif total:
+            text, share = f"{what}: {done} of {total}", done / total
         else:
-            told, share = (self.said[-1].strip() if self.said else "beginning …"), 0
-        if live.stop.is_set():
-            told += " · stopping after this step …"
-        self.head.value, self.bar.value = note(f"{self.config.name}: {told}"), share
+            text, share = (self.output[-1].strip() if self.output else "starting …"), 0
+        if control.stop.is_set():
+            text += " · stopping after this step …"
+        self.head.value, self.bar.value = note(f"{self.config.name}: {text}"), share
 
-    def _cards(self) -> str:
-        """The figures of now, side by side."""
-        curves = self.curves
-        cards = [("loss, smoothed", f"{curves.smoothed[-1]:.4f}"), ("of the last step", f"{curves.losses[-1]:.4f}")]
-        if curves.validation:
-            cards += [("validation loss", f"{curves.validation[-1][1]:.4f}"), ("overfit dial", f"{curves.gap:.2f}")]
-        cards += [("learning rate", f"{curves.rate:.2e}"), ("epoch", str(curves.epoch))]
-        return cards_html([*cards, *self._memory()])
-
-    def _memory(self) -> Sequence[tuple[str, str]]:
-        """What is allocated at the peak, and what was predicted."""
-        predicted, device = self.live.prepared.prediction.peak, choose_device(self.config.device)
-        if device.type != "cuda":
-            return [("memory, predicted", plan.readable_bytes(predicted))]
-        used = torch.cuda.max_memory_allocated(device)
-        return [("memory at its peak", f"{plan.readable_bytes(used)} of {plan.readable_bytes(predicted)} predicted")]
+    def _draw_figures(self) -> None:
+        """Loss, rate, epoch and memory in a row, and the advice of the validation loss."""
+        curves, device = self.curves, choose_device(self.config.device)
+        losses, validation = curves.losses, curves.validation
+        figures = {"loss, smoothed": f"{plots.smooth(losses)[-1]:.4f}", "of the last step": f"{losses[-1]:.4f}"}
+        if validation:
+            gap = curves.last("overfit_gap")
+            figures |= {"validation loss": f"{validation[-1][1]:.4f}", "overfit dial": f"{gap:.2f}"}
+            advice = training.advise(*zip(*validation, strict=True))
+            tone = {"rising": "bad", "plateau": "warning", "falling": "good"}.get(advice.state, "")
+            self.advice.value = note(str(advice), tone)
+        figures |= {"learning rate": f"{curves.last('learning_rate'):.2e}", "epoch": str(curves.last("epoch"))}
+        assert self.control.prepared
+        memory = plan.readable_bytes(self.control.prepared.prediction.peak)
+        if device.type == "cuda":
+            peak = plan.readable_bytes(torch.cuda.max_memory_allocated(device))
+            figures["memory at its peak"] = f"{peak} of {memory} predicted"
+        else:
+            figures["memory, predicted"] = memory
+        cells = "".join(
+            f'<div style="min-width:96px">{line(name, "font-size:11px;opacity:.7")}'
+            f"{line(value, 'font-size:15px;white-space:nowrap')}</div>"
+            for name, value in figures.items()
+        )
+        self.figures.value = f'<div style="display:flex;flex-wrap:wrap;gap:6px 24px;margin:4px 0">{cells}</div>'
 
     def _draw_samples(self) -> None:
         """The newest folder of samples, once it is complete."""
-        folders = sorted((self.folder / "samples").glob("step-[0-9]*"))
-        wanted = len(self.live.prompts or (self.live.prepared.prompts if self.live.prepared else ()))
+        folders = sorted((self.folder.path / "samples").glob("step-[0-9]*"))
+        prepared = self.control.prepared
+        count = len(self.control.prompts or (prepared.prompts if prepared else ()))
         pictures = sorted(folders[-1].glob("*.png")) if folders else []
-        if not pictures or len(pictures) < wanted or (shown := (folders[-1], len(pictures))) == self.sampled:
+        if not pictures or len(pictures) < count or (shown := (folders[-1], len(pictures))) == self.sampled:
             return
         self.sampled = shown
-        images = "".join(_picture(path) for path in pictures)
         self.samples.value = (
-            f'<div style="margin:4px 0">samples of step {int(folders[-1].name[5:])}</div>'
-            f'<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(112px,{SIDE}px));gap:8px">'
-            f"{images}</div>"
+            line(f"samples of step {int(folders[-1].name[5:])}", "margin:4px 0")
+            + f'<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(112px,{SIDE}px));gap:8px">'
+            f"{''.join(map(_sample, pictures))}</div>"
         )
+
+
+def _sample(path: Path) -> str:
+    """A sample above its prompt, as HTML that contains the picture."""
+    with Image.open(path) as image:
+        prompt = escape(prompt_of(image.info.get("parameters", "")))
+        encoded = page.jpeg(image, 2 * SIDE)
+    return (
+        f'<figure style="margin:0"><img style="width:100%;height:auto;display:block" src="{encoded}" alt="{prompt}">'
+        f'<figcaption style="font-size:11px;line-height:1.3;max-height:3.9em;overflow:hidden" title="{prompt}">'
+        f"{prompt}</figcaption></figure>"
+    )
 
 
 class Curves:
-    """What log.jsonl says, read on from where it was read to."""
+    """The curves in a growing log.jsonl."""
 
-    def __init__(self):
-        self._forget()
-
-    def _forget(self) -> None:
-        self.place, self.epoch, self.rate, self.gap, self.pace = 0, 0, 0.0, 0.0, 0.0
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        self.validation: list[tuple[int, float]] = []
-        self.smoothed: list[float] = []
-        self.times: deque[tuple[int, float]] = deque(maxlen=50)
+    def __init__(self) -> None:
+        self.place = 0  # bytes read
+        self.entries: list[dict[str, Any]] = []
 
     def read(self, file: Path, step: int) -> bool:
-        """Read what is new; says whether there is something.
+        """Read new lines, and return whether there are any.
 
         Args:
-            step: that the run is at. A log that ends later is one of steps that are trained again, and is read anew.
+            step: of the run. A log that ends at a later one is read again: its last steps are trained again.
         """
         if not file.is_file():
             return False
-        if file.stat().st_size < self.place or (self.steps and self.steps[-1] > step):
-            self._forget()
+        if file.stat().st_size < self.place or (self.entries and self.entries[-1]["step"] > step):
+            self.place, self.entries = 0, []
         with file.open("rb") as log:
             log.seek(self.place)
-            whole = log.read().rpartition(b"\n")[0]
-        self.place += len(whole) + 1 if whole else 0
-        for text in whole.splitlines():
-            try:
-                self._take(json.loads(text))
-            except (ValueError, KeyError, TypeError):  # a damaged line, of which the run itself tells
-                continue
-        if whole:
-            self.smoothed = plots.smooth(self.losses)
-            (first, then), (last, now) = (self.times[0], self.times[-1]) if self.times else ((0, 0.0), (0, 0.0))
-            self.pace = max(0.0, (now - then) / (last - first)) if last > first else 0.0
-        return bool(whole)
+            lines = log.read().rpartition(b"\n")[0]
+        self.place += len(lines) + 1 if lines else 0
+        for text in lines.splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a damaged line, which the run itself reports
+                entry = json.loads(text)
+                self.entries.append(entry | {"step": int(entry["step"]), "loss": float(entry["loss"])})
+        return bool(lines)
 
-    def _take(self, line: dict) -> None:
-        self.steps.append(int(line["step"]))
-        self.losses.append(float(line["loss"]))
-        self.rate, self.epoch = line.get("learning_rate", self.rate), line.get("epoch", self.epoch)
-        seconds = line.get("seconds", 0.0)
-        if self.times and seconds < self.times[-1][1]:  # the clock of another start
-            self.times.clear()
-        self.times.append((self.steps[-1], seconds))
-        if "validation_loss" in line:
-            self.validation.append((self.steps[-1], float(line["validation_loss"])))
-            self.gap = line.get("overfit_gap", 0.0)
+    @property
+    def steps(self) -> list[int]:
+        return [entry["step"] for entry in self.entries]
 
-    def svg(self, title: str, total: int) -> str:
-        return plots.loss_svg(
-            self.steps, self.losses, width=700, height=230, total=total, title=title, validation=self.validation
-        )
+    @property
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.entries]
 
-    def figure(self, title: str):
-        """The curves as a figure of matplotlib's."""
-        return plots.loss(self.steps, self.losses, title=title, validation=self.validation)
+    @property
+    def validation(self) -> list[tuple[int, float]]:
+        """Step and loss on held-out pictures."""
+        return [(entry["step"], entry["validation_loss"]) for entry in self.entries if "validation_loss" in entry]
 
+    def last(self, name: str) -> float:
+        """The newest value of a name, 0 if there is none."""
+        return next((entry[name] for entry in reversed(self.entries) if name in entry), 0)
 
-def cards_html(cards: Sequence[tuple[str, str]]) -> str:
-    """Names above figures, as many in a row as there is room for."""
-    each = "".join(
-        f'<div style="min-width:96px"><div style="font-size:11px;opacity:.7;line-height:1.3">{escape(name)}</div>'
-        f'<div style="font-size:15px;line-height:1.3;white-space:nowrap">{escape(value)}</div></div>'
-        for name, value in cards
-    )
-    return f'<div style="display:flex;flex-wrap:wrap;gap:6px 24px;margin:4px 0">{each}</div>'
+    @property
+    def pace(self) -> float:
+        """Seconds a step, of the last 50 since the run's start; 0 if there is only one."""
+        recent = self.entries[-50:]
+        clock = [entry.get("seconds", 0.0) for entry in recent]
+        first = max((i for i in range(1, len(clock)) if clock[i] < clock[i - 1]), default=0)  # another start's clock
+        steps = recent[-1]["step"] - recent[first]["step"] if recent else 0
+        return max(0.0, clock[-1] - clock[first]) / steps if steps > 0 else 0.0
 
-
-def _picture(path: Path) -> str:
-    """A sample with its prompt below, as HTML that holds the picture itself."""
-    with Image.open(path) as image:
-        prompt = image.info.get("parameters", "").partition("\n")[0].partition(" <lora:")[0]
-        encoded = page.jpeg(image, 2 * SIDE)
-    return (
-        f'<figure style="margin:0"><img style="width:100%;height:auto;display:block" '
-        f'src="{encoded}" alt="{escape(prompt)}">'
-        f'<figcaption style="font-size:11px;line-height:1.3;max-height:3.9em;overflow:hidden" '
-        f'title="{escape(prompt)}">{escape(prompt)}</figcaption></figure>'
-    )
-
-
-def _span(seconds: float) -> str:
-    """A time in words: 45 s, 12 min, 1 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+    def chart(self, title: str, total: int | None = None) -> plots.Chart:
+        return plots.loss(self.steps, self.losses, title=title, validation=self.validation, total=total)

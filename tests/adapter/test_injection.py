@@ -1,11 +1,17 @@
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 import torch
 from said import naming
 
-from lorakit.adapter import injection, layers
+from lorakit.adapter import injection
 from lorakit.adapter import targets as targets_module
+from lorakit.adapter.algorithms import ALGORITHMS, algorithm_of
+from lorakit.adapter.specs import LayerSpec, layer_specs, run_specs
 from lorakit.base import model as bases
-from lorakit.config import Config
+from lorakit.config import WHOLE, Config
+from lorakit.device import Compute
 
 CPU = torch.device("cpu")
 
@@ -26,13 +32,13 @@ def family(request):
 
 @pytest.fixture
 def unet(small_bases, family):
-    return bases.load_unet(bases.open(small_bases[family]), torch.float32, CPU)
+    return bases.load_unet(bases.open(small_bases[family]), Compute(CPU, torch.float32))
 
 
 @pytest.fixture
 def sd15(small_bases):
     """Its UNet, where the family does not matter."""
-    return bases.load_unet(bases.open(small_bases["sd15"]), torch.float32, CPU)
+    return bases.load_unet(bases.open(small_bases["sd15"]), Compute(CPU, torch.float32))
 
 
 def shake(adapter):
@@ -47,8 +53,8 @@ def shake(adapter):
 )
 def test_a_fresh_adapter_changes_nothing_and_ejecting_restores_exactly(unet, family, targets, algorithm):
     before, modules = answer(unet, family), {n: type(m) for n, m in unet.named_modules()}
-    adapter = injection.inject(unet, 4, 2, targets, conv_rank=2, algorithm=algorithm)
-    assert {layers.algorithm_of(layers.layer_parts(layer)) for layer in adapter.layers.values()} == {algorithm}
+    adapter = injection.inject(unet, layer_specs(unet, 4, 2, targets, conv_rank=2, algorithm=algorithm))
+    assert {algorithm_of(layer.parts).name for layer in adapter.layers.values()} == {algorithm}
     assert torch.equal(answer(unet, family), before)
     shake(adapter)
     full = answer(unet, family)
@@ -66,8 +72,8 @@ def test_a_fresh_adapter_changes_nothing_and_ejecting_restores_exactly(unet, fam
 
 
 def test_only_the_adapter_trains_and_in_float32(small_bases):
-    unet = bases.load_unet(bases.open(small_bases["sd15"]), torch.bfloat16, CPU)
-    adapter = injection.inject(unet, 4, 2)
+    unet = bases.load_unet(bases.open(small_bases["sd15"]), Compute(CPU, torch.bfloat16))
+    adapter = injection.inject(unet, layer_specs(unet, 4, 2))
     trainable = [p for p in unet.parameters() if p.requires_grad]
     assert {id(p) for p in trainable} == {id(p) for p in adapter.parameters()}
     assert {p.dtype for p in trainable} == {torch.float32}
@@ -80,7 +86,9 @@ KINDS_OF_LAYERS = pytest.mark.parametrize("family", ["sd15", "sd2"])  # its proj
 @KINDS_OF_LAYERS
 @pytest.mark.parametrize("algorithm", ["lora", "dora", "loha", "lokr"])
 def test_delta_is_what_a_layer_adds(unet, algorithm):
-    adapter = injection.inject(unet, 4, 3, "attention+conv", conv_rank=2, conv_alpha=1, algorithm=algorithm)
+    adapter = injection.inject(
+        unet, layer_specs(unet, 4, 3, "attention+conv", conv_rank=2, conv_alpha=1, algorithm=algorithm)
+    )
     shake(adapter)
     for name, layer in adapter.layers.items():
         plain = layer.get_base_layer()
@@ -93,7 +101,7 @@ def test_delta_is_what_a_layer_adds(unet, algorithm):
             added = layer(x) - plain(x)
             weight = plain.weight.clone()
             bias, plain.bias = plain.bias, None
-            plain.weight.copy_(injection.delta(adapter, name))
+            plain.weight.copy_(adapter.layers[name].delta())
             expected = plain(x)
             plain.weight.copy_(weight)
             plain.bias = bias
@@ -102,7 +110,7 @@ def test_delta_is_what_a_layer_adds(unet, algorithm):
 
 @KINDS_OF_LAYERS
 def test_ranks_and_alphas_by_module(unet):
-    adapter = injection.inject(unet, 8, 4, "attention+conv", conv_rank=2, conv_alpha=1)
+    adapter = injection.inject(unet, layer_specs(unet, 8, 4, "attention+conv", conv_rank=2, conv_alpha=1))
     state = adapter.state()
     for name, rank in adapter.ranks.items():
         wide = state[f"{name}.down"].dim() == 4 and state[f"{name}.down"].shape[-1] == 3
@@ -114,12 +122,12 @@ def test_ranks_and_alphas_by_module(unet):
 @KINDS_OF_LAYERS
 def test_doras_lengths_and_directions_are_learned_apart(unet):
     """Against the paper's formula, its weight made whole, its norm held constant: outputs and gradients."""
-    adapter = injection.inject(unet, 4, 3, "attention+conv", algorithm="dora")
+    adapter = injection.inject(unet, layer_specs(unet, 4, 3, "attention+conv", algorithm="dora"))
     for weight in adapter.parameters():
         weight.data *= 1 + 0.1 * torch.randn(weight.shape)
         weight.data += 0.05 * torch.randn(weight.shape)
     for name, layer in adapter.layers.items():
-        plain, own = layer.get_base_layer(), layers.layer_parts(layer)
+        plain, own = layer.get_base_layer(), layer.parts
         x = (
             torch.randn(2, plain.in_channels, 5, 5)
             if hasattr(plain, "kernel_size")
@@ -138,21 +146,47 @@ def test_doras_lengths_and_directions_are_learned_apart(unet):
 
 
 def test_a_lokr_of_whole_matrices_has_no_scale(sd15):
-    adapter = injection.inject(sd15, 64, 3, algorithm="lokr")
-    whole = [name for name, layer in adapter.layers.items() if layers.rank_of(layers.layer_parts(layer)) is None]
+    adapter = injection.inject(sd15, layer_specs(sd15, 64, 3, algorithm="lokr"))
+    whole = [name for name, layer in adapter.layers.items() if layer.algorithm.rank(layer.parts) is None]
     assert whole and all(adapter.alphas[name] == adapter.ranks[name] for name in whole)
+
+
+def test_settings_know_the_algorithms():
+    assert get_args(Config.model_fields["algorithm"].annotation) == tuple(ALGORITHMS)
+    assert tuple(name for name, algorithm in ALGORITHMS.items() if not algorithm.quantizable) == WHOLE
+
+
+def test_several_algorithms_are_not_injected_together(sd15):
+    specs = layer_specs(sd15, 4, 2)
+    first = next(iter(specs))
+    with pytest.raises(ValueError, match=naming("dora", "lora")):
+        injection.inject(sd15, specs | {first: replace(specs[first], algorithm="dora")})
+    injection.inject(sd15, specs)  # nothing was changed
+
+
+def test_specs_say_what_each_module_gets(sd15):
+    """LoKrs of several factors, one of them with a small matrix of low rank, in one adapter."""
+    one, two, three = list(layer_specs(sd15, 1, 1))[:3]
+    both = LayerSpec("lokr", 1, 2.0, factor=4, decompose_both=True)
+    specs = {one: LayerSpec("lokr", 2, 1.0, factor=2), two: both, three: LayerSpec("lokr", 1, 1.0, factor=8)}
+    adapter = injection.inject(sd15, specs)
+    assert {name: layer.spec for name, layer in adapter.layers.items()} == specs
+    assert [adapter.state()[f"{name}.lokr_w1"].shape[0] for name in (one, three)] == [2, 8]
+    assert adapter.state()[f"{two}.lokr_w1_a"].shape == (4, 1) and adapter.alphas[two] == 2.0
+    for layer in adapter.layers.values():
+        assert torch.equal(layer.get_delta_weight("default"), layer.delta())  # PEFT's own
 
 
 def test_unknown_algorithms_are_refused(sd15):
     with pytest.raises(ValueError, match=naming("oft", "lora", "dora", "loha", "lokr")):
-        injection.inject(sd15, 4, 2, algorithm="oft")
+        injection.inject(sd15, layer_specs(sd15, 4, 2, algorithm="oft"))
 
 
 def test_the_start_depends_on_the_seed_alone(small_bases):
     def start(seed):
         torch.rand(7)
-        unet = bases.load_unet(bases.open(small_bases["sd15"]), torch.float32, CPU)
-        return injection.inject(unet, 4, 2, seed=seed).state()
+        unet = bases.load_unet(bases.open(small_bases["sd15"]), Compute(CPU, torch.float32))
+        return injection.inject(unet, layer_specs(unet, 4, 2), seed).state()
 
     a, b, c = start(1), start(1), start(2)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -168,13 +202,14 @@ def test_the_start_depends_on_the_seed_alone(small_bases):
 
 
 def test_a_second_adapter_is_refused(sd15):
-    injection.inject(sd15, 4, 2)
+    specs = layer_specs(sd15, 4, 2)
+    injection.inject(sd15, specs)
     with pytest.raises(RuntimeError, match=naming("unet", "adapter.eject")):
-        injection.inject(sd15, 4, 2)
+        injection.inject(sd15, specs)
 
 
 def test_weights_of_other_settings_are_refused_and_change_nothing(sd15):
-    adapter = injection.inject(sd15, 4, 2)
+    adapter = injection.inject(sd15, layer_specs(sd15, 4, 2))
     shake(adapter)
     before = {k: v.clone() for k, v in adapter.state().items()}
     wrong = {k: v.new_zeros(8, *v.shape[1:]) if k.endswith(".down") else v for k, v in before.items()}
@@ -187,7 +222,7 @@ def test_weights_of_other_settings_are_refused_and_change_nothing(sd15):
 
 def test_unknown_targets_are_refused(sd15):
     with pytest.raises(ValueError, match=naming("everything", "attention", "attention+conv")):
-        injection.inject(sd15, 4, 2, "everything")
+        injection.inject(sd15, layer_specs(sd15, 4, 2, "everything"))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +267,9 @@ def test_a_renamed_class_is_noticed(sd15):
 
 
 def by_place(unet, **changes):
-    return injection.fresh(unet, Config(steps=1, rank=4, alpha=2, targets="attention+conv", **changes))
+    return injection.inject(
+        unet, run_specs(unet, Config(steps=1, rank=4, alpha=2, targets="attention+conv", **changes))
+    )
 
 
 def test_the_longest_path_decides_the_rank_and_the_scale_stays(sd15):
@@ -281,8 +318,10 @@ ENCODERS = pytest.mark.parametrize("family", ["sd15", "sdxl"])  # one and two
 @pytest.fixture
 def models(small_bases, family):
     base = bases.open(small_bases[family])
-    encoders = {which: bases.load_text_encoder(base, torch.float32, CPU, which)[0] for which in base.text_encoders}
-    return {"unet": bases.load_unet(base, torch.float32, CPU)} | encoders
+    encoders = {
+        which: bases.load_text_encoder(base, Compute(CPU, torch.float32), which)[0] for which in base.text_encoders
+    }
+    return {"unet": bases.load_unet(base, Compute(CPU, torch.float32))} | encoders
 
 
 @ENCODERS
@@ -292,7 +331,7 @@ def test_text_encoders_are_adapted_and_restored(models, family, algorithm):
     tokens = torch.randint(0, 100, (2, 77), generator=torch.Generator().manual_seed(0))
     said = lambda: [out for model in encoders for out in model(tokens, output_hidden_states=True).hidden_states[1:]]  # noqa: E731
     before, state = said(), [{key: id(w) for key, w in model.named_parameters()} for model in encoders]
-    adapter = injection.inject(models, 4, 2, algorithm=algorithm)
+    adapter = injection.inject(models, layer_specs(models, 4, 2, algorithm=algorithm))
     assert adapter.models == models and list(adapter.encoders.values()) == encoders
     names = [name for name in adapter.layers if targets_module.model_of(name) != "unet"]
     assert len(names) == 12 * len(encoders)  # two layers each: q, k, v, out, fc1, fc2
@@ -305,26 +344,26 @@ def test_text_encoders_are_adapted_and_restored(models, family, algorithm):
     injection.eject(models)
     assert all(torch.equal(a, b) for a, b in zip(said(), before, strict=True))
     assert state == [{key: id(w) for key, w in model.named_parameters()} for model in encoders]
-    injection.inject(models, 4, 2)  # nothing stands in the way of another
+    injection.inject(models, layer_specs(models, 4, 2))  # nothing stands in the way of another
 
 
 @ENCODERS
 def test_places_reach_into_text_encoders(models):
     settings = Config(steps=1, rank=4, alpha=2, text_encoder_rate=1e-4, block_ranks={"text_encoder": 2, "up_blocks": 0})
-    adapter = injection.fresh(models, settings)
+    adapter = injection.inject(models, run_specs(models, settings))
     assert {rank for name, rank in adapter.ranks.items() if name.startswith("text_encoder.")} == {2}
     assert {alpha for name, alpha in adapter.alphas.items() if name.startswith("text_encoder.")} == {1.0}
     assert not any(name.startswith("up_blocks") for name in adapter.layers)
     injection.eject(models)
-    only = injection.fresh(models, settings.with_(train_unet=False, block_ranks={}))
+    only = injection.inject(models, run_specs(models, settings.with_(train_unet=False, block_ranks={})))
     assert "unet" not in only.models and not any(targets_module.model_of(name) == "unet" for name in only.layers)
     injection.eject(models)
     with pytest.raises(ValueError, match=naming("text_model", "text_encoder")):
-        injection.fresh(models, settings.with_(block_ranks={"text_model": 2}))
+        injection.inject(models, run_specs(models, settings.with_(block_ranks={"text_model": 2})))
 
 
 @ENCODERS
 def test_an_encoder_of_other_modules_is_refused(models):
     models["text_encoder"].config.num_hidden_layers = 3
     with pytest.raises(RuntimeError, match=naming("text_encoder", 12, 18)):
-        injection.inject(models, 4, 2)
+        injection.inject(models, layer_specs(models, 4, 2))

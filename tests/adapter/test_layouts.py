@@ -18,6 +18,7 @@ from lorakit import config
 from lorakit.adapter import attachment, injection, write
 from lorakit.adapter import proof as proof_module
 from lorakit.adapter import read as read_module
+from lorakit.adapter.specs import run_specs
 from lorakit.storage import files
 
 FAMILIES = ["sd15", "sd2", pytest.param("sdxl", marks=pytest.mark.no_cover)]
@@ -34,7 +35,7 @@ class MixedTwin:
             steps=1, rank=4, alpha=3, targets="attention+conv", conv_rank=2, conv_alpha=0.3,
             block_ranks={"mid_block": 6, attention: 3, "up_blocks.1.resnets": 5},
         )  # fmt: skip
-        self.adapter = injection.fresh(self.unet, settings)
+        self.adapter = injection.inject(self.unet, run_specs(self.unet, settings), settings.seed)
         generator = torch.Generator().manual_seed(1)
         for weight in self.adapter.parameters():
             weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
@@ -264,7 +265,7 @@ def test_the_raw_numbers_say_the_same(mixed, layout, tmp_path):
     found = rules(path, layout)
     assert found.keys() == mixed.adapter.layers.keys()
     for module, added in found.items():
-        wanted = injection.delta(mixed.adapter, module)
+        wanted = mixed.adapter.layers[module].delta()
         assert torch.allclose(added.flatten(), wanted.flatten(), rtol=1e-4, atol=1e-6)
     if layout == "diffusers":  # what takes alpha for the rank reads it as well
         settings = json.loads(readers.read(path)[1]["lora_adapter_metadata"])
@@ -279,7 +280,7 @@ def test_the_raw_numbers_of_other_algorithms_say_the_same(kind, tmp_path):
         write.save_adapter(twin.adapter, twin.base, place(tmp_path, "peft"), dtype=torch.float32, layout="peft"), "peft"
     )
     for module in twin.adapter.layers:
-        wanted = injection.delta(twin.adapter, module)
+        wanted = twin.adapter.layers[module].delta()
         assert torch.allclose(found[module].flatten(), wanted.flatten(), rtol=1e-4, atol=1e-6)
 
 

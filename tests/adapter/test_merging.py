@@ -18,13 +18,15 @@ from test_write import TEXT, distance, narrow_unet
 from test_write import answer as of_unet
 from test_write import said as of_text
 
-from lorakit.adapter import layers as layers_module
 from lorakit.adapter import merging, proof, targets, write
 from lorakit.adapter import names as adapter_names
+from lorakit.adapter.algorithms import algorithm_of
 from lorakit.adapter.lora import Lora
 from lorakit.adapter.read import load
 from lorakit.base import model as bases
 from lorakit.base import single_file
+from lorakit.console import Console
+from lorakit.device import Compute
 from lorakit.plan.memory import _Ledger
 from lorakit.storage import files
 
@@ -33,7 +35,7 @@ LAYERS = {"sd15": (3,), "sd2": (4,), "sdxl": (2, 3)}  # of the text encoders
 FAMILIES = ["sd15", "sd2", pytest.param("sdxl", marks=pytest.mark.no_cover)]  # tracing SDXL takes as long again
 
 
-def quiet(_: str) -> None: ...
+QUIET = Console.quiet()
 
 
 def write_base(folder: Path, family: str) -> Path:
@@ -91,9 +93,9 @@ def models_of(base: bases.Base) -> dict[str, torch.nn.Module]:
     encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
     import transformers
 
-    found = {"unet": bases.load_unet(base, torch.float32, CPU)}
+    found = {"unet": bases.load_unet(base, Compute(CPU, torch.float32))}
     for which in base.text_encoders:
-        found[which] = bases._load(getattr(transformers, encoders[which]), base, which, torch.float32, CPU)
+        found[which] = bases._load(getattr(transformers, encoders[which]), base, which, Compute(CPU, torch.float32))
     return found
 
 
@@ -150,7 +152,7 @@ def apart(a: dict, b: dict) -> float:
 
 
 def changes(lora: Lora) -> dict[str, torch.Tensor]:
-    return {module: layers_module.change(parts, alpha) for module, (parts, alpha) in lora.modules.items()}
+    return {module: algorithm_of(parts).delta(parts, alpha) for module, (parts, alpha) in lora.modules.items()}
 
 
 # ── Several in one ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -273,7 +275,7 @@ def test_small_scales_keep_their_digits_in_half_precision(bare, tmp_path):
     for parts in lora.parts.values():
         parts["up"] *= 0.1
     path = write.save(merging.merge([lora], [0.5]).lora, tmp_path / "a.safetensors")
-    got = {module: layers_module.change(parts, alpha) for module, (parts, alpha) in load(path).modules.items()}
+    got = {module: algorithm_of(parts).delta(parts, alpha) for module, (parts, alpha) in load(path).modules.items()}
     assert all(distance(got[module], 0.5 * change) < 1e-3 for module, change in changes(lora).items())
 
 
@@ -306,7 +308,7 @@ def test_what_cannot_be_merged(made, bare):
     module = next(iter(wide.modules))
     wide.modules[module][0]["up"] = torch.cat([wide.modules[module][0]["up"]] * 2)
     empty = Lora("empty.safetensors", None, {}, {}, {})
-    size = "×".join(map(str, layers_module.size(wide.modules[module][0])))
+    size = "×".join(map(str, wide.sizes[module]))
     for arguments, named in (
         (([sd15, sdxl], [1, 1]), ("lora1.safetensors", "SDXL", "SD 1.5")),
         (([sd15], [1], 4, other), ("lora1.safetensors", "SD 1.5", "sdxl", "SDXL")),
@@ -335,7 +337,7 @@ def test_a_base_with_loras_in_it(made, bare, tmp_path, family, form):
     loras = [a_lora(models, family, every=2), a_lora(models, family, rank=2, every=5, seed=2)]
     lines = []
     out = tmp_path / ("out.safetensors" if form == "file" else "out")
-    assert merging.merge_into_base(base, loras, [0.8, -0.3], out, say=lines.append) == out
+    assert merging.merge_into_base(base, loras, [0.8, -0.3], out, console=Console(lines.append)) == out
     wanted = merged(models, family, (written(loras[0], tmp_path), 0.8), (written(loras[1], tmp_path), -0.3))
     result = models_of(bases.open(out))
     for which, model in result.items():
@@ -378,7 +380,7 @@ def test_half_precision_rounds_once(made, bare, tmp_path, family):
     for base in (bases.open(folder), bases.open(file)):
         before = models_of(base)
         out = tmp_path / f"out-{base.name}"
-        merging.merge_into_base(base, [lora, lora, lora], [0.3, 0.3, 0.4], out, say=quiet)
+        merging.merge_into_base(base, [lora, lora, lora], [0.3, 0.3, 0.4], out, console=QUIET)
         after = models_of(bases.open(out))
         for module, (parts, alpha) in lora.modules.items():
             weight = targets.find(before, module).weight
@@ -392,12 +394,12 @@ def test_another_dtype(made, bare, tmp_path, form):
     lora = a_lora(bare["sd15"], "sd15", every=50)
     base = bases.open(made["sd15", form])
     out = tmp_path / ("out.safetensors" if form == "file" else "out")
-    merging.merge_into_base(base, [lora], [1], out, dtype=torch.bfloat16, say=quiet)
+    merging.merge_into_base(base, [lora], [1], out, dtype=torch.bfloat16, console=QUIET)
     for file in [out] if form == "file" else out.rglob("*.safetensors"):
         for key, tensor in load_file(file).items():
             kept = key in ("alphas_cumprod", "model_ema.decay") or key.endswith("position_ids")
             assert (tensor.dtype == torch.bfloat16) != kept, key
-    assert bases.load_vae(bases.open(out), torch.float32, CPU).dtype == torch.float32
+    assert bases.load_vae(bases.open(out), Compute(CPU, torch.float32)).dtype == torch.float32
 
 
 def test_shards_stay_shards_and_other_forms_of_the_weights_stay_behind(made, bare, tmp_path):
@@ -414,7 +416,7 @@ def test_shards_stay_shards_and_other_forms_of_the_weights_stay_behind(made, bar
     (folder / "safety_checker").mkdir()  # which model_index.json has none of
     (folder / "model.ckpt").write_bytes(b"x")
     lora = a_lora(bare["sd15"], "sd15")
-    out = merging.merge_into_base(bases.open(folder), [lora], [1], tmp_path / "out", say=quiet)
+    out = merging.merge_into_base(bases.open(folder), [lora], [1], tmp_path / "out", console=QUIET)
     names = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.suffix != ".json"}
     assert not {name for name in names if "fp16" in name or name.endswith((".bin", ".ckpt"))}
     assert {f"unet/{name}" for name in index.values()} < names and "safety_checker" not in names
@@ -426,7 +428,9 @@ def test_shards_stay_shards_and_other_forms_of_the_weights_stay_behind(made, bar
 def test_every_kind_goes_into_a_base(made, bare, tmp_path, kind):
     lora = a_lora(bare["sd2"], "sd2", kind)
     wanted = merged(bare["sd2"], "sd2", (written(lora, tmp_path), 0.5))
-    out = merging.merge_into_base(bases.open(made["sd2", "file"]), [lora], [0.5], tmp_path / "o.safetensors", say=quiet)
+    out = merging.merge_into_base(
+        bases.open(made["sd2", "file"]), [lora], [0.5], tmp_path / "o.safetensors", console=QUIET
+    )
     assert apart(models_of(bases.open(out)), wanted) < 1e-4
 
 
@@ -436,7 +440,7 @@ def test_one_tensor_at_a_time(made, bare, tmp_path):
         sizes = [4 * math.prod(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118
     ledger = _Ledger(tensor for parts in lora.parts.values() for tensor in parts.values())
     with ledger:
-        merging.merge_into_base(base, [lora], [1], tmp_path / "out.safetensors", say=quiet)
+        merging.merge_into_base(base, [lora], [1], tmp_path / "out.safetensors", console=QUIET)
     assert max(sizes) < ledger.peak <= 5 * max(sizes) < sum(sizes) / 7
 
 
@@ -450,7 +454,7 @@ def test_nothing_is_written_where_something_does_not_fit(made, bare, tmp_path, m
     huge = copy.deepcopy(sd15)
     huge.modules[module][0]["up"].fill_(1e30)
     one, extra = tmp_path / "one.safetensors", "text_encoder_2.encoder.layers.0.mlp.fc1"
-    sizes = ["×".join(map(str, layers_module.size(some.modules[module][0]))) for some in (wide, sd15)]
+    sizes = ["×".join(map(str, some.sizes[module])) for some in (wide, sd15)]
     for arguments, error, named in (
         ((base, [sdxl], [1], tmp_path / "out"), ValueError, ("lora1.safetensors", "SDXL", "sd15", "SD 1.5")),
         ((base, [sd15, wide], [1, 1], tmp_path / "out"), ValueError,
@@ -465,17 +469,17 @@ def test_nothing_is_written_where_something_does_not_fit(made, bare, tmp_path, m
         ((base, [sd15], [], tmp_path / "out"), ValueError, (1,)),
     ):  # fmt: skip
         with pytest.raises(error, match=naming(*named)):
-            merging.merge_into_base(*arguments, say=quiet)
+            merging.merge_into_base(*arguments, console=QUIET)
         assert not list(tmp_path.iterdir())
-    merging.merge_into_base(base, [sd15], [1], tmp_path / "out", say=quiet)
-    merging.merge_into_base(file, [sd15], [1], one, say=quiet)
+    merging.merge_into_base(base, [sd15], [1], tmp_path / "out", console=QUIET)
+    merging.merge_into_base(file, [sd15], [1], one, console=QUIET)
     needed = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()), one.stat().st_size
     shutil.rmtree(tmp_path / "out")
     one.unlink()
     monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     for opened, out, size in zip((base, file), (tmp_path / "out", one), needed, strict=True):
         with pytest.raises(OSError, match=naming(out.name, f"{size:,}", 0)):
-            merging.merge_into_base(opened, [sd15], [1], out, say=quiet)
+            merging.merge_into_base(opened, [sd15], [1], out, console=QUIET)
     monkeypatch.undo()
 
     def full(_):
@@ -484,14 +488,16 @@ def test_nothing_is_written_where_something_does_not_fit(made, bare, tmp_path, m
     monkeypatch.setattr(files.os, "fsync", full)
     for opened, out in ((base, tmp_path / "out"), (file, one)):
         with pytest.raises(OSError, match=naming(out.name)):
-            merging.merge_into_base(opened, [sd15], [1], out, say=quiet)
+            merging.merge_into_base(opened, [sd15], [1], out, console=QUIET)
     assert not list(tmp_path.iterdir())
 
 
 def test_embeddings_in_a_lora_are_told_of(made, bare, tmp_path):
     lora, lines = a_lora(bare["sd15"], "sd15", every=9), []
     lora.aside["bundle_emb.x.string_to_param.*"] = torch.ones(2, 3)
-    merging.merge_into_base(bases.open(made["sd15", "file"]), [lora], [1], tmp_path / "o.safetensors", say=lines.append)
+    merging.merge_into_base(
+        bases.open(made["sd15", "file"]), [lora], [1], tmp_path / "o.safetensors", console=Console(lines.append)
+    )
     assert names(lines[0], "merge", 1, "lora1.safetensors") and len(lines) == 2
 
 
@@ -565,8 +571,8 @@ def test_what_cannot_be_resized(bare):
 def test_what_was_merged_is_extracted_again(made, bare, tmp_path, family):
     lora, folder = a_lora(bare[family], family, rank=2, every=3), bases.open(made[family, "folder"])
     file = bases.open(made[family, "file"])
-    tuned = bases.open(merging.merge_into_base(file, [lora], [0.8], tmp_path / "tuned.safetensors", say=quiet))
-    result = merging.extract(tuned, folder, 2, targets="attention+conv", say=quiet)
+    tuned = bases.open(merging.merge_into_base(file, [lora], [0.8], tmp_path / "tuned.safetensors", console=QUIET))
+    result = merging.extract(tuned, folder, 2, targets="attention+conv", console=QUIET)
     assert result.lora.modules.keys() == lora.modules.keys() and result.share > 0.9999
     wanted, got = changes(lora), changes(result.lora)
     assert all(distance(got[module], 0.8 * wanted[module]) < 1e-3 for module in wanted)
@@ -584,16 +590,16 @@ def test_what_was_merged_is_extracted_again(made, bare, tmp_path, family):
 
 def test_a_part_is_extracted(made, bare, tmp_path):
     lora, base = a_lora(bare["sd15"], "sd15", rank=5, every=2), bases.open(made["sd15", "folder"])
-    tuned = bases.open(merging.merge_into_base(base, [lora], [1], tmp_path / "tuned", say=quiet))
+    tuned = bases.open(merging.merge_into_base(base, [lora], [1], tmp_path / "tuned", console=QUIET))
     lines = []
-    unet = merging.extract(tuned, base, 5, text_encoders=False, say=lines.append).lora
+    unet = merging.extract(tuned, base, 5, text_encoders=False, console=Console(lines.append)).lora
     assert unet.adapts == ("unet",) and not any("resnets" in module for module in unet.modules)
     assert unet.modules.keys() < lora.modules.keys()  # what did not change is left out
     assert [names(text, "extract", number, 192) for text, number in zip(lines, (1, 101), strict=True)] == [True, True]
-    again = merging.extract(tuned, base, 5, text_encoders=False, say=quiet).lora
+    again = merging.extract(tuned, base, 5, text_encoders=False, console=QUIET).lora
     for module, parts in unet.parts.items():
         assert all(torch.equal(x, again.parts[module][part]) for part, x in parts.items())
-    some = merging.extract(tuned, base, 5, energy=0.5, say=quiet)
+    some = merging.extract(tuned, base, 5, energy=0.5, console=QUIET)
     assert {len(parts["down"]) for parts in some.lora.parts.values()} >= {1, 2}
     assert min(some.kept.values()) >= 0.5
 
@@ -602,14 +608,16 @@ def test_rounding_is_no_difference(made, bare, tmp_path):
     base, lora = bases.open(made["sd15", "file"]), a_lora(bare["sd15"], "sd15", every=20)
     one, two = (
         bases.open(
-            merging.merge_into_base(base, [lora], [s], tmp_path / f"{s}.safetensors", dtype=torch.float16, say=quiet)
+            merging.merge_into_base(
+                base, [lora], [s], tmp_path / f"{s}.safetensors", dtype=torch.float16, console=QUIET
+            )
         )
         for s in (0, 1)
     )
-    result = merging.extract(two, base, 4, targets="attention+conv", say=quiet)
+    result = merging.extract(two, base, 4, targets="attention+conv", console=QUIET)
     assert result.lora.modules.keys() == lora.modules.keys()
     with pytest.raises(ValueError, match=naming("0.safetensors", "sd15.safetensors")):
-        merging.extract(one, base, 4, say=quiet)
+        merging.extract(one, base, 4, console=QUIET)
 
 
 def test_bases_that_do_not_go_together(made, tmp_path, monkeypatch):
@@ -626,7 +634,7 @@ def test_bases_that_do_not_go_together(made, tmp_path, monkeypatch):
     tensors["mid_block.attentions.0.proj_in.weight"] = torch.full((12, 12, 1, 1), math.nan)
     save_file(tensors, weights)
     with pytest.raises(FloatingPointError, match=naming("mid_block.attentions.0.proj_in", 1, "cut")):
-        merging.extract(bases.open(folder), sd15, 4, say=quiet)
+        merging.extract(bases.open(folder), sd15, 4, console=QUIET)
     monkeypatch.setattr(targets, "transformer_modules", lambda config: 5)
     with pytest.raises(RuntimeError, match=naming(192, 5)):
         merging.extract(sd2, sd2, 4)
@@ -642,7 +650,7 @@ def test_norms_are_those_of_the_changes(made, bare, tmp_path, kind):
     rows = merging.norms(lora, base)
     dense = {}
     for module, (parts, alpha) in lora.modules.items():
-        dense[module] = layers_module.change(parts, alpha, targets.find(bare["sdxl"], module).weight).norm().item()
+        dense[module] = algorithm_of(parts).delta(parts, alpha, targets.find(bare["sdxl"], module).weight).norm().item()
     assert [(row.block, row.part) for row in rows if row.part != "convolutions"] == [
         ("text_encoder", ""), ("text_encoder_2", ""), ("down_blocks.1", "attention"), ("down_blocks.2", "attention"),
         ("mid_block", "attention"), ("up_blocks.0", "attention"), ("up_blocks.1", "attention"),

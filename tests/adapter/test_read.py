@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from said import names, naming
 
-from lorakit.adapter import attachment, injection, layers, lora, proof
+from lorakit.adapter import attachment, injection, lora, proof
 from lorakit.adapter import names as adapter_names
 from lorakit.adapter import read as read_module
+from lorakit.adapter.specs import LayerSpec
 from lorakit.base import names as base_names
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -169,7 +170,7 @@ def test_sizes_that_no_weight_has(tmp_path, tensors, named):
 def test_the_largest_weights_are_read(tmp_path):
     tensors = {UP: torch.ones(1280, 1, 1, 1), DOWN: torch.ones(1, 2560, 3, 3)}
     save_file(tensors, tmp_path / "a.safetensors")
-    assert layers.size(read_module.load(tmp_path / "a.safetensors").parts[MODULE]) == (1280, 23040)
+    assert read_module.load(tmp_path / "a.safetensors").sizes[MODULE] == (1280, 23040)
 
 
 @pytest.mark.parametrize("kind", ["I64", "I8", "BOOL", "C64", "F4", "F6_E2M3"])
@@ -187,7 +188,7 @@ def test_weights_of_every_precision(tmp_path, bare, fuzz, dtype):
     read = read_module.load(path)
     assert {tensor.dtype for tensor in read.parts[MODULE].values()} == {dtype} and read.modules[MODULE][1] == 1.0
     adapter = attachment.attach(models := copy.deepcopy(bare), fuzz.a_base(), read)
-    assert torch.equal(injection.delta(adapter, MODULE).flatten(1), torch.ones(8, 8))
+    assert torch.equal(adapter.layers[MODULE].delta().flatten(1), torch.ones(8, 8))
     models["unet"](torch.ones(1, 4, 8, 8), 3, torch.ones(1, 5, 12))
     assert proof.describe_file(path)["dtype"] == [str(dtype).removeprefix("torch.")]
 
@@ -258,7 +259,7 @@ def test_alphas_of_every_form(tmp_path, bare, fuzz, alpha, expected):
     read = read_module.load(a_lora(tmp_path / "a.safetensors", alpha=alpha))
     assert read.modules[MODULE][1] == expected and isinstance(read.modules[MODULE][1], float)
     adapter = attachment.attach(copy.deepcopy(bare), fuzz.a_base(), read)
-    assert torch.equal(injection.delta(adapter, MODULE).flatten(1), torch.full((8, 8), float(expected)))
+    assert torch.equal(adapter.layers[MODULE].delta().flatten(1), torch.full((8, 8), float(expected)))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +411,7 @@ def test_several_algorithms_in_one_file(tmp_path, bare, fuzz):
 def test_going_on_from_a_file_for_a_wider_base_names_it(tmp_path, bare, fuzz):
     tensors = {DOWN: torch.ones(2, 5), UP: torch.ones(8, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
-    adapter = injection.inject(copy.deepcopy(bare), 2, 2, modules=[MODULE])
+    adapter = injection.inject(copy.deepcopy(bare), {MODULE: LayerSpec("lora", 2, 2.0)})
     before = adapter.state()[f"{MODULE}.down"].clone()
     with pytest.raises(ValueError, match=naming("a.safetensors", 1, f"{MODULE}.down")):
         attachment.copy_weights(adapter, fuzz.a_base(), tmp_path / "a.safetensors")

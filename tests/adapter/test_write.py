@@ -23,6 +23,7 @@ from lorakit.adapter import names as adapter_names
 from lorakit.adapter import proof as proof_module
 from lorakit.adapter import read as read_module
 from lorakit.adapter import targets as targets_module
+from lorakit.adapter.specs import LayerSpec, layer_specs
 from lorakit.base.model import Base
 from lorakit.dataset.folder import Dataset
 from lorakit.dataset.picture import Picture
@@ -66,6 +67,20 @@ def a_base(family: str, unet, prediction_type: str = "epsilon") -> Base:
     return Base(Path("/nowhere/private"), f"somebody/{family}-twin", family, configs)
 
 
+def specs_of(
+    models, rank: int, alpha: float, targets: str = "attention", ranks: dict | None = None, alphas: dict | None = None,
+    decompose_both: bool = False, **settings,
+) -> dict[str, LayerSpec]:  # fmt: skip
+    """`layer_specs` with ranks and alphas by module."""
+    return {
+        name: replace(
+            spec, rank=(ranks or {}).get(name, spec.rank), alpha=(alphas or {}).get(name, spec.alpha),
+            decompose_both=decompose_both,
+        )
+        for name, spec in layer_specs(models, rank, alpha, targets, **settings).items()
+    }  # fmt: skip
+
+
 class Twin:
     """A UNet with an adapter of random weights, and the same UNet bare."""
 
@@ -73,7 +88,9 @@ class Twin:
         self.family, self.bare = family, narrow_unet(family, whole).eval()
         self.unet = copy.deepcopy(self.bare)
         self.base = a_base(family, self.bare)
-        self.adapter = injection.inject(self.unet, rank, 3.0, targets, conv_rank=2, conv_alpha=0.3, **changes)
+        self.adapter = injection.inject(
+            self.unet, specs_of(self.unet, rank, 3.0, targets, conv_rank=2, conv_alpha=0.3, **changes)
+        )
         generator = torch.Generator().manual_seed(1)
         for name, weight in self.adapter.state().items():
             noise = torch.randn(weight.shape, generator=generator)
@@ -291,7 +308,8 @@ def test_going_on_from_a_file_of_another_alpha(kind, tmp_path):
     twin = twin_of("sd15", kind, "attention+conv")
     path = write.save_adapter(twin.adapter, twin.base, tmp_path / "a.safetensors", dtype=torch.float32)
     given = {"rank": 4, "alpha": 5.0, "targets": "attention+conv", "conv_rank": 2, "conv_alpha": 0.5} | KINDS[kind]
-    adapter = injection.inject(unet := copy.deepcopy(twin.bare), **given)
+    unet = copy.deepcopy(twin.bare)
+    adapter = injection.inject(unet, specs_of(unet, **given))
     attachment.copy_weights(adapter, twin.base, path)
     assert distance(answer(unet, "sd15"), answer(twin.unet, "sd15")) < 1e-5
     with pytest.raises(ValueError, match=naming("a.safetensors", adapter.algorithm, "lora")):
@@ -378,7 +396,7 @@ class TextTwin:
             self.bare[which] = kind(config).eval()
             self.base.configs[which] = config.to_dict()
         self.models = copy.deepcopy(self.bare)
-        self.adapter = injection.inject(self.models, 4, 3.0, **changes)
+        self.adapter = injection.inject(self.models, specs_of(self.models, 4, 3.0, **changes))
         generator = torch.Generator().manual_seed(1)
         for weight in self.adapter.parameters():
             weight.data = torch.randn(weight.shape, generator=generator) * 0.3
@@ -504,7 +522,7 @@ def test_rounding_alone_never_fails_the_proof(sd15, tmp_path, size):
 
 def test_a_fresh_adapter_is_proven_as_well(tmp_path):
     unet = narrow_unet("sd15", whole=False)
-    adapter, base = injection.inject(unet, 2, 2), a_base("sd15", unet)
+    adapter, base = injection.inject(unet, layer_specs(unet, 2, 2)), a_base("sd15", unet)
     assert proof_module.prove(write.save_adapter(adapter, base, tmp_path / "a.safetensors"), adapter, base).error == 0
 
 
@@ -651,7 +669,7 @@ def test_the_family_is_said_without_a_run_too(sd15, tmp_path, family, prediction
 @pytest.mark.parametrize("rank", [4, 512])  # below and above the 1 MiB where the older hash begins
 def test_hashes(rank, tmp_path):
     unet = narrow_unet("sd15", whole=False)
-    adapter = injection.inject(unet, rank, 1)
+    adapter = injection.inject(unet, layer_specs(unet, rank, 1))
     path = write.save_adapter(
         adapter, a_base("sd15", unet), tmp_path / "a.safetensors", metadata={"ss_x": 'ü\n"\\', "y": "z"}
     )

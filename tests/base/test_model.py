@@ -6,8 +6,9 @@ import pytest
 import torch
 from said import naming
 
-from lorakit import device
+from lorakit import device, storage
 from lorakit.base import model as bases
+from lorakit.device import Compute
 
 CPU = torch.device("cpu")
 
@@ -17,7 +18,7 @@ def encode_prompts(encoder, tokenizer, prompts, family, clip_skip=1):
     return bases.encode(encoder, bases.tokenize(tokenizer, prompts), family, clip_skip)
 
 
-def test_families_are_recognised_by_their_form(small_bases):
+def test_families_are_recognised_by_their_structure(small_bases):
     for family, folder in small_bases.items():
         base = bases.open(folder)
         assert base.family == family
@@ -38,13 +39,13 @@ def test_the_noise_schedule_is_the_bases_own(small_bases):
 
 
 @pytest.mark.parametrize(("name", "named"), [("model.ckpt", ("pickle", ".safetensors")), ("model.safetensors", (1,))])
-def test_files_are_refused_with_the_way_out(tmp_path, name, named):
+def test_unusable_files_are_refused_with_advice(tmp_path, name, named):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=naming(name, *named)):
         bases.open(tmp_path / name)
 
 
-def test_what_is_no_base_is_explained(tmp_path, small_bases):
+def test_other_models_are_refused(tmp_path, small_bases):
     with pytest.raises(FileNotFoundError, match=naming("nowhere", "demo")):
         bases.open("nowhere")
     with pytest.raises(ValueError, match=naming(tmp_path, "unet", "vae", "scheduler")):
@@ -74,7 +75,7 @@ def test_pickled_weights_are_never_loaded(tmp_path, small_bases):
     twin = shutil.copytree(small_bases["sd15"], tmp_path / "pickled")
     (twin / "unet" / "diffusion_pytorch_model.safetensors").rename(twin / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=naming("unet", "diffusion_pytorch_model.bin")):
-        bases.load_unet(bases.open(twin), torch.float32, CPU)
+        bases.load_unet(bases.open(twin), Compute(CPU, torch.float32))
 
 
 def test_a_fingerprint_follows_the_weights(tmp_path, small_bases):
@@ -92,10 +93,13 @@ def test_prompts_are_encoded_as_diffusers_encodes_them(small_bases, family):
 
     base = bases.open(small_bases[family])
     prompts = ["a red apple", "noto style, rocket, blue background, small, left"]
-    parts = [bases.load_text_encoder(base, torch.float32, CPU, which) for which in base.text_encoders]
+    parts = [bases.load_text_encoder(base, Compute(CPU, torch.float32), name) for name in base.text_encoders]
     encoded = [encode_prompts(encoder, tokenizer, prompts, family) for encoder, tokenizer in parts]
     ours = torch.cat([embeddings for embeddings, _ in encoded], dim=-1)
-    shared = {"unet": bases.load_unet(base, torch.float32, CPU), "vae": bases.load_vae(base, torch.float32, CPU)}
+    shared = {
+        "unet": bases.load_unet(base, Compute(CPU, torch.float32)),
+        "vae": bases.load_vae(base, Compute(CPU, torch.float32)),
+    }
     shared["scheduler"] = diffusers.DDIMScheduler.from_config(base.configs["scheduler"])
     if family == "sdxl":
         pipeline = diffusers.StableDiffusionXLPipeline(
@@ -119,7 +123,7 @@ def test_prompts_are_encoded_as_diffusers_encodes_them(small_bases, family):
 
 def test_clip_skip_is_an_encoder_without_its_last_layers(small_bases):
     base = bases.open(small_bases["sd15"])
-    encoder, tokenizer = bases.load_text_encoder(base, torch.float32, CPU)
+    encoder, tokenizer = bases.load_text_encoder(base, Compute(CPU, torch.float32))
     skipped, _ = encode_prompts(encoder, tokenizer, ["a cat"], "sd15", clip_skip=2)
     inner = getattr(encoder, "text_model", encoder)
     inner.encoder.layers = inner.encoder.layers[:-1]
@@ -133,56 +137,56 @@ def test_devices_and_dtypes(monkeypatch):
     assert device.compute_dtype("bf16", CPU) == torch.bfloat16
     with pytest.raises(ValueError, match=naming("fp16", "bf16", "no")):
         device.compute_dtype("fp16", CPU)
-    # A T4 (7.5) claims bf16, which it only emulates
+    # A T4 (7.5) reports bf16, but only emulates it
     card = torch.device("cuda")
     for capability, dtype in [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
         assert device.compute_dtype("auto", card) == dtype
 
 
-def test_a_device_that_is_not_there_is_refused():
+def test_a_missing_device_is_refused():
     missing = next(d for d in ("mps", "cuda") if d != device.choose_device().type)
     with pytest.raises(ValueError, match=naming(missing, torch.__version__)):
         device.choose_device(missing)
 
 
-def test_only_what_has_learned_is_encoded_anew(small_bases):
+def test_only_the_given_encoders_are_evaluated_again(small_bases):
     base = bases.open(small_bases["sdxl"])
-    loaded = {which: bases.load_text_encoder(base, torch.float32, CPU, which) for which in base.text_encoders}
-    told = [encode_prompts(*loaded[which], ["a cat", "a dog"], "sdxl") for which in base.text_encoders]
-    embeddings, pooled = torch.cat([part for part, _ in told], -1), told[1][1]
+    loaded = {name: bases.load_text_encoder(base, Compute(CPU, torch.float32), name) for name in base.text_encoders}
+    outputs = [encode_prompts(*loaded[name], ["a cat", "a dog"], "sdxl") for name in base.text_encoders]
+    embeddings, pooled = torch.cat([part for part, _ in outputs], -1), outputs[1][1]
     tokens = torch.stack([bases.tokenize(tokenizer, ["a cat", "a dog"]) for _, tokenizer in loaded.values()], 1)
-    encoders = {which: encoder for which, (encoder, _) in loaded.items()}
+    encoders = {name: encoder for name, (encoder, _) in loaded.items()}
     again = bases.reencode(base, encoders, embeddings.clone().zero_(), pooled.clone().zero_(), tokens)
     assert torch.equal(again[0], embeddings) and torch.equal(again[1], pooled)
-    for which, place in (("text_encoder", slice(0, 16)), ("text_encoder_2", slice(16, 32))):
-        some, own = bases.reencode(base, {which: encoders[which]}, -embeddings, -pooled, tokens)
-        assert torch.equal(some[..., place], embeddings[..., place])
-        assert torch.equal(own, pooled if which == "text_encoder_2" else -pooled)
+    for name, place in (("text_encoder", slice(0, 16)), ("text_encoder_2", slice(16, 32))):
+        mixed, mixed_pooled = bases.reencode(base, {name: encoders[name]}, -embeddings, -pooled, tokens)
+        assert torch.equal(mixed[..., place], embeddings[..., place])
+        assert torch.equal(mixed_pooled, pooled if name == "text_encoder_2" else -pooled)
         rest = [x for x in range(32) if x not in range(place.start, place.stop)]
-        assert torch.equal(some[..., rest], -embeddings[..., rest])
+        assert torch.equal(mixed[..., rest], -embeddings[..., rest])
     assert bases.reencode(base, {}, embeddings, pooled, tokens)[0].equal(embeddings)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
-def test_weights_are_found_by_header_and_read_one_by_one(small_bases, family):
+def test_weights_are_located_by_header_and_read_one_by_one(small_bases, family):
     base = bases.open(small_bases[family])
     for component in ("unet", "vae", *base.text_encoders):
         load = {"unet": bases.load_unet, "vae": bases.load_vae}.get(component)
-        text = () if load else bases.load_text_encoder(base, torch.float32, CPU, component)
-        model = load(base, torch.float32, CPU) if load else text[0]
-        own = {name.removeprefix("text_model."): weight for name, weight in model.named_parameters()}
+        text = () if load else bases.load_text_encoder(base, Compute(CPU, torch.float32), component)
+        model = load(base, Compute(CPU, torch.float32)) if load else text[0]
+        weights = {name.removeprefix("text_model."): weight for name, weight in model.named_parameters()}
         places = bases.weight_places(base, component)
-        assert own.keys() <= places.keys()
-        for name, weight in own.items():
+        assert weights.keys() <= places.keys()
+        for name, weight in weights.items():
             assert places[name].shape == weight.shape and places[name].read().equal(weight)
         if component != "vae":
             empty = {name.removeprefix("text_model."): x for name, x in bases.empty(base, component).named_parameters()}
-            assert {name: x.shape for name, x in empty.items()} == {name: x.shape for name, x in own.items()}
+            assert {name: x.shape for name, x in empty.items()} == {name: x.shape for name, x in weights.items()}
             assert all(weight.is_meta for weight in empty.values())
 
 
-def test_the_files_that_hold_a_component(tmp_path, small_bases):
+def test_the_weight_files_of_a_component(tmp_path, small_bases):
     base = bases.open(shutil.copytree(small_bases["sd15"], tmp_path / "base"))
     folder = base.folder / "unet"
     (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another form")
@@ -199,9 +203,9 @@ def test_the_files_that_hold_a_component(tmp_path, small_bases):
     assert bases.weight_files(base, "unet") == [folder / "one.safetensors", folder / "two.safetensors"]
 
 
-def test_what_a_pipeline_is_made_of(tmp_path, small_bases, monkeypatch):
+def test_the_component_folders_of_a_pipeline(tmp_path, small_bases, monkeypatch):
     fetched = []
-    monkeypatch.setattr(bases, "_fetch", lambda name, patterns: fetched.append((name, patterns)))
+    monkeypatch.setattr(storage, "fetch_from_hub", lambda name, patterns: fetched.append((name, patterns)))
     base = bases.open(shutil.copytree(small_bases["sd15"], tmp_path / "owner" / "model"))
     (base.folder / ".cache").mkdir()
     names = ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
@@ -210,7 +214,7 @@ def test_what_a_pipeline_is_made_of(tmp_path, small_bases, monkeypatch):
     (base.folder / "model_index.json").write_text(json.dumps(index))
     assert [folder.name for folder in bases.component_folders(base)] == ["unet", "vae"]
     monkeypatch.chdir(tmp_path)
-    bases.component_folders(bases.open("owner/model"))  # a folder here, however much it looks like a hub id
+    bases.component_folders(bases.open("owner/model"))  # a local folder whose name looks like a hub id
     assert not fetched
     bases.component_folders(dataclasses.replace(base, name="owner/model"))
     ((name, patterns),) = fetched
@@ -218,7 +222,7 @@ def test_what_a_pipeline_is_made_of(tmp_path, small_bases, monkeypatch):
     assert {"unet/*.json", "vae/diffusion_pytorch_model.safetensors", "unet/model-*.safetensors"} < set(patterns)
 
 
-def test_computing_goes_on_after_its_threads_were_let_go():
+def test_threads_can_be_released_between_computations():
     x = torch.randn(256, 256)
     before = x @ x
     device.rest_threads()

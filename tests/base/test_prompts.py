@@ -1,13 +1,18 @@
-"""Prompts with weights and of any length: what is read, and what the text encoders say of it."""
+"""Prompts with weights and of any length: their fragments and embeddings."""
+
+import sys
 
 import numpy as np
+import pictures as pictures_of
 import pytest
 import torch
 from said import names
 
 from lorakit.base import encode, model
-from lorakit.base import prompts as prompts_module
-from lorakit.sample import denoise, sampler
+from lorakit.base.prompts import escape, parse, special_fragments
+from lorakit.console import Console
+from lorakit.device import Compute
+from lorakit.sample import denoise
 
 CPU = torch.device("cpu")
 
@@ -30,35 +35,35 @@ CPU = torch.device("cpu")
     ],
 )
 def test_weights_are_read_as_a1111_reads_them(prompt, expected):
-    found = prompts_module.parse(prompt)
-    assert [words for words, _ in found] == [words for words, _ in expected]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+    fragments = parse(prompt)
+    assert [words for words, _ in fragments] == [words for words, _ in expected]
+    assert [weight for _, weight in fragments] == pytest.approx([weight for _, weight in expected])
 
 
 @pytest.mark.parametrize("text", ["a (b) [c:1.2] \\ d", "(((", "plain"])
-def test_an_escaped_caption_says_the_same_to_the_letter(text):
-    assert prompts_module.parse(prompts_module.escape(text)) == [(text, 1)]
+def test_an_escaped_caption_has_no_weights(text):
+    assert parse(escape(text)) == [(text, 1)]
 
 
-def said(base, *prompts, folder, **changes):
-    found = encode.encode_prompts(base, prompts, folder, device=CPU, dtype=torch.float32, **changes)
-    return [found[prompt] for prompt in prompts]
+def encoded(base, *prompts, folder, **changes):
+    texts = encode.encode_prompts(base, prompts, folder, Compute(CPU, torch.float32), **changes)
+    return [texts[prompt] for prompt in prompts]
 
 
 LONG = ", ".join(f"red apple number {n}" for n in range(40))
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
-def test_weights_move_the_embeddings_and_nothing_else_does(small_bases, tmp_path, family):
+def test_only_weights_change_the_embeddings(small_bases, tmp_path, family):
     pytest.importorskip("compel")
     base = model.open(small_bases[family])
-    plain, one, more, bracketed = said(
+    plain, one, more, bracketed = encoded(
         base, "a red apple", "a (red:1.0) apple", "a (red:1.3) apple", r"a red \(apple\)", folder=tmp_path
     )
     assert torch.allclose(one.embeddings, plain.embeddings, atol=1e-5) and not one.fragments
     assert more.embeddings.shape == plain.embeddings.shape and torch.allclose(more.pooled, plain.pooled, atol=1e-5)
-    empty = said(base, "", folder=tmp_path)[0]
-    # Upwards from the empty prompt, as compel and ComfyUI weigh: words that count 1 stay what they are.
+    empty = encoded(base, "", folder=tmp_path)[0]
+    # Away from the empty prompt, as in compel and ComfyUI; words of weight 1 do not change.
     words = (more.tokens[0] == model.tokenize(model.load_tokenizer(base), ["red"])[0][1]).nonzero()
     assert len(words) == 1
     place = int(words[0])
@@ -66,38 +71,40 @@ def test_weights_move_the_embeddings_and_nothing_else_does(small_bases, tmp_path
     assert torch.allclose(more.embeddings[place], expected, atol=1e-5)
     others = [i for i in range(len(more.embeddings)) if i != place]
     assert torch.allclose(more.embeddings[others], plain.embeddings[others], atol=1e-5)
-    literal = encode.encode_texts(base, ["a red (apple)"], tmp_path, device=CPU, dtype=torch.float32)["a red (apple)"]
+    literal = encode.encode_texts(base, ["a red (apple)"], tmp_path, Compute(CPU, torch.float32))["a red (apple)"]
     assert torch.allclose(bracketed.embeddings, literal.embeddings, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_a_long_prompt_is_said_whole_in_stretches(small_bases, tmp_path, family, clip_skip):
+def test_a_long_prompt_is_encoded_whole_in_chunks(small_bases, tmp_path, family, clip_skip):
     pytest.importorskip("compel")
     base = model.open(small_bases[family])
-    long, again = said(base, LONG, LONG.replace("number 39", "number 38"), folder=tmp_path, clip_skip=clip_skip)
+    long, again = encoded(base, LONG, LONG.replace("number 39", "number 38"), folder=tmp_path, clip_skip=clip_skip)
     assert len(long.embeddings) % 77 == 0 and len(long.embeddings) >= 4 * 77
     assert torch.allclose(long.embeddings[:77], again.embeddings[:77], atol=1e-5)
-    assert not torch.equal(long.embeddings, again.embeddings)  # its last word is heard
-    start = said(base, LONG[: LONG.index(", red apple number 1,")], folder=tmp_path, clip_skip=clip_skip)[0]
+    assert not torch.equal(long.embeddings, again.embeddings)  # the last word has an effect
+    start = encoded(base, LONG[: LONG.index(", red apple number 1,")], folder=tmp_path, clip_skip=clip_skip)[0]
     assert torch.allclose(long.embeddings[0], start.embeddings[0], atol=1e-5)
 
 
-def test_what_is_said_is_kept_and_read_again(small_bases, tmp_path, monkeypatch):
+def test_encoded_prompts_are_cached(small_bases, tmp_path, monkeypatch):
     pytest.importorskip("compel")
     base = model.open(small_bases["sd15"])
-    first = said(base, LONG, "(a cat:1.2)", "plain", folder=tmp_path)
+    first = encoded(base, LONG, "(a cat:1.2)", "plain", folder=tmp_path)
     monkeypatch.setattr(model, "load_text_encoder", lambda *_: pytest.fail("loaded again"))
-    for one, other in zip(first, said(base, LONG, "(a cat:1.2)", "plain", folder=tmp_path), strict=True):
+    for one, other in zip(first, encoded(base, LONG, "(a cat:1.2)", "plain", folder=tmp_path), strict=True):
         assert torch.equal(one.embeddings, other.embeddings) and one.fragments == other.fragments
 
 
-def test_without_compel_words_stay_and_weights_are_told_to_count_nothing(small_bases, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts_module, "can_weigh", lambda: False)
-    base, told = model.open(small_bases["sd15"]), []
-    weighted, plain, long = said(base, "a (red:1.3) apple", "a red apple", LONG, folder=tmp_path, say=told.append)
+def test_without_compel_a_message_says_that_weights_are_ignored(small_bases, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compel", None)
+    base, messages = model.open(small_bases["sd15"]), []
+    weighted, plain, long = encoded(
+        base, "a (red:1.3) apple", "a red apple", LONG, folder=tmp_path, console=Console(messages.append, False)
+    )
     assert torch.allclose(weighted.embeddings, plain.embeddings, atol=1e-5) and len(long.embeddings) == 77
-    assert len(told) == 2 and all(names(text, "compel", "lorakit[prompts]") for text in told)
+    assert len(messages) == 2 and all(names(text, "compel", "lorakit[prompts]") for text in messages)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -106,54 +113,54 @@ def test_pictures_of_long_and_weighted_prompts_depend_on_no_neighbour(small_base
     base = model.open(small_bases[family])
     prompts = ["a cat", LONG, "a (cat:1.4)", "a dog"]
     how = {"steps": 2, "negative": "blurry, " * 60, "size": (32, 32), "device": "cpu", "precision": "no"}
-    together = sampler.generate(base, prompts, seeds=[1, 2, 3, 4], **how)
+    together = pictures_of.rows(base, prompts, seeds=[1, 2, 3, 4], **how)
     for prompt, seed, (picture,) in zip(prompts, [1, 2, 3, 4], together, strict=True):
-        ((alone,),) = sampler.generate(base, [prompt], seeds=[seed], **how)
-        assert np.abs(np.int16(alone) - np.int16(picture)).max() <= 1  # rounding differs with the batch
-    (plain,), (weighted,) = sampler.generate(base, ["a cat", "a (cat:1.4)"], seeds=[3, 3], **how)
+        ((single,),) = pictures_of.rows(base, [prompt], seeds=[seed], **how)
+        assert np.abs(np.int16(single) - np.int16(picture)).max() <= 1  # rounding differs with the batch
+    (plain,), (weighted,) = pictures_of.rows(base, ["a cat", "a (cat:1.4)"], seeds=[3, 3], **how)
     assert plain.tobytes() != weighted.tobytes()
 
 
-@pytest.mark.parametrize("family, which", [("sd15", "text_encoder"), ("sdxl", "text_encoder_2")])
-def test_adapters_of_text_encoders_change_weighted_prompts_too(small_bases, tmp_path, family, which):
+@pytest.mark.parametrize("family, name", [("sd15", "text_encoder"), ("sdxl", "text_encoder_2")])
+def test_adapters_of_text_encoders_change_weighted_prompts_too(small_bases, tmp_path, family, name):
     pytest.importorskip("compel")
     base = model.open(small_bases[family])
-    texts = said(base, "a (cat:1.4)", "a cat", LONG, folder=tmp_path)
-    encoder = model.load_text_encoder(base, torch.float32, CPU, which)[0]
-    for one, other in zip(texts, encode.reencode_texts(base, {which: encoder}, texts), strict=True):
-        assert torch.allclose(one.embeddings, other.embeddings, atol=1e-5)  # as they were: nothing has changed
+    texts = encoded(base, "a (cat:1.4)", "a cat", LONG, folder=tmp_path)
+    encoder = model.load_text_encoder(base, Compute(CPU, torch.float32), name)[0]
+    for one, other in zip(texts, encode.reencode_texts(base, {name: encoder}, texts), strict=True):
+        assert torch.allclose(one.embeddings, other.embeddings, atol=1e-5)  # the encoder has not changed
         assert torch.allclose(one.pooled, other.pooled, atol=1e-5) and one.fragments == other.fragments
     with torch.no_grad():
         for weight in encoder.parameters():
             weight.add_(0.01)
-    for one, other in zip(texts, encode.reencode_texts(base, {which: encoder}, texts), strict=True):
+    for one, other in zip(texts, encode.reencode_texts(base, {name: encoder}, texts), strict=True):
         assert not torch.allclose(one.embeddings, other.embeddings, atol=1e-3)
 
 
 @pytest.mark.parametrize("batch", [8, 3])
-def test_pictures_that_do_not_fit_together_are_made_apart(small_bases, monkeypatch, batch):
+def test_a_batch_that_does_not_fit_is_sampled_in_parts(small_bases, monkeypatch, batch):
     base, sizes = model.open(small_bases["sd15"]), []
-    real = denoise._denoised
+    real = denoise.Denoiser._denoise
 
-    def short(unet, opened, texts, *rest):
-        sizes.append(len(texts))
-        if len(texts) > 2:
+    def short(denoiser, texts, seeds):
+        sizes.append(len(seeds))
+        if len(seeds) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return real(unet, opened, texts, *rest)
+        return real(denoiser, texts, seeds)
 
     how = {"seeds": 0, "steps": 2, "size": (32, 32), "device": "cpu", "precision": "no", "batch": batch}
     prompts = [f"apple {n}" for n in range(8)]
-    whole = sampler.generate(base, prompts, **how)
-    monkeypatch.setattr(denoise, "_denoised", short)
-    parts = sampler.generate(base, prompts, **how)
+    whole = pictures_of.rows(base, prompts, **how)
+    monkeypatch.setattr(denoise.Denoiser, "_denoise", short)
+    parts = pictures_of.rows(base, prompts, **how)
     for (one,), (other,) in zip(parts, whole, strict=True):
         assert np.abs(np.int16(one) - np.int16(other)).max() <= 1
-    assert max(sizes) == batch and sizes.count(batch) == 1  # what did not fit once is not tried again
+    assert max(sizes) == batch and sizes.count(batch) == 1  # a size that did not fit is not tried again
     assert len(sizes) <= 8
 
 
-def test_a_long_prompt_without_a_space_is_not_cut_off(small_bases):
-    """In other scripts a letter has several tokens."""
+def test_a_long_prompt_without_spaces_is_not_truncated(small_bases):
+    """In other scripts a character has several tokens."""
     base = model.open(small_bases["sd15"])
-    assert prompts_module.special("城市夜景中的一只红色小猫坐在窗台上看着下雨的街道和灯光与行人", base)
-    assert prompts_module.special("a red cat", base) == ()
+    assert special_fragments("城市夜景中的一只红色小猫坐在窗台上看着下雨的街道和灯光与行人", base)
+    assert special_fragments("a red cat", base) == ()

@@ -1,4 +1,4 @@
-"""Single checkpoint files: written here in Stability's layout, read by lorakit and by diffusers' own reader."""
+"""Checkpoint files in Stability's layout, written by these tests, read by lorakit and by diffusers."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,17 @@ from safetensors.torch import save_file
 from said import naming
 from stability import weights, write_file
 
+from lorakit import storage
 from lorakit.base import model as bases
 from lorakit.base import single_file
+from lorakit.device import Compute
 
 CPU = torch.device("cpu")
-WIDTHS = {"sd15": (768,), "sd2": (1024,), "sdxl": (768, 1280)}  # diffusers tells text encoders apart by these
+WIDTHS = {"sd15": (768,), "sd2": (1024,), "sdxl": (768, 1280)}  # diffusers distinguishes text encoders by these
 
 
 def write_folder(folder: Path, family: str) -> Path:
-    """A diffusers folder with the family's own levels and blocks, few channels and random weights."""
+    """A diffusers folder with the family's levels and blocks, few channels and random weights."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from diffusers.schedulers import DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -57,8 +59,8 @@ def write_folder(folder: Path, family: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """family -> (diffusers folder, the same in one file); lorakit's configs of the families are as narrow meanwhile."""
+def checkpoints(tmp_path_factory):
+    """family → (diffusers folder, the same in one file); lorakit's configs of the families are patched to match."""
     root = tmp_path_factory.mktemp("original")
     (root / "families").mkdir()
     (root / "families" / "tokenizer").symlink_to(bases.FAMILIES / "tokenizer")
@@ -71,8 +73,8 @@ def made(tmp_path_factory):
             for c in components
         }
         for name in {"sd2": ("sd21", "sd21-base")}.get(family, (family,)):
-            said = {"prediction_type": "v_prediction" if name == "sd21" else "epsilon"}
-            narrow = configs | {"scheduler": configs["scheduler"] | said}
+            schedule = {"prediction_type": "v_prediction" if name == "sd21" else "epsilon"}
+            narrow = configs | {"scheduler": configs["scheduler"] | schedule}
             (root / "families" / f"{name}.json").write_text(json.dumps(narrow))
         both[family] = folder, write_file(folder, root / f"{family}.safetensors", family)
     with pytest.MonkeyPatch.context() as patch:
@@ -81,11 +83,11 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", WIDTHS)
-def test_diffusers_reads_what_these_tests_write(made, family):
-    """Else a mistake that reader and writer share would go unseen."""
+def test_diffusers_reads_what_these_tests_write(checkpoints, family):
+    """Otherwise an error shared by reader and writer would go unnoticed."""
     import diffusers
 
-    folder, file = made[family]
+    folder, file = checkpoints[family]
     kind = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
     pipeline = getattr(diffusers, kind).from_single_file(
         str(file), config=str(folder), torch_dtype=torch.float16, local_files_only=True
@@ -97,15 +99,19 @@ def test_diffusers_reads_what_these_tests_write(made, family):
 
 
 @pytest.mark.parametrize("family", WIDTHS)
-def test_a_file_holds_what_its_folder_holds(made, family, monkeypatch):
-    monkeypatch.setattr(bases, "load_tokenizer", lambda *_: None)  # the whole vocabulary, for nothing
-    folder, file = made[family]
+def test_a_file_has_the_same_weights_as_its_folder(checkpoints, family, monkeypatch):
+    monkeypatch.setattr(bases, "load_tokenizer", lambda *_: None)  # saves time
+    folder, file = checkpoints[family]
     base, twin = bases.open(file), bases.open(folder)
     assert (base.family, base.name) == (family, f"{family}.safetensors")
     assert base.configs["unet"] == twin.configs["unet"]
     for component in ("unet", "vae", *base.text_encoders):
         load = {"unet": bases.load_unet, "vae": bases.load_vae}.get(component)
-        read = lambda b, d: load(b, d, CPU) if load else bases.load_text_encoder(b, d, CPU, component)[0]  # noqa: B023, E731
+
+        def read(base, dtype, load=load, component=component):
+            compute = Compute(CPU, dtype)
+            return load(base, compute) if load else bases.load_text_encoder(base, compute, component)[0]
+
         expected = read(twin, torch.float32).state_dict()  # of the file's float16 exactly
         for dtype in (torch.float32, torch.bfloat16):
             model = read(base, dtype)
@@ -117,58 +123,58 @@ def test_a_file_holds_what_its_folder_holds(made, family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", WIDTHS)
-def test_a_weight_of_a_file_is_read_alone(made, family):
-    folder, file = (bases.open(reference) for reference in made[family])
+def test_single_weights_are_read_from_a_file(checkpoints, family):
+    folder, file = (bases.open(reference) for reference in checkpoints[family])
     for component in ("unet", *folder.text_encoders):
         theirs, ours = bases.weight_places(file, component), bases.weight_places(folder, component)
         assert ours.keys() - {"embeddings.position_ids"} <= theirs.keys()
         for name in ours.keys() & theirs.keys():
             assert theirs[name].shape == ours[name].shape, name
         ends = ("q_proj.weight", "v_proj.bias", "conv_in.weight", "projection.weight")
-        some = [name for name in ours if name.endswith(ends)]
-        assert some and all(torch.equal(theirs[name].read(), ours[name].read()) for name in some)
+        compared = [name for name in ours if name.endswith(ends)]
+        assert compared and all(torch.equal(theirs[name].read(), ours[name].read()) for name in compared)
 
 
-def test_a_header_is_told_in_the_files_own_order(tmp_path):
+def test_a_header_is_read_in_the_order_of_the_file(tmp_path):
     tensors = {"b": torch.ones(2, 3), "a": torch.ones(4, dtype=torch.float16), "none": torch.empty(0)}
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
-    metadata, table = single_file.read_header(tmp_path / "x.safetensors")
+    metadata, table = storage.read_header(tmp_path / "x.safetensors")
     assert metadata == {"format": "pt"} and table.keys() == tensors.keys()
     ends = [0, *(entry["data_offsets"][1] for entry in table.values())]
     assert [entry["data_offsets"][0] for entry in table.values()] == ends[:-1] and ends[-1] == 32
     assert table["a"]["dtype"] == "F16" and table["b"]["shape"] == [2, 3]
 
 
-def test_prompts_fill_up_as_each_encoder_learned(made):
-    """OpenAI's CLIP repeats its last word, OpenCLIP has zeros."""
-    for family, which, filling in (
+def test_prompts_are_padded_as_in_each_encoders_training(checkpoints):
+    """OpenAI's CLIP repeats its end token, OpenCLIP uses zeros."""
+    for family, encoder, padding in (
         ("sd15", "text_encoder", 49407), ("sd2", "text_encoder", 0), ("sdxl", "text_encoder", 49407),
         ("sdxl", "text_encoder_2", 0),
     ):  # fmt: skip
-        _, tokenizer = bases.load_text_encoder(bases.open(made[family][1]), torch.float32, CPU, which)
+        _, tokenizer = bases.load_text_encoder(bases.open(checkpoints[family][1]), Compute(CPU, torch.float32), encoder)
         ids = tokenizer("a photo of a cat", padding="max_length", max_length=77).input_ids
-        assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [filling] * 70
+        assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [padding] * 70
 
 
-def test_what_a_file_says_of_its_training(made, tmp_path):
-    folder, file = made["sdxl"]
+def test_the_noise_schedule_recorded_in_a_file(checkpoints, tmp_path):
+    folder, file = checkpoints["sdxl"]
     assert bases.open(file).prediction_type == "epsilon"
     marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
     base = bases.open(write_file(folder, tmp_path / "v.safetensors", "sdxl", tensors=marks))
     assert base.prediction_type == "v_prediction"
     assert float(base.alphas_cumprod()[-1]) == 0
-    folder, file = made["sd2"]
-    assert bases.open(file).prediction_type == "v_prediction"  # the likelier of two that nothing tells apart
+    folder, file = checkpoints["sd2"]
+    assert bases.open(file).prediction_type == "v_prediction"  # the more common of two indistinguishable types
     assert bases.open(file, "epsilon").prediction_type == "epsilon"
-    said = {"modelspec.architecture": "stable-diffusion-v2-512"}
-    assert bases.open(write_file(folder, tmp_path / "e.safetensors", "sd2", **said)).prediction_type == "epsilon"
+    metadata = {"modelspec.architecture": "stable-diffusion-v2-512"}
+    assert bases.open(write_file(folder, tmp_path / "e.safetensors", "sd2", **metadata)).prediction_type == "epsilon"
     assert float(bases.open(file, zero_terminal_snr=True).alphas_cumprod()[-1]) == 0
     with pytest.raises(ValueError, match=naming("prediction_type", "v", "auto", "epsilon", "v_prediction")):
         bases.open(file, "v")
 
 
-def test_a_fingerprint_follows_one_component(made, tmp_path):
-    folder, file = made["sd15"]
+def test_a_fingerprint_depends_on_one_component(checkpoints, tmp_path):
+    folder, file = checkpoints["sd15"]
     key = single_file.VAE_PREFIX + "quant_conv.bias"
     other = bases.open(write_file(folder, tmp_path / "o.safetensors", "sd15", tensors={key: torch.ones(8)}))
     base = bases.open(file)
@@ -176,20 +182,20 @@ def test_a_fingerprint_follows_one_component(made, tmp_path):
     assert bases.fingerprint(base, "text_encoder") == bases.fingerprint(other, "text_encoder")
 
 
-def test_half_a_checkpoint_is_refused(made, tmp_path):
+def test_half_a_checkpoint_is_refused(checkpoints, tmp_path):
     refusals = set()
     for left_out, named in (
         ("cond_stage_model.", ("text encoder",)), ("first_stage_model.", ("VAE",)),
         ("model.diffusion_model.out.", ("sd15", 682, 686)), ("model.diffusion_model.", ()),
     ):  # fmt: skip
-        file = write_file(made["sd15"][0], tmp_path / "half.safetensors", "sd15", leave_out=left_out)
+        file = write_file(checkpoints["sd15"][0], tmp_path / "half.safetensors", "sd15", leave_out=left_out)
         with pytest.raises(ValueError, match=naming("half.safetensors", *named)) as raised:
             bases.open(file)
         refusals.add(str(raised.value))
     assert len(refusals) == 4
 
 
-def test_other_files_are_named_for_what_they_are(made, tmp_path):
+def test_other_kinds_of_files_are_named(checkpoints, tmp_path):
     kinds = set()
     for key, kind in (
         ("lora_unet_x.lora_down.weight", "LoRA"), ("double_blocks.0.img.weight", "Flux"),
@@ -203,12 +209,13 @@ def test_other_files_are_named_for_what_they_are(made, tmp_path):
     assert len(kinds) == 5
     wide = {single_file.UNET_PREFIX + "input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}
     with pytest.raises(ValueError, match=naming("paint.safetensors", 9, 4)):
-        bases.open(write_file(made["sd15"][0], tmp_path / "paint.safetensors", "sd15", tensors=wide))
+        bases.open(write_file(checkpoints["sd15"][0], tmp_path / "paint.safetensors", "sd15", tensors=wide))
     narrow = {single_file.UNET_PREFIX + "out.2.weight": torch.zeros(4, 8, 3, 3)}
-    base = bases.open(write_file(made["sd15"][0], tmp_path / "odd.safetensors", "sd15", tensors=narrow))
-    named = "odd.safetensors", "unet", 1, len(weights(made["sd15"][0], "unet")), "conv_out.weight", "(4, 8, 3, 3)"
-    with pytest.raises(ValueError, match=naming(*named)):
-        bases.load_unet(base, torch.float32, CPU)
+    base = bases.open(write_file(checkpoints["sd15"][0], tmp_path / "odd.safetensors", "sd15", tensors=narrow))
+    count = len(weights(checkpoints["sd15"][0], "unet"))
+    named = naming("odd.safetensors", "unet", 1, count, "conv_out.weight", "(4, 8, 3, 3)")
+    with pytest.raises(ValueError, match=named):
+        bases.load_unet(base, Compute(CPU, torch.float32))
     whole = (tmp_path / "odd.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=naming("cut.safetensors", f"{len(whole) // 2:,}")):

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from lorakit.dataset import folder as folders
 from lorakit.dataset import picture
 from lorakit.dataset import quality as quality_module
+from lorakit.dataset.buckets import Buckets
 
 # What is sharp and well exposed: not the microscopy, the scans, and clock_motion, which is smeared.
 SKIMAGE = ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"]
@@ -229,11 +230,10 @@ def findings(pictures: list[tuple[Image.Image, int, dict]]) -> list[set[str]]:
             image.save(path, **{key: value for key, value in saved.items() if key != "suffix"})
         for resolution in {resolution for _, resolution, _ in pictures}:
             found = folders.scan(Path(folder, str(resolution)), cache=Path(folder, "cache"))
-            for finding in quality_module.check_quality(
-                found, resolution=resolution, step=min(64, resolution // 4)
-            ).findings:
-                if finding.picture and finding.severity != "info":
-                    kinds[int(Path(finding.picture).stem)].add(finding.kind)
+            chosen = Buckets(resolution, min(64, resolution // 4))
+            for finding in quality_module.check_quality(found, buckets=chosen).findings:
+                if finding.pictures and finding.severity != "info":
+                    kinds[int(Path(finding.pictures[0]).stem)].add(finding.kind)
     return kinds
 
 
@@ -268,7 +268,7 @@ def alike(pictures: list[Image.Image]) -> tuple[dict[str, int], int]:
             found = folders.scan(folder, cache=Path(folder, ".cache"))
             groups = [
                 [int(name.split(".")[0].split("-")[0]) for name in g]
-                for g in quality_module.check_quality(found).groups
+                for g in quality_module.check_quality(found).figures["near_duplicates"]
             ]
         grouped[what] = sum(len(group) - len(set(group)) for group in groups)
         wrong |= {number for group in groups if len(set(group)) > 1 for number in group}

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -227,7 +228,7 @@ def after_training(lorakit: Commands) -> dict[str, dict[str, str] | str]:
     return found | {name: lorakit(*command) for name, command in printed.items()}
 
 
-def record(tree: Path, work: Path) -> dict:
+def prepared(tree: Path, work: Path) -> Commands:
     from conftest import write_base
 
     shutil.rmtree(work, ignore_errors=True)
@@ -235,7 +236,15 @@ def record(tree: Path, work: Path) -> dict:
     for family, kind in {"sd15": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}.items():
         write_base(work / family, family, kind)
     draw(work / "pictures" / "2_sks thing")
-    lorakit = Commands(tree, work)
+    return Commands(tree, work)
+
+
+def record(lorakit: Commands, only: str = "") -> dict:
+    """The digests of all cases, or of the training cases whose names a pattern finds."""
+    work = lorakit.folder
+    if only:
+        chosen = {name: changes for name, changes in CASES.items() if re.search(only, name)}
+        return {name: trained(lorakit, name, changes) for name, changes in chosen.items()}
     cases = CASES | {"resumed": CASES["family sd15"] | {"steps": 60}, "whole": CASES["family sd15"] | {"steps": 60}}
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(cases, pool.map(lambda case: trained(lorakit, *case), cases.items()), strict=True))
@@ -250,20 +259,27 @@ def record(tree: Path, work: Path) -> dict:
     return found | {"demo": of_run(work / "demo-run")}
 
 
+def same(value):
+    """Without what differs from call to call."""
+    return re.sub(r'"seconds_a_step": [0-9.]+', "", value) if isinstance(value, str) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, help="folder that is emptied and used")
     parser.add_argument("out", type=Path)
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout whose lorakit is run")
+    parser.add_argument("--only", default="", help="train only the cases whose names this pattern finds")
     parser.add_argument("--against", type=Path, help="compare with this record")
     options = parser.parse_args()
     if not options.out.exists():
-        found = record(options.tree.resolve(), options.work.resolve())
+        found = record(prepared(options.tree.resolve(), options.work.resolve()), options.only)
         options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     found = json.loads(options.out.read_text())
     if options.against:
         before = json.loads(options.against.read_text())
-        other = [name for name in before if before[name] != found.get(name)]
+        before = {name: value for name, value in before.items() if name in found or not options.only}
+        other = [name for name in before if same(before[name]) != same(found.get(name))]
         for name in other:
             print(f"{name}: {before[name]}\n    is now {found.get(name)}")
         print(f"{len(before) - len(other)} of {len(before)} as before")

@@ -34,7 +34,7 @@ import peft
 import safetensors
 import torch
 
-from lorakit.adapter import attachment, injection, layers, proof, targets, write
+from lorakit.adapter import algorithms, attachment, injection, proof, specs, targets, write
 from lorakit.adapter import names as adapter_names
 from lorakit.adapter import read as read_module
 from lorakit.base.model import Base
@@ -77,7 +77,10 @@ def examples(bare: dict[str, torch.nn.Module], folder: Path) -> dict[str, Files]
     few = [name for name in names if name.startswith(("mid_block", "text_encoder")) or "samplers" in name]
     found = {}
     for kind, given in KINDS.items():
-        adapter = injection.inject(copy.deepcopy(bare), alpha=3.0, modules=few, **{"rank": 2} | given)
+        adapter = injection.inject(
+            copy.deepcopy(bare),
+            dict.fromkeys(few, specs.LayerSpec(**{"algorithm": "lora", "rank": 2, "alpha": 3.0} | given)),
+        )
         for weight in adapter.parameters():
             weight.data = 0.3 * torch.randn(weight.shape)
         for layout, family in (("kohya", "sd15"), ("kohya", "sdxl"), ("diffusers", "sd15"), ("peft", "sd15")):
@@ -303,13 +306,15 @@ class Reader:
             read = read_module.load(path)
             reached = "loaded"
             for module, (parts, alpha) in read.modules.items():
-                added = layers.change({part: t for part, t in parts.items() if part != "dora_scale"}, alpha)
-                assert tuple(added.shape) == layers.size(parts), f"{module} makes {tuple(added.shape)}"
+                algorithm = algorithms.algorithm_of(parts)
+                added = algorithm.delta(parts, alpha)
+                assert tuple(added.shape) == algorithm.size(parts), f"{module} makes {tuple(added.shape)}"
             adapter = attachment.attach({which: self.bare[which] for which in self.bare}, base, read)
             reached = "injected"
             self.bare["unet"](torch.ones(1, 4, 8, 8), 3, torch.ones(1, 5, 12))
             self.bare["text_encoder"](torch.tensor([[3, 5, 19]]))
-            adapter.alphas = dict.fromkeys(adapter.alphas, 5.0)
+            for layer in adapter.layers.values():
+                layer.spec = replace(layer.spec, alpha=5.0)
             attachment.copy_weights(adapter, base, read)
             reached = "begun from"
             with tempfile.TemporaryDirectory() as folder:

@@ -131,7 +131,7 @@ def spoil(work: Path, times: int, chance: random.Random) -> list[list]:
         victim = work / "cut" / kept[number % len(kept)]
         how = killing.damage(victim, chance)
         place = kept[number % len(kept)].parts[0]
-        problems = run_folder.describe_run(work / "cut")["problems"]
+        problems = run_folder.RunFolder(work / "cut").describe()["problems"]
         facts = killing.finished(settings, work / "cut", told)
         same = killing.same_weights(work / "cut" / "thing.safetensors", work / "whole" / "thing.safetensors")
         assert same, f"{victim.name}, {how}: the weights differ"
@@ -159,7 +159,7 @@ def starve(work: Path) -> list[list]:
             process.join()
             ended = "finished" if told.exists() else "stopped with advice"
             if (small / "run" / "config.json").exists():
-                problems = run_folder.describe_run(small / "run")["problems"]
+                problems = run_folder.RunFolder(small / "run").describe()["problems"]
                 assert not problems, problems
             found = killing.readable(small / "run")
             subprocess.run(["mount", "-o", "remount,size=1g", small], check=True)

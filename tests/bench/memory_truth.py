@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from base_quality import RESULTS, table, write
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "plan"))
 from test_memory import RealStep, make_base, make_config
 
@@ -40,7 +41,7 @@ def main() -> None:
     for name, side, precision, kept in CASES:
         config = make_config(rank=32, alpha=16, gradient_checkpointing=not kept)
         dtype = getattr(torch, precision)
-        predicted = memory.predict(make_base(name), config, size=(side, side), dtype=dtype, device="cpu")
+        predicted = memory.count_step(make_base(name), config, size=(side, side), dtype=dtype, device="cpu")
         step = RealStep(name, dtype, config)
         step(side)  # makes the optimizer's state
         real = step.resident() + step.peak(side)

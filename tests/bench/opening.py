@@ -24,6 +24,7 @@ from lorakit import device as device_module
 from lorakit.base import model as bases
 from lorakit.base import names as base_names
 from lorakit.base import single_file
+from lorakit.device import Compute
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "vae", "unet")
 GIB = 2**30
@@ -109,9 +110,9 @@ def measure(reference: str) -> None:
     import transformers  # noqa: F401
 
     load = {
-        "unet": lambda: bases.load_unet(base, torch.float16, device),
-        "vae": lambda: bases.load_vae(base, torch.float16, device),
-        **{which: lambda which=which: bases.load_text_encoder(base, torch.float16, device, which) for which in
+        "unet": lambda: bases.load_unet(base, Compute(device, torch.float16)),
+        "vae": lambda: bases.load_vae(base, Compute(device, torch.float16)),
+        **{which: lambda which=which: bases.load_text_encoder(base, Compute(device, torch.float16), which) for which in
            base.text_encoders},
     }  # fmt: skip
     found = {}

@@ -6,7 +6,7 @@
 Trains on the embedded base, on styles that neither it nor its eyes ever saw: good runs, and runs with one fault each.
 What is finished stays in WORK and is not made again, so that it can be cut, gone on with, and judged anew in seconds
 after a change of the report. Half of the styles and seeds are for setting the report's limits; the results are those
-of the other half, and of both. The rule that names a fault is `report.diagnose`; the first fault named counts. Every
+of the other half, and of both. The rule that names a fault is `checklist.diagnose`; the first fault named counts. Every
 checkpoint's true quality is what judge.py's judge says of held-out subjects beside their true pictures.
 """
 
@@ -25,8 +25,10 @@ from PIL import Image
 
 from lorakit import demo
 from lorakit.config import Config
-from lorakit.evaluate import candidates, checklist, vision
+from lorakit.console import Console
+from lorakit.evaluate import candidates, checklist, figures, vision
 from lorakit.evaluate import pictures as pictures_module
+from lorakit.evaluate.pictures import PictureSet, Prompts, ReportOptions
 from lorakit.run import run
 
 WRONG = "brumo"  # asked for in place of the trigger
@@ -64,37 +66,38 @@ def kinds(work: Path, sets: dict, style: str, seed: int) -> dict[str, Config]:
 
 # ── Pictures, kept ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-COLUMNS = ("shown", "second", "bare", "unrelated")
+# name in files → field
+COLUMNS = {"shown": "strengths", "second": "reseeded", "bare": "untriggered", "unrelated": "unrelated"}
 
 
-def keep(made: pictures_module.Made, file: Path, fault: str, held: dict[str, np.ndarray]) -> None:
+def keep(made: PictureSet, file: Path, fault: str, held: dict[str, np.ndarray]) -> None:
     """Write what was made as arrays, with all else as JSON; `held` as it is."""
     stacked = lambda column: np.stack([np.asarray(picture) for picture in column]) if column else np.zeros(0)  # noqa: E731
-    arrays = {f"{name} {i}": stacked(c) for name in COLUMNS for i, c in enumerate(getattr(made, name))}
+    arrays = {f"{key} {i}": stacked(c) for key, name in COLUMNS.items() for i, c in enumerate(getattr(made, name))}
     arrays |= {f"step {step}": stacked(column) for step, column in made.checkpoints.items()}
     arrays |= {"training": stacked(made.training)} | {f"held {name}": pictures for name, pictures in held.items()}
     facts = {name: getattr(made, name) for name in ("name", "trigger", "kind", "base", "losses", "gap", "best")}
-    facts |= {"asked": asdict(made.asked), "fault": fault}
+    facts |= {"asked": asdict(made.prompts), "fault": fault}
     partial = file.with_suffix(".partial")
     with partial.open("wb") as handle:
         np.savez_compressed(handle, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
     partial.rename(file)
 
 
-def kept(file: Path) -> tuple[pictures_module.Made, str, dict[str, np.ndarray]]:
+def kept(file: Path) -> tuple[PictureSet, str, dict[str, np.ndarray]]:
     """What `keep` wrote: the pictures, the fault they were made with, those of held-out subjects."""
     with np.load(file) as arrays:
         facts = json.loads(bytes(arrays["facts"]))
         column = lambda name: [Image.fromarray(one) for one in arrays[name]] if arrays[name].ndim == 4 else []  # noqa: E731
         number = lambda name: sum(key.startswith(f"{name} ") for key in arrays.files)  # noqa: E731
-        columns = {name: [column(f"{name} {i}") for i in range(number(name))] for name in COLUMNS}
+        columns = {name: [column(f"{key} {i}") for i in range(number(key))] for key, name in COLUMNS.items()}
         steps = {int(key[5:]): column(key) for key in arrays.files if key.startswith("step ")}
         training = column("training")
         held = {key[5:]: arrays[key] for key in arrays.files if key.startswith("held ")}
-    fault, asked = facts.pop("fault"), pictures_module.Asked(**facts.pop("asked"))
+    fault, prompts = facts.pop("fault"), Prompts(*facts.pop("asked").values())
     facts["losses"] = {int(step): loss for step, loss in facts["losses"].items()}
     facts["best"] = facts["best"] and tuple(facts["best"])
-    return pictures_module.Made(**facts, asked=asked, **columns, training=training, checkpoints=steps), fault, held
+    return PictureSet(**facts, prompts=prompts, **columns, training=training, checkpoints=steps), fault, held
 
 
 def make(work: Path, icons: Path, seeds: list[int], styles: list[str], part: str) -> None:
@@ -117,31 +120,35 @@ def make(work: Path, icons: Path, seeds: list[int], styles: list[str], part: str
         except FloatingPointError as error:  # given up by the run itself
             print(f"{file.stem}: {error}", flush=True)
             continue
-        made = pictures_module.make_pictures(done.folder, most=4, known=known, **quiet)
+        made = pictures_module.make_pictures(
+            done.folder, ReportOptions(checkpoints=4), known=known, console=Console.quiet()
+        )
         paths = candidates.find_candidates(done.folder).paths
         steps = {str(step): paths[label] for label in paths if (step := int(label.split()[-1])) in made.checkpoints}
         held = taught.pictures(steps, list(names), known, config.sample_steps, config.sample_guidance)
         keep(made, file, fault, {"true": true, **held})
         if fault == "good":
-            asked = pictures_module.make_pictures(done.folder, most=1, trigger=WRONG, known=known, **quiet)
+            asked = pictures_module.make_pictures(
+                done.folder, ReportOptions(WRONG, checkpoints=1), known=known, console=Console.quiet()
+            )
             keep(replace(asked, name=f"{made.name} asked as {WRONG}"), wrong, "wrong trigger", {})
         shutil.rmtree(folder / "cache", ignore_errors=True)
         print(f"{file.stem}: made", flush=True)
 
 
 def judged(work: Path, judge: judges.Judge) -> list[dict]:
-    seeing, found = vision.open("demo"), []
+    model, found = vision.open("demo"), []
     for file in sorted((work / "made").glob("*.npz")):
         made, fault, held = kept(file)
         style, seed = file.stem.split(" ")[:2]
-        figures, _ = checklist._figures(made, checklist.Seen.of(made, seeing))
-        facts = checklist.judge(made, seeing).facts()
+        measured, _ = figures.measure(made, figures.Vectors.of(made, model))
+        facts = checklist.judge(made, model).facts()
         true, plain = (held.pop(name, None) for name in ("true", "base"))
         found.append({
             "run": file.stem, "fault": fault, "named": (facts["faults"] or ["good"])[0], "all": facts["faults"],
             "half": "tune" if (style, int(seed)) in TUNE else "test", "recommended": facts["recommended"],
             "quality": {step: round(taught.quality(judge, made, plain, true), 4) for step, made in held.items()},
-            "figures": {name: round(value, 4) for name, value in figures.items()}, "marks": facts["checkpoints"],
+            "figures": {name: round(value, 4) for name, value in measured.items()}, "marks": facts["checkpoints"],
         })  # fmt: skip
     return found
 

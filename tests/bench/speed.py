@@ -152,7 +152,7 @@ def measure(work: Path, name: str, side: int, precision: str, kept: bool) -> dic
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(out.strip().splitlines()[-1])
     ends, config = found["ends"], parse(settings(work, side, precision, kept, STEPS))
-    flops = memory.predict(model.known("sd15"), config, size=(side, side), dtype=dtype, device="cpu").flops
+    flops = memory.count_step(model.known("sd15"), config, size=(side, side), dtype=dtype, device="cpu").flops
     a_step, rate = statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False)), gemm(dtype)
     return {"side": side, "precision": precision, "kept": kept, "step": a_step, "peak": found["peak"],
             "first": ends[0], "flops": flops, "gemm": rate}  # fmt: skip

@@ -7,6 +7,7 @@ which the icon sets hold. So its quality is known without anything of lorakit's 
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from PIL import Image
 
 from lorakit import demo
 from lorakit.base import model
+from lorakit.device import Compute
 from lorakit.evaluate import pictures as report_pictures
 from lorakit.evaluate import variants
-from lorakit.sample import sampler
+from lorakit.sample import Sampling
 
 TRIGGER = "flatto"
 SETS = {"flat": emoji.NEW_STYLE, "twemoji": "twemoji", "openmoji": "openmoji"}
@@ -118,26 +120,21 @@ def pictures(
     """What the bare base ("base") and LoRAs make of subjects, (N, 64, 64, 3) each, all from the same noise.
 
     Args:
-        known: the bare base's pictures by prompt and seed, as `report.make` takes them.
+        known: the bare base's pictures by prompt and seed, as `make_pictures` takes them.
         word: of the style; "" asks for the subject alone.
     """
     base = model.open("demo")
-    prompts = [emoji.caption(name, word) for name in names]
-    columns = [(None, 0.0), *((label, 1.0) for label in files)]
+    rows = [(emoji.caption(name, word), SEED + row) for row, name in enumerate(names)]
+    columns = [variants.BARE, *((label, 1.0) for label in files)]
+    grid = {(row, variants.BARE): known[key] for row, key in enumerate(rows) if key in known}
+    cells = {(row, column) for row in range(len(names)) for column in columns} - grid.keys()
+    sampling = Sampling(steps=steps, guidance=guidance, size=(emoji.SIZE, emoji.SIZE))
     ways = variants.make_variants(base, columns, files)
-    keys = [(prompt, SEED + row) for row, prompt in enumerate(prompts)]
-    grid = {(row, 0): known[key] for row, key in enumerate(keys) if key in known}
-    cells = {(row, column) for row in range(len(names)) for column in range(len(columns))} - grid.keys()
-    done = sampler.stream(
-        base, prompts, [ways[column] for column in columns], seeds=SEED, size=(emoji.SIZE, emoji.SIZE), steps=steps,
-        guidance=guidance, batch=8, cells=cells,
-    )  # fmt: skip
-    for row, column, picture in done:
-        grid[row, column] = picture
-        if column == 0:
-            known[keys[row]] = picture
+    compute = replace(Compute.choose(), batch=8)
+    grid |= variants.make_grid(base, rows, ways, sampling, compute=compute, cells=cells)
+    known |= {rows[row]: picture for (row, column), picture in grid.items() if column == variants.BARE}
     stacked = lambda column: np.stack([np.asarray(grid[row, column]) for row in range(len(names))])  # noqa: E731
-    return {label or "base": stacked(column) for column, (label, _) in enumerate(columns)}
+    return {column[0] or "base": stacked(column) for column in columns}
 
 
 def quality(judge: Judge, made: np.ndarray, plain: np.ndarray, true: np.ndarray) -> float:

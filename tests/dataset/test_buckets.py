@@ -50,7 +50,7 @@ def test_limits_are_rounded_outwards_as_in_kohya():
 
 def test_the_fits_of_a_run_follow_its_rule_and_limits():
     dimensions = [(100, 40), (40, 100), (30, 30)]
-    sizes_of = lambda **how: [fit.size for fit in buckets.fit_all(dimensions, 64, step=16, **how)]  # noqa: E731
+    sizes_of = lambda **how: [fit.size for fit in buckets.Buckets(64, 16, **how).fit(dimensions)]  # noqa: E731
     assert sizes_of() == [(96, 32), (32, 96), (64, 64)]
     assert sizes_of(minimum=48) == [(80, 48), (48, 80), (64, 64)]
     assert sizes_of(maximum=80) == [(80, 32), (32, 80), (64, 64)]
@@ -119,36 +119,36 @@ def test_a_known_fit():
 def test_apply_cuts_out_the_middle():
     stripes = np.zeros((64, 192, 3), np.uint8)
     stripes[:, 64:128] = 200  # the middle third
-    array = buckets.crop(Image.fromarray(stripes), buckets.fit_one(192, 64, [(64, 64)]))
+    array = buckets.crop_picture(Image.fromarray(stripes), buckets.fit_one(192, 64, [(64, 64)]))
     assert array.shape == (64, 64, 3) and array.dtype == np.uint8 and array.flags.writeable
     assert (array == 200).all()
 
 
 def test_apply_returns_height_before_width():
     image = Image.new("RGB", (300, 600), (10, 20, 30))
-    array = buckets.crop(image, buckets.fit_one(300, 600, buckets.bucket_sizes(512)))
+    array = buckets.crop_picture(image, buckets.fit_one(300, 600, buckets.bucket_sizes(512)))
     assert array.shape == (704, 320, 3) and (array == (10, 20, 30)).all()
 
 
 def test_apply_changes_nothing_at_its_own_size():
     pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
     fit = buckets.fit_one(80, 48, buckets.bucket_sizes(64, step=16))
-    assert (buckets.crop(Image.fromarray(pixels), fit) == pixels).all()
+    assert (buckets.crop_picture(Image.fromarray(pixels), fit) == pixels).all()
 
 
 def test_reduced_pictures_are_antialiased():
     checks = np.indices((512, 512)).sum(0) % 2 * 255  # every other pixel white: seen from afar, grey
     image = Image.fromarray(checks.astype(np.uint8)).convert("RGB")
-    array = buckets.crop(image, buckets.fit_one(512, 512, [(64, 64)]))
+    array = buckets.crop_picture(image, buckets.fit_one(512, 512, [(64, 64)]))
     assert abs(array.astype(int) - 127).max() <= 3
 
 
 def test_apply_refuses_what_it_would_squeeze():
     fit = buckets.fit_one(600, 300, buckets.bucket_sizes(512))
     with pytest.raises(ValueError, match=naming((300, 600), fit.scaled)):
-        buckets.crop(Image.new("RGB", (300, 600)), fit)  # the same picture, lying on its side
+        buckets.crop_picture(Image.new("RGB", (300, 600)), fit)  # the same picture, lying on its side
     with pytest.raises(ValueError, match=naming("RGBA")):
-        buckets.crop(Image.new("RGBA", (600, 300)), fit)
+        buckets.crop_picture(Image.new("RGBA", (600, 300)), fit)
 
 
 SIZES = [(512, 512), (448, 576), (512, 512), (576, 448), (448, 576), (512, 512), (512, 512)]
@@ -193,12 +193,3 @@ def test_an_empty_epoch_and_wrong_arguments():
         buckets.epoch_batches([(64, 64)], [-1], 1, seed=0, epoch=0)
     with pytest.raises(ValueError, match=naming("seed", -1)):
         buckets.epoch_batches([(64, 64)], [1], 1, seed=-1, epoch=0)
-
-
-def test_describe_says_who_is_cut_and_who_is_enlarged():
-    table = buckets.describe(
-        [(512, 512), (1024, 1024), (100, 100), (1920, 1080)], buckets.bucket_sizes(512), [5, 1, 1, 10]
-    )
-    _, square, wide = (line.split() for line in table.splitlines())
-    assert square == ["512×512", "3", "7", "0%", "0%", "1"]
-    assert wide == ["640×384", "1", "10", "6%", "6%", "0"]

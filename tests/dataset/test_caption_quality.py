@@ -24,7 +24,7 @@ def found(captions, trigger="", kind="object", **settings):
 
 
 def told(trigger):
-    return [f"{finding.severity} {finding.message}" for finding in caption_quality.of_trigger(trigger)]
+    return [f"{finding.severity} {finding.message}" for finding in caption_quality.check_trigger(trigger)]
 
 
 @pytest.mark.parametrize("word", ["dog", "emma", "teapot", "trombone", "bluedog", "sunflower"])
@@ -35,7 +35,7 @@ def test_ordinary_words_are_known_by_the_vocabulary(word):
 @pytest.mark.parametrize("word", ["sks", "ohwx", "txcl", "zwx", "xyzzy", "vrtx"])
 def test_rare_words_pass(word):
     assert not caption_quality.ordinary(word)
-    assert {finding.severity for text in (word, f"{word} dog") for finding in caption_quality.of_trigger(text)} == {
+    assert {finding.severity for text in (word, f"{word} dog") for finding in caption_quality.check_trigger(text)} == {
         "info"
     }
 
@@ -59,10 +59,10 @@ def test_a_weapon_signs_digits_and_capitals_are_told():
 
 def test_the_trigger_counts_as_words_of_its_own():
     kinds = found({"1": "SKS dog", "2": "he asks", "3": "a dog", "4": "sks by sks", "5": "", "6": "sks's"}, "sks")
-    assert kinds["trigger_in_word"][0].names == ("2",)
-    assert kinds["without_trigger"][0].names == ("3",)
-    assert kinds["trigger_twice"][0].names == ("4",)
-    assert kinds["empty"][0].names == ("5",)
+    assert kinds["trigger_in_word"][0].pictures == ("2",)
+    assert kinds["without_trigger"][0].pictures == ("3",)
+    assert kinds["trigger_twice"][0].pictures == ("4",)
+    assert kinds["empty"][0].pictures == ("5",)
 
 
 def test_a_trigger_that_no_caption_has_is_serious():
@@ -73,7 +73,7 @@ def test_a_trigger_that_no_caption_has_is_serious():
 @pytest.mark.parametrize("near", ["ohwz man", "owhx man", "ohwxx man", "ohw man", "ohwxman", "ohwx-man"])
 def test_a_slip_in_the_trigger_is_found(near):
     [finding] = found({"1": "ohwx man", "2": f"a photo of {near}, smiling"}, "ohwx man")["trigger_misspelled"]
-    assert finding.names == ("2",) and names(finding.message, repr(near), "'ohwx man'")
+    assert finding.pictures == ("2",) and names(finding.message, repr(near), "'ohwx man'")
 
 
 def test_ordinary_words_are_no_slips():
@@ -107,7 +107,7 @@ def test_what_is_cut_off_is_what_the_text_encoder_never_sees(before):
     kept = tokenizer.decode(seen[1:-1]) + lost
     assert "".join(kept.lower().split()) == "".join(caption.lower().split())
     [finding] = found({"1": caption, "2": "a dog"})["too_long"]
-    assert finding.names == ("1",) and repr(lost) in finding.message
+    assert finding.pictures == ("1",) and repr(lost) in finding.message
 
 
 def test_75_tokens_are_read_whole():
@@ -136,7 +136,7 @@ def test_what_never_varies_is_told_once():
 def test_the_same_caption_is_told_with_its_pictures():
     same = {"1": "a dog", "2": "A  dog", "3": "a cat"}
     [finding] = found(same)["repeated"]
-    assert finding.names == ("1", "2") and "repeated" not in found(same, kind="style")
+    assert finding.pictures == ("1", "2") and "repeated" not in found(same, kind="style")
 
 
 def test_detail_follows_the_guide():
@@ -148,8 +148,8 @@ def test_detail_follows_the_guide():
 
 def test_frequencies_count_captions():
     counts = caption_quality.audit_captions({"1": "Red, red, a dog", "2": "red, a cat"})
-    assert counts.tags == {"red": 2, "a cat": 1, "a dog": 1} and next(iter(counts.tags)) == "red"
-    assert counts.words == {"red": 2, "cat": 1, "dog": 1}
+    assert counts.figures["tags"] == {"red": 2, "a cat": 1, "a dog": 1} and next(iter(counts.figures["tags"])) == "red"
+    assert counts.figures["words"] == {"red": 2, "cat": 1, "dog": 1}
 
 
 # ── The whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,22 +161,30 @@ def test_a_dataset_is_audited_by_the_names_of_its_pictures(tmp_path):
         Image.new("RGB", (8, 8), caption[:4] == "ohwx" and "red" or "blue").save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(caption)
     result = caption_quality.audit_captions(dataset_folder.scan(tmp_path), "ohwx", "sdxl", "character")
-    assert [f.names for f in result.findings if f.kind == "without_trigger"] == [("5_dog/2.png",)]
+    assert [f.pictures for f in result.findings if f.kind == "without_trigger"] == [("5_dog/2.png",)]
     facts = json.loads(json.dumps(result.facts()))
     assert facts["captions"] == 2 and facts["findings"][0]["kind"] == "trigger"
-    first, worst, *_ = result.describe().splitlines()
-    assert names(first, 2, len(result.findings)) and names(worst, "warning", "ohwx", "5_dog/2.png")
+    assert {"picture": "5_dog/2.png", "kind": "without_trigger"}.items() <= facts["findings"][1].items()
+    first, *lines = result.describe().splitlines()
+    assert names(first, 2, len(result.findings))
+    worst = lines.index(line(lines, "warning", "without_trigger"))
+    assert names(lines[worst + 1], "ohwx", "5_dog/2.png") and worst < lines.index(line(lines, "info", "trigger"))
+    assert "data:image/jpeg;base64," in result._repr_html_()
 
 
 def test_a_report_stays_short():
-    lines = caption_quality.audit_captions({str(i): f"{i} " + "very " * 80 for i in range(50)}).describe().splitlines()
-    assert sum(names(text, "warning", 75) for text in lines) == 5 and line(lines, 45, "too_long")
+    report = caption_quality.audit_captions({str(i): f"{i} " + "very " * 80 for i in range(50)})
+    lines = report.describe(most=5).splitlines()
+    first = lines.index(line(lines, "warning", "too_long", 50))
+    assert all(names(text, 75) for text in lines[first + 1 : first + 6]) and names(lines[first + 6], 45)
+    assert sum(names(text, 75) for text in lines) == 5
+    assert "75 are read" in report._repr_html_()  # without a dataset there are no pictures to show
 
 
 def test_no_captions_are_no_trouble():
-    assert caption_quality.audit_captions({}, "ohwx").captions == 0
+    assert caption_quality.audit_captions({}, "ohwx").figures["captions"] == 0
     ((kind, [finding]),) = found({"1": ""}).items()
-    assert (kind, finding.severity, finding.names) == ("empty", "warning", ("1",))
+    assert (kind, finding.severity, finding.pictures) == ("empty", "warning", ("1",))
 
 
 def test_unknown_kinds_and_families_are_refused():

@@ -15,10 +15,15 @@ import transformers
 from PIL import Image
 from said import naming
 
+from lorakit.console import Console
 from lorakit.dataset import captioner, captions
 from lorakit.dataset import folder as folders
 from lorakit.dataset import picture as picture_module
+from lorakit.device import Compute
 
+CPU = Compute.choose("cpu")
+QUIET = Console.quiet()
+BY_THREE = captioner.Captioner(batch_size=3)
 WORDS = ["a", "photo", "of", "dog", "cat", "red", "blue", "house", "tree", "the", "in", "on", "with", "big", "small"]
 SIZE = {"height": 32, "width": 32}
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -138,6 +143,11 @@ def _short(monkeypatch):
     monkeypatch.setattr(captioner, "LONGEST", 8)
 
 
+def load(model, **settings):
+    """What captions pictures."""
+    return captioner.Captioner(str(model), **{"compute": CPU} | settings).load()
+
+
 def as_documented(kind, folder, prompt=None):
     """What captions one picture by transformers' own class, as its documentation shows."""
     names = {"blip": "Blip", "blip2": "Blip2", "florence2": "Florence2", "smolvlm": "Idefics3"}
@@ -163,17 +173,17 @@ def as_documented(kind, folder, prompt=None):
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("prompt", [None, "a photo of"])
 def test_a_batch_is_captioned_as_the_documentation_does_one_by_one(kind, prompt, folder_of, seen):
-    found = captioner.load(str(folder_of(kind)), prompt=prompt, device="cpu")(seen)
+    found = load(folder_of(kind), prompt=prompt)(seen)
     assert found == list(map(as_documented(kind, folder_of(kind), prompt), seen))
     assert len(set(found)) > 1  # what is said depends on what is seen
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_half_precision_is_what_a_gpu_is_given(kind, folder_of, seen, monkeypatch):
-    monkeypatch.setattr(captioner, "compute_dtype", lambda *_: torch.float16)
-    model, _ = captioner._open(folder_of(kind), torch.device("cpu"), torch.float16)
+def test_half_precision_is_what_a_gpu_is_given(kind, folder_of, seen):
+    half = Compute(torch.device("cpu"), torch.float16)
+    model, _ = captioner._open(folder_of(kind), half)
     assert Counter(weight.dtype for weight in model.parameters()).most_common(1)[0][0] == torch.float16
-    assert len(captioner.load(str(folder_of(kind)), device="cpu")(seen[:2])) == 2
+    assert len(load(folder_of(kind), compute=half)(seen[:2])) == 2
 
 
 # ── The tagger ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,12 +232,12 @@ def tagger(tmp_path):
 
 @pytest.mark.parametrize("batch", ["N", 1])
 def test_a_tagger_sees_blue_first_and_white_around(tagger, batch):
-    folder = str(tagger(batch))
+    folder = tagger(batch)
     pictures = [Image.new("RGB", (90, 90), colour) for colour in ("red", "blue", "black")]
     pictures.append(Image.new("RGB", (10, 100), "black"))  # nine tenths of its square are white
-    found = captioner.load(folder, thresholds=(0.52, 0.9), device="cpu")(pictures)
+    found = load(folder, thresholds=(0.52, 0.9))(pictures)
     assert found == ["^_^, mostly red", "^_^, mostly blue", "^_^", "^_^, bright border"]
-    found = captioner.load(folder, thresholds=(0.52, 0.5), device="cpu")(pictures[:1])
+    found = load(folder, thresholds=(0.52, 0.5))(pictures[:1])
     assert found == ["hatsune miku, ^_^, mostly red"]
 
 
@@ -235,14 +245,14 @@ def test_a_tagger_of_another_list_is_refused(tagger):
     folder = tagger("N")
     (folder / "selected_tags.csv").write_text("tag_id,name,category,count\n1,red,0,9\n")
     with pytest.raises(ValueError, match=naming(folder.name, 448, len(TAGS), 1)):
-        captioner.load(str(folder), device="cpu")
+        load(folder)
 
 
 def test_what_a_tagger_needs_is_said(tagger, monkeypatch):
     folder = tagger("N")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=naming("onnxruntime", "lorakit[tagger]")):
-        captioner.load(str(folder), device="cpu")
+        load(folder)
 
 
 # ── Where models come from ──────────────────────────────────────────────────────────────────────────────────────────
@@ -263,7 +273,7 @@ def test_the_hub_is_asked_for_what_is_read_alone(folder_of, tmp_path, monkeypatc
         return str(fetched)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert captioner.load("blip", device="cpu")(seen) == captioner.load(str(hub), device="cpu")(seen)
+    assert load("blip")(seen) == load(hub)(seen)
     assert {file.suffix for file in fetched.iterdir()} <= {".json", ".safetensors"}
 
 
@@ -274,38 +284,38 @@ def test_a_hub_out_of_reach_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     for model, name in (("florence2", "florence-community/Florence-2-large"), ("owner/model", "owner/model")):
         with pytest.raises(FileNotFoundError, match=naming(name, "Name or service not known")):
-            captioner.load(model)
+            load(model)
 
 
 def test_an_unknown_model_is_answered_with_those_there_are():
     with pytest.raises(FileNotFoundError, match=naming("blop", *captioner.MODELS)):
-        captioner.load("blop")
+        load("blop")
 
 
 def test_pickles_are_never_read(folder_of, tmp_path):
     shutil.copytree(folder_of("blip"), tmp_path, dirs_exist_ok=True)
     os.rename(tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=naming(tmp_path.name, ".safetensors")):
-        captioner.load(str(tmp_path), device="cpu")
+        load(tmp_path)
 
 
 def test_weights_of_another_model_are_refused(folder_of, tmp_path):
     shutil.copytree(folder_of("blip"), tmp_path, dirs_exist_ok=True)
     shutil.copy(folder_of("blip2") / "model.safetensors", tmp_path)
     with pytest.raises(ValueError, match=naming(tmp_path.name, "BlipForConditionalGeneration") + r"(?=.* \d+ )"):
-        captioner.load(str(tmp_path), device="cpu")
+        load(tmp_path)
 
 
 def test_a_model_that_does_not_write_is_refused(small_bases):
     with pytest.raises(ValueError, match=naming("text_encoder", *captioner.MODELS)):
-        captioner.load(str(small_bases["sd15"] / "text_encoder"), device="cpu")
+        load(small_bases["sd15"] / "text_encoder")
 
 
 def test_a_model_without_a_way_to_ask_it_is_refused(folder_of, tmp_path):
     shutil.copytree(folder_of("smolvlm"), tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=naming(tmp_path.name, *captioner.MODELS)):
-        captioner.load(str(tmp_path), device="cpu")
+        load(tmp_path)
 
 
 # ── What is done with drafts ────────────────────────────────────────────────────────────────────────────────────────
@@ -327,18 +337,18 @@ def asked(monkeypatch):
     """Instead of a model, one that names a picture's red, and remembers what it was asked; None in it interrupts."""
     colours = []
 
-    def load(model, **_):
+    def load(chosen):
         def ask(pictures):
             reds = [picture.getpixel((0, 0))[0] for picture in pictures]
             if None in colours and 160 in reds:
                 colours.remove(None)
                 raise KeyboardInterrupt
             colours.extend(reds)
-            return [f"{model} {red}" for red in reds]
+            return [f"{chosen.model} {red}" for red in reds]
 
         return ask
 
-    monkeypatch.setattr(captioner, "load", load)
+    monkeypatch.setattr(captioner.Captioner, "load", load)
     return colours
 
 
@@ -349,29 +359,29 @@ def texts(pictures):
 def test_drafts_go_on_where_they_were_cut_and_leave_the_pictures_alone(mixed, asked, tmp_path):
     asked.append(None)
     with pytest.raises(KeyboardInterrupt):
-        captioner.draft_captions(mixed, batch_size=3, store=tmp_path, progress=False)
+        captioner.draft_captions(mixed, BY_THREE, store=tmp_path, console=QUIET)
     assert asked == [40, 80, 120]
-    found = captioner.draft_captions(mixed, batch_size=3, store=tmp_path, progress=False)
+    found = captioner.draft_captions(mixed, BY_THREE, store=tmp_path, console=QUIET)
     assert asked == [40, 80, 120, 160, 200]
     assert found == {f"2_sks thing/{n}.png": f"blip {40 * n}" for n in range(1, 6)}
-    assert captioner.draft_captions(mixed, store=tmp_path, progress=False) == found and len(asked) == 5
+    assert captioner.draft_captions(mixed, store=tmp_path, console=QUIET) == found and len(asked) == 5
     assert texts(mixed) == {"0": "by hand"}
 
 
 def test_each_caption_is_written_as_it_is_made(mixed, asked, tmp_path):
     asked.append(None)
     with pytest.raises(KeyboardInterrupt):
-        captioner.draft_captions(mixed, into=mixed.root, batch_size=3, store=tmp_path, progress=False)
+        captioner.draft_captions(mixed, BY_THREE, into=mixed.root, store=tmp_path, console=QUIET)
     assert texts(mixed) == {"0": "by hand", "1": "blip 40", "2": "blip 80", "3": "blip 120"}
-    captioner.draft_captions(folders.scan(mixed.root), into=mixed.root, batch_size=3, store=tmp_path, progress=False)
+    captioner.draft_captions(folders.scan(mixed.root), BY_THREE, into=mixed.root, store=tmp_path, console=QUIET)
     assert len(asked) == 5 and texts(mixed)["5"] == "blip 200"
 
 
 def test_a_hand_edit_of_a_draft_is_a_persons(mixed, asked, tmp_path):
-    captioner.draft_captions(mixed, into=mixed.root, store=tmp_path, progress=False)
+    captioner.draft_captions(mixed, into=mixed.root, store=tmp_path, console=QUIET)
     (mixed.root / "2_sks thing" / "3.txt").write_text("blip 120, corrected")
     again = folders.scan(mixed.root)
-    found = captioner.draft_captions(again, "blip2", into=mixed.root, store=tmp_path, progress=False)
+    found = captioner.draft_captions(again, "blip2", into=mixed.root, store=tmp_path, console=QUIET)
     assert sorted(found.values()) == ["blip2 160", "blip2 200", "blip2 40", "blip2 80"]
     assert texts(mixed)["3"] == "blip 120, corrected" and texts(mixed)["0"] == "by hand"
     assert texts(mixed)["4"] == "blip2 160"
@@ -383,14 +393,14 @@ def test_what_a_person_writes_meanwhile_is_kept(mixed, tmp_path, monkeypatch):
     def load(*_, **__):
         return lambda pictures: [last.write_text("just now") and "a dog" for _ in pictures]
 
-    monkeypatch.setattr(captioner, "load", load)
-    captioner.draft_captions(mixed, into=mixed.root, store=tmp_path, progress=False)
+    monkeypatch.setattr(captioner.Captioner, "load", load)
+    captioner.draft_captions(mixed, into=mixed.root, store=tmp_path, console=QUIET)
     assert texts(mixed) == {"0": "by hand", "5": "just now"} | dict.fromkeys("1234", "a dog")
 
 
 def test_told_to_it_overwrites_and_undo_brings_all_back(mixed, asked, tmp_path):
-    settings = {"into": mixed.root, "store": tmp_path, "progress": False, "batch_size": 2}
-    assert len(captioner.draft_captions(mixed, overwrite=True, **settings)) == 6
+    settings = {"into": mixed.root, "store": tmp_path, "console": QUIET}
+    assert len(captioner.draft_captions(mixed, captioner.Captioner(batch_size=2), overwrite=True, **settings)) == 6
     assert texts(mixed)["0"] == "blip 0"
     captions.undo_captions(mixed.root)
     assert texts(mixed) == {"0": "by hand"}
@@ -400,20 +410,19 @@ def test_another_folder_keeps_what_a_person_wrote_there(mixed, asked, tmp_path):
     there = tmp_path / "drafts" / "2_sks thing"
     there.mkdir(parents=True)
     (there / "5.txt").write_text("mine")
-    found = captioner.draft_captions(mixed, into=there.parent, store=tmp_path, progress=False)
+    found = captioner.draft_captions(mixed, into=there.parent, store=tmp_path, console=QUIET)
     assert len(found) == 4 and texts(mixed) == {"0": "by hand"}
     assert (there / "5.txt").read_text() == "mine" and (there / "4.txt").read_text() == "blip 160\n"
 
 
 def test_a_picture_that_the_model_says_nothing_of_is_asked_again(mixed, tmp_path, monkeypatch):
     said = ["!!!!!!", "", "a  dog\n"]
-    monkeypatch.setattr(
-        captioner, "load", lambda *_, **__: lambda pictures: [captioner._clean(said.pop(0)) for _ in pictures]
-    )
+    clean = captioner._clean
+    monkeypatch.setattr(captioner.Captioner, "load", lambda _: lambda pictures: [clean(said.pop(0)) for _ in pictures])
     some = replace(mixed, pictures=mixed.pictures[1:3])
-    assert captioner.draft_captions(some, into=mixed.root, store=tmp_path, progress=False) == {}
+    assert captioner.draft_captions(some, into=mixed.root, store=tmp_path, console=QUIET) == {}
     assert texts(mixed) == {"0": "by hand"}
-    assert captioner.draft_captions(replace(mixed, pictures=mixed.pictures[1:2]), store=tmp_path, progress=False) == {
+    assert captioner.draft_captions(replace(mixed, pictures=mixed.pictures[1:2]), store=tmp_path, console=QUIET) == {
         "2_sks thing/1.png": "a dog"
     }
 
@@ -432,8 +441,8 @@ def test_too_many_at_once_are_asked_in_halves():
 
 def test_the_whole_way_with_a_small_blip(mixed, folder_of, tmp_path):
     found = captioner.draft_captions(
-        mixed, str(folder_of("blip")), into=mixed.root, store=tmp_path, device="cpu", progress=False
+        mixed, captioner.Captioner(str(folder_of("blip")), compute=CPU), into=mixed.root, store=tmp_path, console=QUIET
     )
     ask = as_documented("blip", folder_of("blip"))
     assert found == {name: ask(picture_module.open_picture(mixed.root / name)) for name in found} and len(found) > 2
-    assert captions.captions_of(folders.scan(mixed.root)) == captions.captions_of(mixed) | found
+    assert folders.scan(mixed.root).captions == mixed.captions | found

@@ -19,12 +19,12 @@ def test_shuffling_keeps_every_tag_and_the_first_in_place():
     assert len(forms) == 16 and len(set(forms)) > 8
     for form in forms:
         assert form.startswith("sks, ")
-        assert sorted(captions.tags(form)) == sorted(["sks", "red", "big", "round", "old"])
+        assert sorted(captions.split_tags(form)) == sorted(["sks", "red", "big", "round", "old"])
 
 
 def test_dropout_drops_about_its_share_and_keeps_the_order():
     forms = captions.caption_variants("sks, a, b, c, d", 400, keep_tokens=1, tag_dropout=0.25)
-    left = [captions.tags(form)[1:] for form in forms]
+    left = [captions.split_tags(form)[1:] for form in forms]
     assert 0.2 < 1 - sum(map(len, left)) / 1600 < 0.3
     assert all(tags == sorted(tags) for tags in left)
 
@@ -88,11 +88,11 @@ def test_tags_are_edited_behind_those_that_are_kept():
 
 def test_the_preview_shows_what_changes_alone():
     before = {"1": "a dog", "2": "a cat", "3": "a dog"}
-    found = captions.changes(before, captions.replace_text(before, "dog", "wolf"))
+    found = captions.caption_changes(before, captions.replace_text(before, "dog", "wolf"))
     assert [change.name for change in found] == ["1", "3"]
-    title, *lines, last = captions.preview(found, most=1).splitlines()
+    title, *lines, last = captions.describe_changes(found, most=1).splitlines()
     assert names(title, 2) and lines == ["1", "  - a dog", "  + a wolf"] and names(last, 1)
-    assert names(captions.preview([]), 0)
+    assert names(captions.describe_changes([]), 0)
 
 
 # ── Written and undone ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,12 +125,12 @@ def contents(folder):
 
 def test_an_edit_is_undone_to_the_byte(odd):
     before, pictures = contents(odd), folders.scan(odd)
-    old = captions.captions_of(pictures)
+    old = pictures.captions
     assert old["5_dog/crlf.png"] == "a dog, on grass" and old["5_dog/wide.png"] == "a dög" == old["5_dog/west.png"]
     new = captions.apply_template(old, trigger="sks")
-    written = captions.write_captions(captions.changes(old, new), odd)
+    written = captions.write_captions(captions.caption_changes(old, new), odd)
     assert sorted(path.name for path in written) == sorted([*ODD, "none.txt"])
-    assert captions.captions_of(folders.scan(odd)) == new
+    assert folders.scan(odd).captions == new
     assert not [name for name in contents(odd) if name not in {path.name for path in written}]
     assert sorted(captions.undo_captions(odd)) == sorted(written)
     assert contents(odd) == before
@@ -142,7 +142,7 @@ def test_edits_are_undone_one_by_one_and_those_of_one_name_together(odd):
     states, pictures = [contents(odd)], ["5_dog/crlf.png", "5_dog/bom.png", "5_dog/none.png"]
     for edit, batches in (("a", [pictures]), ("b", [pictures[:1], pictures[1:]])):
         for some in batches:
-            old = captions.captions_of(folders.scan(odd))
+            old = folders.scan(odd).captions
             captions.write_captions(
                 [captions.Change(name, old[name], f"{edit}, {old[name]}") for name in some], odd, edit=edit
             )
@@ -154,8 +154,8 @@ def test_edits_are_undone_one_by_one_and_those_of_one_name_together(odd):
 
 
 def test_a_hand_edit_is_neither_overwritten_nor_undone(odd):
-    old = captions.captions_of(folders.scan(odd))
-    found = captions.changes(old, captions.apply_template(old, trigger="sks"))
+    old = folders.scan(odd).captions
+    found = captions.caption_changes(old, captions.apply_template(old, trigger="sks"))
     (odd / "5_dog" / "bom.txt").write_text("by hand", encoding="utf-8")
     before = contents(odd)
     with pytest.raises(ValueError, match=naming("5_dog/bom.png")):
@@ -170,14 +170,14 @@ def test_a_hand_edit_is_neither_overwritten_nor_undone(odd):
 
 
 def test_captions_of_which_the_first_line_counts_are_no_hand_edits(odd):
-    old = captions.captions_of(folders.scan(odd, first_line=True))
+    old = folders.scan(odd, first_line=True).captions
     captions.write_captions([captions.Change("5_dog/crlf.png", old["5_dog/crlf.png"], "a cat")], odd)
     assert old["5_dog/crlf.png"] == "a dog," and contents(odd)["crlf.txt"] == b"a cat\n"
 
 
 def test_captions_are_written_all_or_none(odd, monkeypatch):
-    old, before = captions.captions_of(folders.scan(odd)), contents(odd)
-    found, put, calls = captions.changes(old, captions.apply_template(old, trigger="sks")), captions._put, []
+    old, before = folders.scan(odd).captions, contents(odd)
+    found, put, calls = captions.caption_changes(old, captions.apply_template(old, trigger="sks")), captions._put, []
 
     def full(path, raw):
         calls.append(path)
@@ -194,8 +194,8 @@ def test_captions_are_written_all_or_none(odd, monkeypatch):
 
 
 def test_another_folder_and_another_history_leave_the_pictures_alone(odd, tmp_path):
-    old, before = captions.captions_of(folders.scan(odd)), contents(odd)
-    found = captions.changes(old, captions.apply_template(old, trigger="sks"))
+    old, before = folders.scan(odd).captions, contents(odd)
+    found = captions.caption_changes(old, captions.apply_template(old, trigger="sks"))
     history = tmp_path / "drive" / "history.jsonl"
     captions.write_captions(found, odd, into=tmp_path / "out", history=history)
     assert contents(odd) == before and history.is_file()

@@ -1,9 +1,11 @@
 """The dataset: every picture right, every one left out named, and nothing written where the user's files are."""
 
+import base64
 import hashlib
 import io
 import json
 import os
+import re
 import struct
 import sys
 import warnings
@@ -17,6 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 from said import line, names, naming
 
 from lorakit.dataset import folder as folders
+from lorakit.dataset import gallery
 from lorakit.dataset import picture as picture_module
 from lorakit.storage import index
 
@@ -290,6 +293,35 @@ def test_lost_captions_shared_stems_and_copies_are_reported(tmp_path):
     title, *listed = described(found)[-4:]
     assert reasons(found, left_out=True) == {} and names(title, 3)
     assert [text.split(":")[0].strip() for text in listed] == ["a.png", "copy.png", "gone.txt"]
+
+
+# Shown
+
+
+def test_a_dataset_prints_as_its_description(tmp_path):
+    draw(tmp_path / "2_cat" / "1.png")
+    write(tmp_path / "bad.png", b"x")
+    found = folders.scan(tmp_path)
+    assert str(found) == repr(found) == found.describe()
+    assert found.captions == {"2_cat/1.png": "cat"} and found.by_name == {"2_cat/1.png": found.pictures[0]}
+
+
+def test_a_notebook_shows_thumbnails_captions_and_problems(tmp_path, monkeypatch):
+    for number in range(30):
+        write(draw(tmp_path / f"{number}.png", (number, 0, 0), (300, 200)).with_suffix(".txt"), f"<b>cat {number}")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
+    write(tmp_path / "bad.png", b"x")
+    opened, thumbnail = [], picture_module.thumbnail.__wrapped__
+    monkeypatch.setattr(gallery, "thumbnail", lambda picture: opened.append(picture) or thumbnail(picture))
+    found = folders.scan(tmp_path)
+    found.describe()
+    assert not opened  # nothing is decoded before it is shown
+    (tmp_path / "3.png").unlink()
+    html = found._repr_html_()
+    images = re.findall('src="data:image/jpeg;base64,([^"]+)"', html)
+    assert len(images) == len(opened) == 24 and names(html, 7)  # and 7 more
+    assert {Image.open(io.BytesIO(base64.b64decode(data))).size for data in images} == {(128, 85), (128, 128)}
+    assert "&lt;b&gt;cat 0" in html and "<b>cat" not in html and "bad.png" in html and len(html) < 100_000
 
 
 # Hugging Face's metadata

@@ -16,6 +16,8 @@ from lorakit.dataset import folder as folders
 from lorakit.dataset import picture as picture_module
 from lorakit.dataset import quality as quality_module
 from lorakit.dataset import selection
+from lorakit.dataset.buckets import Buckets
+from lorakit.dataset.report import Report
 from lorakit.dataset.selection import Decisions
 from lorakit.demo import PICTURES
 
@@ -48,22 +50,21 @@ def calibration():
     return module
 
 
-def found(
-    folder: Path, pictures: dict[str, Image.Image | bytes | None], resolution=512, **options
-) -> quality_module.QualityReport:
+def found(folder: Path, pictures: dict[str, Image.Image | bytes | None], **options) -> Report:
     """Save pictures (a name with .jpg as JPEG of high quality), and check them."""
     for name, image in pictures.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, **({"quality": 97} if path.suffix == ".jpg" else {}))
-    return quality_module.check_quality(folders.scan(folder), resolution=resolution, **options)
+    return quality_module.check_quality(folders.scan(folder), **options)
 
 
-def kinds(report: quality_module.QualityReport, name: str | None) -> set[str]:
-    return {finding.kind for finding in report.findings if finding.picture == name and finding.kind != "caption"}
+def kinds(report: Report, name: str | None) -> set[str]:
+    pictures = () if name is None else (name,)
+    return {finding.kind for finding in report.findings if finding.pictures == pictures and finding.kind != "caption"}
 
 
-def message(report: quality_module.QualityReport, kind: str) -> str:
+def message(report: Report, kind: str) -> str:
     (finding,) = [finding for finding in report.findings if finding.kind == kind]
     return f"{finding.severity}: {finding.message}"
 
@@ -95,7 +96,7 @@ def test_what_is_hard_to_judge_passes(calibration, monkeypatch):
 def test_a_photograph_has_nothing_wrong(tmp_path, photo):
     report = found(tmp_path, {"a.png": photo})
     assert kinds(report, "a.png") == set()
-    (measured,) = report.pictures
+    (measured,) = report.measured
     assert measured.detail > 3 * quality_module.SOFT and measured.fit.size == (448, 576) and measured.enlarged < 1
 
 
@@ -119,8 +120,8 @@ def test_each_damage_is_named(tmp_path, photo):
         "wide.png": {"resolution", "crop"},
     }  # fmt: skip
     assert {name: kinds(report, name) - {"duplicate"} for name in expected} == expected
-    told = {f.picture: f.message for f in report.findings if f.kind not in ("caption", "duplicate")}
-    measured = {picture.name: picture for picture in report.pictures}
+    told = {name: f.message for f in report.findings for name in f.pictures if f.kind not in ("caption", "duplicate")}
+    measured = {picture.name: picture for picture in report.measured}
     worst, best = measured["shaken.png"].edges  # of twelve directions
     assert worst < 0.85 * best and names(told["shaken.png"], f"{worst:.1f}", f"{best:.1f}")
     assert names(told["dark.png"], f"{measured['dark.png'].brightest / 255:.0%}")
@@ -136,7 +137,8 @@ def test_a_large_picture_is_judged_as_it_is_trained(tmp_path, photo):
     large.save(tmp_path / "large.jpg", quality=30)
     report = quality_module.check_quality(folders.scan(tmp_path))
     assert kinds(report, "large.jpg") == set()
-    assert kinds(quality_module.check_quality(folders.scan(tmp_path), resolution=2048), "large.jpg") == {"blur", "jpeg"}
+    report = quality_module.check_quality(folders.scan(tmp_path), buckets=Buckets(2048))
+    assert kinds(report, "large.jpg") == {"blur", "jpeg"}
 
 
 @pytest.mark.parametrize("quality", [10, 25, 50, 75])
@@ -175,7 +177,7 @@ def test_any_shape_is_measured(tmp_path):
     shapes = {"dot.png": (1, 1), "line.png": (900, 1), "grey.png": (512, 512), "small.png": (17, 33)}
     report = found(tmp_path, {name: Image.new("RGB", size, (90, 120, 200)) for name, size in shapes.items()})
     assert not {"blur", "upscaled", "jpeg"} & {finding.kind for finding in report.findings}
-    assert all(picture.detail is None for picture in report.pictures)
+    assert all(picture.detail is None for picture in report.measured)
 
 
 def test_a_file_that_has_changed_since_is_told(tmp_path, photo):
@@ -185,7 +187,7 @@ def test_a_file_that_has_changed_since_is_told(tmp_path, photo):
     (tmp_path / "a.png").write_bytes(b"gone")
     report = quality_module.check_quality(scanned)
     assert kinds(report, "a.png") == {"file"} and message(report, "file").startswith("serious")
-    assert [picture.name for picture in report.pictures] == ["b.png"]
+    assert [picture.name for picture in report.measured] == ["b.png"]
 
 
 # The set
@@ -198,33 +200,33 @@ def test_near_duplicates_are_grouped_and_others_are_not(tmp_path, photo):
         "saved.jpg": photo, "brighter.png": photo.point(lambda value: min(255, int(value * 1.2))),
     }  # fmt: skip
     emoji = {path.name: picture_module.open_picture(path) for path in sorted(PICTURES.rglob("*.png"))[:12]}
-    report = found(tmp_path, again | emoji, resolution=64, step=16)
-    assert [set(group) for group in report.groups] == [set(again)]
+    report = found(tmp_path, again | emoji, buckets=Buckets(64, 16))
+    assert [set(group) for group in report.figures["near_duplicates"]] == [set(again)]
     assert sum(finding.kind == "duplicate" for finding in report.findings) == len(again) - 1
     assert report.facts()["near_duplicates"] == [sorted(again)]
 
 
 def test_variety_tells_one_scene_from_many(tmp_path, photo):
     scene = {f"{i}.png": photo.crop((i * 20, 0, i * 20 + 400, 500)) for i in range(6)}
-    one = found(tmp_path / "one", scene).variety
+    one = found(tmp_path / "one", scene).figures["variety"]
     emoji = {path.name: picture_module.open_picture(path) for path in sorted(PICTURES.rglob("*.png"))[:6]}
-    many = found(tmp_path / "many", emoji, resolution=64).variety
+    many = found(tmp_path / "many", emoji, buckets=Buckets(64)).figures["variety"]
     assert one < many <= 1.2
-    assert found(tmp_path / "single", {"a.png": photo}).variety is None
-    assert found(tmp_path / "same", {"a.png": photo, "b.jpg": photo}).variety < 0.1
+    assert found(tmp_path / "single", {"a.png": photo}).figures["variety"] is None
+    assert found(tmp_path / "same", {"a.png": photo, "b.jpg": photo}).figures["variety"] < 0.1
 
 
 def test_embeddings_tell_variety_and_what_is_unlike_the_rest(tmp_path):
     emoji = {f"{i}.png": Image.new("RGB", (64, 64), (i * 9, 0, 0)) for i in range(10)}
     rest = np.random.default_rng(0).normal(0, 0.05, (10, 8)) + np.eye(8)[0]
     rest[7] = np.eye(8)[3]
-    report = found(tmp_path, emoji, resolution=64, embed=lambda pictures: rest[: len(pictures)])
+    report = found(tmp_path, emoji, buckets=Buckets(64), embed=lambda pictures: rest[: len(pictures)])
     (odd,) = [finding for finding in report.findings if finding.kind == "outlier"]
-    assert odd.picture == "7.png" and odd.severity == "info"
+    assert odd.pictures == ("7.png",) and odd.severity == "info"
     scanned = folders.scan(tmp_path)
 
     def variety(vectors: np.ndarray) -> float:
-        return quality_module.check_quality(scanned, resolution=64, embed=lambda _: vectors).variety
+        return quality_module.check_quality(scanned, buckets=Buckets(64), embed=lambda _: vectors).figures["variety"]
 
     assert variety(np.ones((10, 3))) == pytest.approx(0) and variety(np.eye(10)) == pytest.approx(1)
     with pytest.raises(ValueError, match=naming((3, 2), 10)):
@@ -238,7 +240,7 @@ def test_pictures_are_counted_by_the_guides_table(tmp_path):
         Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / f"{i}.png")
     scanned = folders.scan(tmp_path)
     character, style = (
-        quality_module.check_quality(scanned, kind=kind, resolution=64) for kind in ("character", "style")
+        quality_module.check_quality(scanned, kind=kind, buckets=Buckets(64)) for kind in ("character", "style")
     )
     assert names(message(character, "count"), "warning", 16, 20)
     assert message(style, "count").startswith("info")
@@ -257,14 +259,15 @@ def test_captions_are_counted_and_the_trigger_is_a_word(tmp_path):
         Image.new("RGB", (64, 64), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
         if text:
             (tmp_path / f"{i}.txt").write_text(text)
-    report = quality_module.check_quality(folders.scan(tmp_path), resolution=64, trigger="sks")
-    lacking = [finding.picture for finding in report.findings if finding.kind == "caption"]
+    report = quality_module.check_quality(folders.scan(tmp_path), buckets=Buckets(64), trigger="sks")
+    lacking = [name for finding in report.findings for name in finding.pictures if finding.kind == "caption"]
     assert lacking == ["1.png", "2.png", "4.png"]
     words = {"least": 1, "median": 2, "most": 5}
-    assert report.captions == {
+    assert report.figures["captions"] == {
         "with": 4, "without": 1, "own": 4, "shared": 0, "words": words, "without_trigger": 3,
     }  # fmt: skip
-    assert "without_trigger" not in quality_module.check_quality(folders.scan(tmp_path), resolution=64).captions
+    report = quality_module.check_quality(folders.scan(tmp_path), buckets=Buckets(64))
+    assert "without_trigger" not in report.figures["captions"]
 
 
 # The report
@@ -294,9 +297,9 @@ def test_programs_get_names_relative_to_the_dataset(tmp_path, photo):
 def test_people_get_the_worst_first_and_not_everything(tmp_path):
     for i in range(12):
         Image.new("RGB", (20, 20), (i * 20, 200, 0)).save(tmp_path / f"{i}.png")
-    report = quality_module.check_quality(folders.scan(tmp_path), resolution=64)
+    report = quality_module.check_quality(folders.scan(tmp_path), buckets=Buckets(64))
     assert not names(message(report, "count"), 12)  # they are all alike
-    lines = report.describe(some=3).splitlines()
+    lines = report.describe(most=3).splitlines()
     assert names(lines[0], 12, 1)
     first = lines.index(line(lines, "serious", "resolution", 12))
     assert [text.split(":")[0].strip() for text in lines[first + 1 : first + 4]] == ["0.png", "1.png", "2.png"]
@@ -309,10 +312,10 @@ def test_a_name_that_is_not_utf8_can_be_reported(tmp_path):
         Image.new("RGB", (20, 20)).save(tmp_path / os.fsdecode(b"\xff.png"))
     except OSError:
         pytest.skip("this file system takes only UTF-8 names")
-    report = quality_module.check_quality(folders.scan(tmp_path), resolution=64)
+    report = quality_module.check_quality(folders.scan(tmp_path), buckets=Buckets(64))
     report.describe().encode()
     json.dumps(report.facts()).encode()
-    quality_module.crop_previews(report.dataset, resolution=64)
+    quality_module.crop_previews(report.dataset, buckets=Buckets(64))
 
 
 def test_what_a_person_keeps_is_not_told_again(tmp_path, photo):
@@ -348,12 +351,16 @@ def test_decisions_change_the_dataset_and_no_file(tmp_path, photo):
 def test_leaving_out(tmp_path, photo):
     found(tmp_path, {"a.png": photo, "b.png": ImageOps.mirror(photo)})
     scanned = folders.scan(tmp_path)
-    assert [picture.path.name for picture in selection.leave_out(scanned, ["a.png"]).pictures] == ["b.png"]
-    assert selection.leave_out(scanned, []).pictures == scanned.pictures
+
+    def left(names):
+        return selection.apply_decisions(scanned, Decisions(leave_out=tuple(names))).pictures
+
+    assert [picture.path.name for picture in left(["a.png"])] == ["b.png"]
+    assert left([]) == scanned.pictures
     with pytest.raises(ValueError, match=naming("'aa.png'", "'a.png'")):
-        selection.leave_out(scanned, ["aa.png"])
+        left(["aa.png"])
     with pytest.raises(ValueError, match=naming(2)):
-        selection.leave_out(scanned, ["a.png", "b.png"])
+        left(["a.png", "b.png"])
     with pytest.raises(FileNotFoundError):
         selection.apply_decisions(scanned, Decisions(replace={"a.png": str(tmp_path / "none.png")}))
 
@@ -386,7 +393,7 @@ def test_the_sheet_reddens_what_is_cut_off(tmp_path):
     blue.save(tmp_path / "wide.png")
     Image.new("RGB", (512, 512), (0, 0, 200)).save(tmp_path / "square.png")
     scanned = folders.scan(tmp_path)
-    sheet = np.asarray(quality_module.crop_previews(scanned, resolution=64, step=64)).astype(int)  # one bucket: 64×64
+    sheet = np.asarray(quality_module.crop_previews(scanned, buckets=Buckets(64, 64))).astype(int)  # one bucket: 64×64
     red, whole = sheet[..., 0] > 100, (sheet == (0, 0, 200)).all(2)
     shaded = red & (sheet[..., 1] < 100) & (sheet[..., 2] < 150)
     columns = np.flatnonzero(whole.any(0))
@@ -394,4 +401,17 @@ def test_the_sheet_reddens_what_is_cut_off(tmp_path):
     left = np.flatnonzero(shaded.any(0))
     assert shaded.sum() == pytest.approx(0.75 * 180 * 45, rel=0.05)  # a square out of the middle is left of 4 by 1
     assert left.min() < columns.min()
-    assert quality_module.crop_previews(scanned, resolution=64, most=1).width < sheet.shape[1]
+    assert quality_module.crop_previews(scanned, buckets=Buckets(64), most=1).width < sheet.shape[1]
+
+
+# In a notebook
+
+
+def test_a_report_shows_its_findings_with_their_pictures(tmp_path):
+    for i in range(30):
+        Image.new("RGB", (20, 20), (i * 8, 200, 0)).save(tmp_path / f"<{i}>.png")
+    report = quality_module.check_quality(folders.scan(tmp_path), buckets=Buckets(64))
+    html = report._repr_html_()
+    assert html.count("data:image/jpeg;base64,") == 24 and "&lt;0&gt;.png" in html and "<0>" not in html
+    assert message(report, "count").partition(": ")[2] in html and str(tmp_path) not in html
+    assert str(report) == report.describe()

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pictures as pictures_of
 import pytest
 import torch
 from PIL import Image
@@ -16,26 +17,29 @@ from lorakit.adapter import attachment
 from lorakit.adapter.lora import FAMILIES
 from lorakit.base import model as bases
 from lorakit.config import Config
+from lorakit.console import Console
+from lorakit.device import Compute
 from lorakit.evaluate import checklist, comparison
 from lorakit.evaluate import variants as variants_module
-from lorakit.evaluate.comparison import compare_runs
+from lorakit.evaluate.comparison import PictureOptions, compare_runs
 from lorakit.evaluate.sweeps import sweep, variations
-from lorakit.plan import memory, planning
+from lorakit.plan import cards, memory, planning
+from lorakit.plan import store as stores
 from lorakit.run import checkpoint, preparation, run, run_folder
 from lorakit.run import models as models_module
-from lorakit.sample import sampler
+from lorakit.run.models import Shared
 from lorakit.train import loop
 
 CPU = torch.device("cpu")
-PREDICT = planning.predict_cached
+PREDICT = stores.step_cost
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _memory_is_not_predicted():
     """It takes a second for each shape of an adapter."""
-    nothing = dict.fromkeys(memory.Prediction.__dataclass_fields__, 0)
+    nothing = dict.fromkeys(memory.StepCost.__dataclass_fields__, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "predict_cached", lambda *_, size, **__: memory.Prediction(**nothing | {"size": size}))
+        patch.setattr(stores, "step_cost", lambda *_, size, **__: memory.StepCost(**nothing | {"size": size}))
         yield
 
 
@@ -69,7 +73,7 @@ def swept(plain, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("swept") / "ranks", []
     with pytest.MonkeyPatch.context() as patch:
         loads = Counted(patch, bases, "load_unet")
-        made = sweep(plain, "rank", [4, 8], folder, say=said.append, progress=False)
+        made = sweep(plain, "rank", [4, 8], folder, console=Console(said.append, False))
     return folder, made, len(loads.calls), said
 
 
@@ -103,16 +107,16 @@ def test_a_sweep_loads_the_unet_once_and_encodes_once(swept):
     whole, first, second = (text for text in said if text.startswith("sweep"))
     assert names(whole, 2, "rank=4", "rank=8") and names(first, "rank=4", 1, 2) and names(second, "rank=8", 2)
     assert "rank=8" not in first and "rank=4" not in second
-    assert made.differing == {"rank": (4, 8)} and [trial.steps for trial in made.runs] == [4, 4]
+    assert made.differing == {"rank": (4, 8)} and [result.steps for result in made.runs] == [4, 4]
 
 
 def test_what_is_finished_is_not_trained_again(swept, plain, tmp_path, monkeypatch):
     folder = shutil.copytree(swept[0], tmp_path / "ranks")
     monkeypatch.setattr(run, "start", lambda *_, **__: pytest.fail("it is trained again"))
-    made = sweep(plain, "rank", [4, 8], folder, pictures=False, **QUIET)
+    made = sweep(plain, "rank", [4, 8], folder, pictures=False, console=Console.quiet())
     assert made.differing == {"rank": (4, 8)}
     with pytest.raises(ValueError, match=naming("rank=4", "rank=8", "learning_rate", 0.01, 0.001)):
-        sweep(plain.with_(learning_rate=1e-3), "rank", [4, 8], folder, **QUIET)
+        sweep(plain.with_(learning_rate=1e-3), "rank", [4, 8], folder, console=Console.quiet())
 
 
 @pytest.mark.usefixtures("weights_only")
@@ -126,14 +130,14 @@ def test_a_sweep_that_is_cut_goes_on_and_ends_as_if_it_had_not_been(swept, plain
         return whole(*arguments)
 
     monkeypatch.setattr(loop, "batch_loss", batch_loss)
-    cut = sweep(plain, "rank", [4, 8], tmp_path / "ranks", say=said.append, progress=False, stop=stop)
-    assert [(trial.steps, trial.total) for trial in cut.runs] == [(4, 4), (2, 4)] and cut.rows == ()
+    cut = sweep(plain, "rank", [4, 8], tmp_path / "ranks", console=Console(said.append, False, stop))
+    assert [(result.steps, result.total) for result in cut.runs] == [(4, 4), (2, 4)] and cut.pictures.rows == ()
     assert said[-1].startswith("stopped") and names(said[-1], 1, 2, "rank=8") and "rank=4" not in said[-1]
     assert not (tmp_path / "ranks" / "rank=8" / "thing-rank-8.safetensors").exists()
     assert not (tmp_path / "ranks" / "comparison.html").exists()
     done.clear()
-    made = sweep(plain, "rank", [4, 8], tmp_path / "ranks", pictures=False, **QUIET)
-    assert len(done) == 2 and [trial.steps for trial in made.runs] == [4, 4]
+    made = sweep(plain, "rank", [4, 8], tmp_path / "ranks", pictures=False, console=Console.quiet())
+    assert len(done) == 2 and [result.steps for result in made.runs] == [4, 4]
     for name in ("rank=4", "rank=8"):
         assert same(weights(tmp_path / "ranks" / name), weights(swept[0] / name))
 
@@ -141,7 +145,7 @@ def test_a_sweep_that_is_cut_goes_on_and_ends_as_if_it_had_not_been(swept, plain
 def test_stopped_before_it_began(plain, tmp_path):
     stop = threading.Event()
     stop.set()
-    made = sweep(plain, "rank", [4, 8], tmp_path / "ranks", stop=stop, **QUIET)
+    made = sweep(plain, "rank", [4, 8], tmp_path / "ranks", console=Console(lambda _: None, False, stop))
     assert made.runs == () and "<svg" in made.html() and made.describe()
 
 
@@ -149,7 +153,7 @@ def test_stopped_before_it_began(plain, tmp_path):
 @pytest.mark.usefixtures("weights_only")
 def test_text_encoders_come_and_go_within_a_sweep(swept, plain, tmp_path, monkeypatch):
     loads = Counted(monkeypatch, bases, "load_unet")
-    sweep(plain, "text_encoder_rate", [5e-3, 0.0], tmp_path / "te", pictures=False, **QUIET)
+    sweep(plain, "text_encoder_rate", [5e-3, 0.0], tmp_path / "te", pictures=False, console=Console.quiet())
     assert len(loads.calls) == 1
     run.start(plain.with_(text_encoder_rate=5e-3), tmp_path / "alone", **QUIET)
     assert same(weights(tmp_path / "alone"), weights(tmp_path / "te" / "text_encoder_rate=0.005"))
@@ -161,13 +165,13 @@ def test_text_encoders_come_and_go_within_a_sweep(swept, plain, tmp_path, monkey
 def test_another_base_is_loaded_anew_and_its_pictures_are_left_out(plain, small_bases, tmp_path, monkeypatch):
     loads = Counted(monkeypatch, bases, "load_unet")
     values = [str(small_bases["sd15"]), str(small_bases["sdxl"])]
-    made = sweep(plain.with_(steps=2), "base", values, tmp_path / "bases", **QUIET)
+    made = sweep(plain.with_(steps=2), "base", values, tmp_path / "bases", console=Console.quiet())
     assert len(loads.calls) == 3  # for each of the runs, and the first again for the pictures
-    assert made.differing["base"] == ("sd15", "sdxl") and made.columns == ("base", made.runs[0].name)
-    assert line(made.told, FAMILIES["sd15"], FAMILIES["sdxl"])
-    assert [text for text in made.told if names(text, "base") and FAMILIES["sdxl"] not in text]  # losses, too
+    assert made.differing["base"] == ("sd15", "sdxl") and made.pictures.columns == ("base", made.runs[0].name)
+    assert line(made.notes, FAMILIES["sd15"], FAMILIES["sdxl"])
+    assert [text for text in made.notes if names(text, "base") and FAMILIES["sdxl"] not in text]  # losses, too
     assert str(small_bases["sd15"].parent) not in made.html() + json.dumps(made.facts())
-    assert all(name.startswith("base=sd") for name in (trial.name for trial in made.runs))
+    assert all(name.startswith("base=sd") for name in (result.name for result in made.runs))
 
 
 @pytest.mark.usefixtures("weights_only")
@@ -181,16 +185,16 @@ def test_one_that_diverges_ends_none_of_the_others(plain, tmp_path, monkeypatch)
 
     monkeypatch.setattr(run, "start", start)
     made = sweep(
-        plain.with_(steps=1), "learning_rate", [1.0, 1e-3], tmp_path / "rates", say=said.append, progress=False,
-        pictures=False,
+        plain.with_(steps=1), "learning_rate", [1.0, 1e-3], tmp_path / "rates", pictures=False,
+        console=Console(said.append, False),
     )  # fmt: skip
     assert line(said, "learning_rate=1.0", "not finite at step 1")
-    assert [trial.name for trial in made.runs] == ["learning_rate=0.001"]
+    assert [result.name for result in made.runs] == ["learning_rate=0.001"]
 
 
 def test_all_problems_are_told_before_anything_is_trained(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "start", lambda *_, **__: pytest.fail("it was trained"))
-    monkeypatch.setattr(planning, "predict_cached", PREDICT)  # which finds places that are not there
+    monkeypatch.setattr(stores, "step_cost", PREDICT)  # which finds places that are not there
     for setting, values, named in (
         ("rnk", [4, 8], ["rnk", "rank"]),
         ("save_every", [1, 2], ["save_every"]),
@@ -203,18 +207,18 @@ def test_all_problems_are_told_before_anything_is_trained(plain, tmp_path, monke
         ("block_ranks", [{}, {"nowhere": 4}], ["nowhere", "mid_block"]),
     ):
         with pytest.raises(ValueError, match=naming(*named)):
-            sweep(plain, setting, values, tmp_path / "sweep", **QUIET)
+            sweep(plain, setting, values, tmp_path / "sweep", console=Console.quiet())
     assert not list(tmp_path.glob("sweep/*=*"))
 
 
 def test_a_folder_with_other_things_is_left_alone(swept, plain, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match=naming(tmp_path.name, "thesis.txt")):
-        sweep(plain, "rank", [4, 8], tmp_path, **QUIET)
+        sweep(plain, "rank", [4, 8], tmp_path, console=Console.quiet())
     with pytest.raises(ValueError, match=naming("rank=4")):
-        sweep(plain, "rank", [4, 8], swept[0] / "rank=4", **QUIET)
+        sweep(plain, "rank", [4, 8], swept[0] / "rank=4", console=Console.quiet())
     with pytest.raises(ValueError, match=naming("thesis.txt")):
-        sweep(plain, "rank", [4, 8], tmp_path / "thesis.txt", **QUIET)
+        sweep(plain, "rank", [4, 8], tmp_path / "thesis.txt", console=Console.quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     assert not (swept[0] / "rank=4" / "rank=4").exists()
 
@@ -246,33 +250,30 @@ def test_runs_are_called_by_their_value_whatever_it_is(plain):
     "changes", [{"algorithm": "dora", "gradient_checkpointing": True}, {"text_encoder_rate": 1e-3}]
 )
 def test_models_come_out_of_a_run_as_they_went_in(plain, tmp_path, changes):
-    shared, config, base = (
-        models_module.Shared(tmp_path / "cache"),
-        plain.with_(steps=2, **changes),
-        bases.open(plain.base),
-    )
+    shared, config = models_module.Shared(cache=tmp_path / "cache"), plain.with_(steps=2, **changes)
+    base = bases.open(plain.base)
 
     def broken(step):
         raise RuntimeError("a broken listener")
 
     with pytest.raises(RuntimeError, match="a broken listener"):
         run.start(config, tmp_path / "run", listeners=[broken], shared=shared, **QUIET)
-    first = dict(shared.loaded)
+    first = dict(shared.models)
     run.start(config, tmp_path / "run", shared=shared, **QUIET)
-    assert shared.loaded["unet"] is first["unet"]
-    loaded = {"unet": bases.load_unet(base, torch.float32, CPU)}
-    if "text_encoder" in shared.loaded:
-        loaded["text_encoder"] = bases.load_text_encoder(base, torch.float32, CPU)[0]
+    assert shared.models["unet"] is first["unet"]
+    loaded = {"unet": bases.load_unet(base, Compute(CPU, torch.float32))}
+    if "text_encoder" in shared.models:
+        loaded["text_encoder"] = bases.load_text_encoder(base, Compute(CPU, torch.float32))[0]
     for which, model in loaded.items():
-        assert same(shared.loaded[which].state_dict(), model.state_dict())
-        assert not any(weight.requires_grad for weight in shared.loaded[which].parameters())
-        assert not any(part.training for part in shared.loaded[which].modules())
-    assert not shared.loaded["unet"].is_gradient_checkpointing
+        assert same(shared.models[which].state_dict(), model.state_dict())
+        assert not any(weight.requires_grad for weight in shared.models[which].parameters())
+        assert not any(part.training for part in shared.models[which].modules())
+    assert not shared.models["unet"].is_gradient_checkpointing
     assert shared.held == sum(t.nbytes for m in loaded.values() for t in (*m.parameters(), *m.buffers()))
     shared.suit(plain)
     assert shared.held
     shared.suit(plain.with_(mixed_precision="bf16"))
-    assert shared.loaded == {}
+    assert shared.models == {}
 
 
 def test_a_run_alone_loads_the_unet_once(plain, tmp_path, monkeypatch):
@@ -289,10 +290,10 @@ def test_models_that_are_there_make_the_same_pictures(swept, plain, monkeypatch)
     def pictures(**more):
         variants = list(variants_module.make_variants(base, columns, {"it": path}).values())
         return [
-            placed.picture.tobytes() for placed in sampler.stream(base, ["sks thing"], variants, **settings, **more)
+            placed.picture.tobytes() for placed in pictures_of.stream(base, ["sks thing"], variants, **settings, **more)
         ]
 
-    expected, unet = pictures(), bases.load_unet(base, torch.float32, CPU)
+    expected, unet = pictures(), bases.load_unet(base, Compute(CPU, torch.float32))
     before = {name: module for name, module in unet.named_modules()}
     monkeypatch.setattr(bases, "load_unet", lambda *_: pytest.fail("it is there"))
     assert pictures(loaded={"unet": unet}) == expected and expected[0] != expected[1]
@@ -301,12 +302,13 @@ def test_models_that_are_there_make_the_same_pictures(swept, plain, monkeypatch)
 
 def test_memory_of_models_that_are_kept_counts_as_free(plain, tmp_path, monkeypatch):
     """Else the second run of a sweep would come down to other settings than it has alone."""
-    monkeypatch.setattr(planning, "predict_cached", PREDICT)
-    peak = preparation.prepare(plain, tmp_path / "a", **QUIET).prediction.peak
-    enough = int(peak / (1 - memory.MARGIN)) + 1000
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: enough - 500_000)
-    assert preparation.prepare(plain, tmp_path / "b", **QUIET).config != plain
-    assert preparation.prepare(plain, tmp_path / "b", held=500_000, **QUIET).config == plain
+    monkeypatch.setattr(stores, "step_cost", PREDICT)
+    peak = preparation.prepare(plain, tmp_path / "a", Console.quiet()).prediction.peak
+    enough = int(peak / (1 - planning.MARGIN)) + 1000
+    monkeypatch.setattr(cards, "free_memory_bytes", lambda device: enough - 500_000)
+    assert preparation.prepare(plain, tmp_path / "b", Console.quiet()).config != plain
+    held = Shared(models={"unet": torch.nn.Linear(1000, 125, bias=False)})  # 500,000 bytes
+    assert preparation.prepare(plain, tmp_path / "b", Console.quiet(), shared=held).config == plain
 
 
 # ── Comparing ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -314,17 +316,20 @@ def test_memory_of_models_that_are_kept_counts_as_free(plain, tmp_path, monkeypa
 
 def test_the_same_prompts_and_seeds_are_made_with_every_run(swept, plain):
     folder, made, *_ = swept
-    assert made.columns == ("base", "rank=4", "rank=8") and made.asked == (("sks thing", 42), ("a house", 42))
+    assert made.pictures.columns == ("base", "rank=4", "rank=8") and made.pictures.prompts == (
+        ("sks thing", 42),
+        ("a house", 42),
+    )
     lora = run_folder.lora_of(folder / "rank=8" / "thing-rank-8.safetensors")
     base = bases.open(plain.base)
-    expected = sampler.generate(
+    expected = pictures_of.rows(
         base, ["a house"], seeds=[42], strengths=[0, 1], attach=lambda models: attachment.attach(models, base, lora),
         steps=2, guidance=7.0, size=(32, 32), device="cpu", precision="no",
     )[0]  # fmt: skip
-    for picture, wanted in zip((made.rows[1][0], made.rows[1][2]), expected, strict=True):
+    for picture, wanted in zip((made.pictures.rows[1][0], made.pictures.rows[1][2]), expected, strict=True):
         assert np.abs(np.asarray(picture, int) - np.asarray(wanted, int)).max() <= 2  # in a batch others round
-    assert made.rows[1][1].tobytes() != made.rows[1][2].tobytes()
-    assert names(made.made, "sd15", "32×32", 1, 2, 7)
+    assert made.pictures.rows[1][1].tobytes() != made.pictures.rows[1][2].tobytes()
+    assert names(made.pictures.settings, "sd15", "32×32", 1, 2, 7)
 
 
 def test_the_page_holds_all_and_no_path(swept, plain, tmp_path):
@@ -339,8 +344,8 @@ def test_the_page_holds_all_and_no_path(swept, plain, tmp_path):
     assert json.loads(facts.read_text())["differing"] == {"rank": {"rank=4": 4, "rank=8": 8}}
     with Image.open(folder / "curves.png") as curves:
         assert curves.width > 400
-    assert "max-width" in made._repr_html_()
-    assert all(names(made.describe(), text) for text in made.told) and line(made.told, "rank", "alpha")
+    assert "max-width" in made._repr_html_() and str(made) == made.describe()
+    assert all(names(made.describe(), text) for text in made.notes) and line(made.notes, "rank", "alpha")
 
 
 @pytest.fixture
@@ -390,8 +395,8 @@ def test_figures_come_from_log_file_and_report(two):
         )
     ]  # fmt: skip
     (two[0] / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    what = {row[0]: row[2] for row in checklist.ROWS}["gain"]
-    facts = {"lines": [{"what": what, "figure": 0.7}], "recommended": "step 2", "faults": ["overfitted"]}
+    gain = checklist.Check("feature accuracy", "likeness", 0.7, "cosine", "doubtful")
+    facts = {"lines": [vars(gain)], "recommended": "step 2", "faults": ["overfitted"]}
     (two[0] / "report.json").write_text(json.dumps(facts))
     (two[1] / "report.json").write_text("{")
     first, second = compare_runs(two, pictures=False).runs
@@ -411,15 +416,15 @@ def test_what_is_damaged_or_missing_is_told_and_the_rest_compared(two, plain, tm
     log = (broken / "log.jsonl").read_text().splitlines()
     (broken / "log.jsonl").write_text("\n".join([log[0], "garbage", *log[2:]]) + "\n")
     (two[1] / "thing-rank-8.safetensors").write_bytes(b"PK" * 50)
-    made = compare_runs([*two, new, broken], prompts="sks thing", say=lambda _: None)
-    told = "\n".join(made.told)
-    assert sum(names(text, "new") for text in made.told) == 2  # no checkpoint, no log
-    assert line(made.told, "broken", "config.json") and line(made.told, "broken", "log.jsonl", 2)
-    assert line(made.told, "rank=8", "thing-rank-8.safetensors")
-    assert made.columns == ("base", "rank=4", "rank=8", "broken")  # by checkpoints instead
+    made = compare_runs([*two, new, broken], PictureOptions("sks thing"), console=Console.quiet())
+    told = "\n".join(made.notes)
+    assert sum(names(text, "new") for text in made.notes) == 2  # no checkpoint, no log
+    assert line(made.notes, "broken", "config.json") and line(made.notes, "broken", "log.jsonl", 2)
+    assert line(made.notes, "rank=8", "thing-rank-8.safetensors")
+    assert made.pictures.columns == ("base", "rank=4", "rank=8", "broken")  # by checkpoints instead
     assert str(tmp_path) not in told + made.html() and [one.steps for one in made.runs] == [4, 4, 0, 4]
-    gone = compare_runs(two, base=str(tmp_path / "gone"), say=lambda _: None)
-    assert gone.rows == () and line(gone.told, "gone")
+    gone = compare_runs(two, PictureOptions(base=str(tmp_path / "gone")), console=Console.quiet())
+    assert gone.pictures.rows == () and line(gone.notes, "gone")
 
 
 def test_runs_are_found_and_told_apart(swept, two, tmp_path):
@@ -442,24 +447,24 @@ def test_runs_are_found_and_told_apart(swept, two, tmp_path):
 def test_pictures_may_be_stopped(two):
     stop = threading.Event()
     stop.set()
-    made = compare_runs(two, stop=stop, say=lambda _: None)
-    assert line(made.told, 0, 6) and {picture for row in made.rows for picture in row} == {None}
+    made = compare_runs(two, console=Console(lambda _: None, stop=stop))
+    assert line(made.notes, 0, 6) and {picture for row in made.pictures.rows for picture in row} == {None}
     assert "<img" not in made.html() and "a house" in made.html()
 
 
 def test_losses_measured_in_other_ways_are_told(two):
     change(two[1], min_snr_gamma=None)
-    assert line(compare_runs(two, pictures=False).told, "min_snr_gamma")
+    assert line(compare_runs(two, pictures=False).notes, "min_snr_gamma")
     change(two[1], clip_skip=2)
     stop = threading.Event()
     stop.set()
-    made = compare_runs(two, stop=stop, say=lambda _: None)
-    assert line(made.told, "clip_skip")
+    made = compare_runs(two, console=Console(lambda _: None, stop=stop))
+    assert line(made.notes, "clip_skip")
 
 
 def test_a_comparison_is_written_whole_or_not_at_all(swept, tmp_path, monkeypatch):
     made = swept[1]
-    monkeypatch.setattr(comparison.Trials, "html", lambda _: 1 / 0)
+    monkeypatch.setattr(comparison.Comparison, "html", lambda _: 1 / 0)
     (tmp_path / "comparison.html").write_text("before")
     with pytest.raises(ZeroDivisionError):
         comparison.save_comparison(made, tmp_path)
@@ -476,12 +481,14 @@ def test_curves_of_several_runs_in_one_figure(tmp_path):
         plots.Curve("long", list(range(1, 5000)), [0.5] * 4999), plots.Curve("empty", [], []),
         *(plots.Curve(f"run {number}", [1], [0.3]) for number in range(9)),
     ]  # fmt: skip
-    figure = plots.losses(curves, path=tmp_path / "curves.png")
+    chart = plots.losses(curves)
+    chart.save(tmp_path / "curves.png")
+    figure = chart.figure()
     assert len(figure.axes) == 2
     with Image.open(tmp_path / "curves.png") as drawn:
         assert drawn.width == 960
     assert [len(axes.lines) for axes in figure.axes] == [12, 12]
-    svg = plots.losses_svg(curves)
+    svg = chart.svg()
     panels = 'font-weight="600"'  # their titles
     assert "_$a$ &amp; b" in svg and svg.count(panels) == 2 and len(svg) < 30_000
     assert svg.count("stroke-dasharray") == 12  # of four runs, in both panels and beside their names
@@ -489,4 +496,4 @@ def test_curves_of_several_runs_in_one_figure(tmp_path):
 
     tree.fromstring(svg)
     for some in ([], curves[2:3], curves[1:2]):
-        assert len(plots.losses(some).axes) == 1 and plots.losses_svg(some).count(panels) == 1
+        assert len(plots.losses(some).figure().axes) == 1 and plots.losses(some).svg().count(panels) == 1

@@ -1,24 +1,31 @@
+"""Predictions of runs, and settings that fit."""
+
 import json
+import re
 
 import pytest
 import torch
 from said import line, names, naming
 from typer.testing import CliRunner
 
+import lorakit as lk
 from lorakit import __main__
 from lorakit.base import model as bases
 from lorakit.config import Config
-from lorakit.plan import memory, planning
+from lorakit.plan import cards, memory, planning
+from lorakit.plan.cards import Card
+from lorakit.plan.prediction import Prediction
+from lorakit.plots import TONES
 from lorakit.presets import preset
 
 GIB = 2**30
 
 
-def made_up(base, config, *, size, dtype, device=None) -> memory.Prediction:
-    """A prediction in seconds' place: activations go with area and batch, checkpointing leaves a fifth, NF4 half."""
+def made_up(base, config, *, size, dtype, device=None) -> memory.StepCost:
+    """A made-up cost: activations go with area and batch, checkpointing leaves a fifth, NF4 half."""
     made_up.calls += 1
     activations = int(4 * GIB * config.at_once * size[0] * size[1] / 512**2)
-    return memory.Prediction(
+    return memory.StepCost(
         weights=GIB // (1 if config.quantize == "none" else 2), adapter=GIB // 10, gradients=GIB // 10,
         optimizer=GIB // {"adamw": 5}.get(config.optimizer, 20),
         activations=activations // (5 if config.gradient_checkpointing else 1), file_size=10**7, flops=10**12,
@@ -30,18 +37,17 @@ def made_up(base, config, *, size, dtype, device=None) -> memory.Prediction:
 @pytest.fixture
 def quick(monkeypatch):
     made_up.calls = 0
-    monkeypatch.setattr(memory, "predict", made_up)
+    monkeypatch.setattr(memory, "count_step", made_up)
 
 
-def chosen(gib: float | None, **changes) -> planning.Plan:
+def chosen(gib: float | None, **changes) -> Prediction:
     config = Config(**({"steps": 100, "batch_size": 4} | changes))
-    free = None if gib is None else int(gib * GIB)
-    return planning.choose_settings(bases.known("sd15"), config, free, dtype=torch.float16)
+    return planning.choose_settings(bases.known("sd15"), config, Card("", gib, bf16=False))
 
 
 def test_a_large_card_changes_nothing(quick):
     config = Config(steps=100, batch_size=4)
-    picked = planning.choose_settings(bases.known("sd15"), config, 40 * GIB, dtype=torch.float16)
+    picked = planning.choose_settings(bases.known("sd15"), config, Card("", 40))
     assert (picked.config, picked.fits, picked.changes) == (config, True, ())
 
 
@@ -65,7 +71,7 @@ def test_the_fastest_settings_that_fit_are_taken(quick, gib, changes):
     assert len(picked.changes) == len(changes)  # each is told
     told = [value for value in changes.values() if value not in (True, "nf4")]
     assert names("\n".join(picked.changes), *told)
-    assert picked.prediction.peak <= 0.9 * gib * GIB
+    assert picked.cost.peak <= 0.9 * gib * GIB
     assert (picked.config.batch_size, picked.config.gradient_accumulation_steps) == (4, 1)  # the same learning
 
 
@@ -77,7 +83,7 @@ def test_a_bucket_has_room_for_its_shortest_side(quick):
 def test_where_nothing_helps_it_says_so(quick):
     picked = chosen(1.0)
     assert picked.fits is False and picked.config.resolution == 256
-    assert names(picked.describe(), memory.readable_bytes(picked.prediction.peak), *picked.changes)
+    assert names(picked.describe(), memory.readable_bytes(picked.cost.peak), *picked.changes)
     made_up.calls = 0
     # Even held in NF4 the base alone is too large: nothing below is tried.
     assert chosen(0.5).fits is False and made_up.calls == 4
@@ -87,35 +93,12 @@ def test_unknown_memory_changes_nothing(quick):
     assert chosen(None).fits is None and chosen(None).changes == ()
 
 
-def test_an_answer_is_kept_and_found_again(quick, tmp_path):
-    base, config = bases.known("sd15"), Config(steps=100)
-    ask = lambda config: planning.predict_cached(  # noqa: E731
-        base, config, size=(512, 512), dtype=torch.float16, device="cuda", store=tmp_path
-    )
-    first = ask(config)
-    assert ask(config.with_(steps=7, seed=3)) == first and made_up.calls == 1  # neither takes memory
-    ask(config.with_(rank=8))
-    assert made_up.calls == 2
-    for file in tmp_path.iterdir():
-        file.write_text("{")
-    assert ask(config) == first and made_up.calls == 3
-
-
-def test_predictions_work_where_nothing_can_be_kept(quick, tmp_path):
-    (tmp_path / "file").write_text("")
-    base = bases.known("sd15")
-    answer = planning.predict_cached(
-        base, Config(steps=1), size=(512, 512), dtype=torch.float16, device="cuda", store=tmp_path / "file"
-    )
-    assert answer.peak > GIB
-
-
 def test_cards_and_bases_are_known_by_name(quick, tmp_path):
     rows = planning.plan_for_cards(bases.known("sd15"), Config(steps=1000), store=tmp_path)
     assert [row.card.name for row in rows][:5] == ["T4", "3060", "3090", "4090", "A100"]
     assert rows[0].minutes > rows[3].minutes > 0
-    assert rows[0].plan.prediction.precision == "torch.float16" and "bfloat16" in rows[1].plan.prediction.precision
-    with pytest.raises(ValueError, match=naming("T5", *planning.CARDS)):
+    assert rows[0].cost.precision == "torch.float16" and "bfloat16" in rows[1].cost.precision
+    with pytest.raises(ValueError, match=naming("T5", *cards.CARDS)):
         planning.plan_for_cards(bases.known("sd15"), Config(steps=1), ["T5"], store=tmp_path)
     with pytest.raises(ValueError, match=naming("flux", *bases.KNOWN)):
         bases.known("flux")
@@ -175,22 +158,102 @@ def test_the_command_plans_for_a_card(tmp_path, monkeypatch):
     assert names(line(said, "T4", "14.7 GiB"), 2000)  # steps, as the command has them
 
 
-def test_what_is_adapted_decides_which_prediction_is_kept(quick, tmp_path):
-    base, asked = bases.known("sd15"), Config(steps=1)
-    kinds = [
-        {}, {"algorithm": "loha"}, {"algorithm": "lokr"}, {"algorithm": "lokr", "lokr_factor": 4}, {"clip_skip": 2},
-        {"text_encoder_rate": 1e-4}, {"text_encoder_rate": 1e-4, "train_unet": False}, {"batch_size": 4},
-        {"batch_size": 4, "micro_batch_size": 2},
-    ]  # fmt: skip
-    for _ in range(2):
-        for changes in kinds:
-            config = asked.with_(**changes)
-            planning.predict_cached(base, config, size=(512, 512), dtype=torch.float16, device="cuda", store=tmp_path)
-        assert made_up.calls == len(kinds)
-
-
 def test_apples_devices_get_no_rung_that_needs_bitsandbytes(monkeypatch):
     asked = Config(steps=1, batch_size=2)
     assert any(rung.quantize == "nf4" for rung in planning.ladder(asked))
     monkeypatch.setattr(planning, "choose_device", lambda name: torch.device("mps"))
     assert {(rung.quantize, rung.optimizer) for rung in planning.ladder(asked)} == {("none", "adamw")}
+
+
+# ── Does it fit? ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def step_cost(**changes) -> memory.StepCost:
+    facts = dict(
+        weights=2 * GIB, adapter=GIB // 10, gradients=0, optimizer=GIB // 5, activations=2 * GIB, file_size=GIB // 20,
+        flops=2 * 10**12, seconds=3.0, size=(512, 768), batch_size=2, precision="float16", gradient_checkpointing=False,
+    )  # fmt: skip
+    return memory.StepCost(**(facts | changes))
+
+
+def test_the_margin_decides():
+    p = step_cost()
+    assert planning.verdict(p, int(p.peak / 0.9) + 10).fits is True
+    assert planning.verdict(p, int(p.peak / 0.9) - 10).fits is False
+    assert planning.verdict(p, p.peak, margin=0.0).fits is True
+    assert planning.verdict(p, None).fits is None
+    assert names(str(planning.verdict(p, None)), "4.30 GiB")
+
+
+def test_what_does_not_fit_comes_with_what_to_change():
+    fits, text = planning.verdict(step_cost(), 4 * GIB)
+    assert fits is False and names(text, "4.30 GiB", "4.00 GiB", "10%") and not names(text, "nf4")
+    ways = ("gradient_checkpointing", "micro_batch_size", "adamw8bit", "resolution")
+    places = [text.index(word) for word in ways]
+    assert places == sorted(places)
+    done = step_cost(gradient_checkpointing=True, batch_size=1, optimizer=GIB // 20)
+    _, text = planning.verdict(done, 4 * GIB)
+    assert [word for word in ways if names(text, word)] == ["resolution"]
+    fits, text = planning.verdict(step_cost(), 2 * GIB)  # the frozen base takes it all
+    assert fits is False and names(text, "nf4") and not any(names(text, word) for word in ways)
+
+
+# ── A run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def no_card(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(cards, "free_memory_bytes", lambda _: 40 * GIB)
+
+
+def test_a_run_is_predicted_from_its_config(quick, no_card, monkeypatch):
+    monkeypatch.setattr(bases, "open", lambda *_: pytest.fail("it would be downloaded"))
+    prediction = lk.plan.predict(lk.preset("style", "sd15", dataset="demo", trigger="sks style"))
+    assert (prediction.steps, prediction.pictures, prediction.epoch_size) == (2000, 30, 300)
+    assert prediction.fits and prediction.minutes is None and not prediction.problem
+    text, html = str(prediction), prediction._repr_html_()
+    assert repr(prediction) == text
+    for shown in (text, re.sub("<[^>]*>", " ", html)):
+        assert names(shown, "stable-diffusion-v1-5", "5.40 GiB", "4.00 GiB", "40.0 GiB", "2000 = 6.67 epochs", 30)
+        assert names(shown, "9.5 MiB" if shown == text else "10.0 MB", "cpu", "float32")
+    assert "width:10.0%" in html and "width:13.5%" in html  # activations and peak, of the free memory
+    assert TONES["bad"] in html  # it would take days on a CPU
+
+
+def test_a_run_is_predicted_for_another_card(quick, no_card):
+    config = lk.preset("style", dataset="demo", epochs=2)
+    prediction = lk.plan.predict(config, card="T4")
+    assert (prediction.steps, prediction.cost.precision) == (600, "torch.float16")
+    assert names(str(prediction), "T4", "14.7 GiB", 600, f"{prediction.minutes:.0f} min")
+    small = lk.plan.predict(
+        config.with_(mixed_precision="no"), card=Card("mine", 3.0, tflops=50), base=bases.known("sd15")
+    )
+    assert small.fits and small.changes and small.cost.precision == "torch.float32" and small.requested.peak > 5 * GIB
+    assert TONES["warning"] in small._repr_html_() and TONES["bad"] not in small._repr_html_()
+    nothing = lk.plan.predict(config, card=Card("mine", 0.5, tflops=50))
+    assert nothing.fits is False and TONES["bad"] in nothing._repr_html_()
+    with pytest.raises(ValueError, match=naming("T5", *cards.CARDS)):
+        lk.plan.predict(config, card="T5")
+
+
+def test_without_the_dataset_what_is_unknown_is_said(quick, no_card, tmp_path):
+    config = lk.preset("style", dataset=str(tmp_path / "photos"))
+    prediction = lk.plan.predict(config, card="T4")
+    assert (prediction.steps, prediction.pictures) == (2000, None) and prediction.minutes
+    for shown in (str(prediction), prediction._repr_html_()):
+        assert names(shown, "photos", "unknown", 2000)
+    epochs = lk.plan.predict(config.with_(epochs=3), card="T4")
+    assert epochs.steps is None and epochs.minutes is None and names(str(epochs), "unknown")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match=naming("photos")):  # no usable picture
+        lk.plan.predict(config)
+
+
+def test_unknown_memory_is_said(quick, no_card, monkeypatch):
+    monkeypatch.setattr(cards, "free_memory_bytes", lambda _: None)
+    prediction = lk.plan.predict(lk.preset("style", dataset="demo"))
+    assert prediction.fits is None and names(str(prediction), "unknown", "5.40 GiB")
+    assert prediction.facts()["memory_gib"] is None and "width:100.0%" in prediction._repr_html_()

@@ -130,13 +130,3 @@ def test_every_saves_in_its_rhythm_and_at_the_end(settings, ready, tmp_path):
     saved = []
     loop_module.drain(loop, checkpoint.every(2, 0, lambda regular: saved.append((state.step, regular))))
     assert saved == [(2, True), (4, True), (5, True)]
-
-
-def test_weights_that_were_grouped_otherwise_are_refused(settings, ready, tmp_path):
-    _, state, loop = begin(settings, ready)
-    loop_module.drain(loop)
-    saved = checkpoint.read(checkpoint.save(tmp_path / checkpoint.name(6), state, {}))
-    saved.plain["groups"].append(saved.plain["groups"][0])
-    _, fresh, _ = begin(settings, ready)
-    with pytest.raises(ValueError, match=naming(checkpoint.name(6))):
-        checkpoint.restore(fresh, saved)

@@ -9,7 +9,7 @@ from said import QUIET, line, names
 from lorakit.adapter import proof
 from lorakit.base import encode as encode_module
 from lorakit.run import checkpoint, finish, run, run_folder
-from lorakit.run.control import Live
+from lorakit.run.control import Control
 
 
 def at(number, live, **wishes):
@@ -29,8 +29,8 @@ def rates(folder):
 
 @pytest.mark.usefixtures("weights_only")
 def test_a_run_saves_and_samples_when_asked(settings, tmp_path):
-    live, said = Live(), []
-    run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False, live=live,
+    live, said = Control(), []
+    run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False, control=live,
               listeners=[at(1, live, save=True, sample=True)])  # fmt: skip
     folder = tmp_path / "run"
     assert len(list((folder / "samples" / "step-000002").glob("*.png"))) == 1
@@ -43,9 +43,9 @@ def test_a_run_saves_and_samples_when_asked(settings, tmp_path):
 @pytest.mark.usefixtures("weights_only")
 def test_a_learning_rate_holds_from_the_next_step_on_and_over_a_cut(settings, tmp_path):
     def trained(name, cut=99):
-        live = Live()
+        live = Control()
         listeners = [at(2, live, learning_rate=5e-4), at(cut, live, stop=True)]
-        run.start(settings, tmp_path / name, live=live, listeners=listeners, **QUIET)
+        run.start(settings, tmp_path / name, control=live, listeners=listeners, **QUIET)
         return run_folder.read_log(tmp_path / name / "log.jsonl")
 
     log = trained("whole")
@@ -60,8 +60,8 @@ def test_a_learning_rate_holds_from_the_next_step_on_and_over_a_cut(settings, tm
 
 @pytest.mark.usefixtures("weights_only")
 def test_a_learning_rate_that_is_none_changes_nothing(settings, tmp_path):
-    live, said, wrong = Live(), [], {1: 0.0, 2: -1.0, 3: float("nan"), 4: float("inf")}
-    run.start(settings, tmp_path / "run", say=said.append, progress=False, live=live,
+    live, said, wrong = Control(), [], {1: 0.0, 2: -1.0, 3: float("nan"), 4: float("inf")}
+    run.start(settings, tmp_path / "run", say=said.append, progress=False, control=live,
               listeners=[at(step, live, learning_rate=rate) for step, rate in wrong.items()])  # fmt: skip
     assert rates(tmp_path / "run") == [1e-3] * 6 and live.learning_rate is None
     assert [sum(names(text, "rate", rate) for text in said) for rate in wrong.values()] == [1, 1, 1, 1]
@@ -69,9 +69,9 @@ def test_a_learning_rate_that_is_none_changes_nothing(settings, tmp_path):
 
 @pytest.mark.usefixtures("weights_only")
 def test_prompts_are_exchanged_while_it_runs(settings, finished, tmp_path):
-    live = Live()
+    live = Control()
     asked = ["a dog on the moon", "sks thing"]
-    result = run.start(settings, tmp_path / "run", live=live, listeners=[at(1, live, prompts=asked, sample=True)],
+    result = run.start(settings, tmp_path / "run", control=live, listeners=[at(1, live, prompts=asked, sample=True)],
                        **QUIET)  # fmt: skip
     with Image.open(min((tmp_path / "run" / "samples" / "step-000002").glob("*.png"))) as first:
         assert first.info["parameters"].startswith("a dog on the moon")
@@ -81,7 +81,7 @@ def test_prompts_are_exchanged_while_it_runs(settings, finished, tmp_path):
 
 
 def test_prompts_that_cannot_be_encoded_end_nothing(settings, tmp_path, monkeypatch):
-    live, said, encode = Live(), [], encode_module.encode_texts
+    live, said, encode = Control(), [], encode_module.encode_texts
 
     def broken(base, prompts, *args, **options):
         if "a dog" in prompts:
@@ -90,7 +90,7 @@ def test_prompts_that_cannot_be_encoded_end_nothing(settings, tmp_path, monkeypa
 
     monkeypatch.setattr(encode_module, "encode_texts", broken)
     monkeypatch.setattr(finish, "draw_comparison", lambda *args, **options: None)
-    result = run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False, live=live,
+    result = run.start(settings.with_(steps=3), tmp_path / "run", say=said.append, progress=False, control=live,
                        listeners=[at(1, live, prompts=["a dog"], sample=True)])  # fmt: skip
     assert line(said, "samples", 2, "OSError: the hub is out of reach")
     assert proof.describe_file(result.lora)["hash"] == "verified"
@@ -99,16 +99,16 @@ def test_prompts_that_cannot_be_encoded_end_nothing(settings, tmp_path, monkeypa
 def test_what_is_done_before_and_after_training_is_told(settings, tmp_path):
     told = []
     run.start(settings.with_(steps=1), tmp_path / "run", say=QUIET["say"], progress=lambda *seen: told.append(seen))
-    assert {what for what, _, _ in told} == {"captions", "pictures", "comparing"}
+    assert {what for what, _, _ in told} == {"captions", "pictures", "samples"}
     assert all(done <= of for _, done, of in told)
 
 
 @pytest.mark.usefixtures("weights_only")
 def test_a_stop_before_the_first_step_ends_the_preparation_and_loses_nothing(settings, tmp_path):
-    live, settings = Live(), settings.with_(steps=1)
+    live, settings = Control(), settings.with_(steps=1)
     live.stop.set()
     with pytest.raises(KeyboardInterrupt):
-        run.start(settings, tmp_path / "run", live=live, **QUIET)
+        run.start(settings, tmp_path / "run", control=live, **QUIET)
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "cache").iterdir()}
     assert kept and not (tmp_path / "run" / "checkpoints").exists()
     assert run.start(settings, tmp_path / "run", **QUIET).steps == 1
@@ -117,6 +117,6 @@ def test_a_stop_before_the_first_step_ends_the_preparation_and_loses_nothing(set
 
 @pytest.mark.usefixtures("weights_only")
 def test_a_learning_rate_asked_for_before_the_first_step_holds_for_it(settings, tmp_path):
-    run.start(settings.with_(steps=2), tmp_path / "run", live=Live(learning_rate=2e-4), **QUIET)
+    run.start(settings.with_(steps=2), tmp_path / "run", control=Control(learning_rate=2e-4), **QUIET)
     log = run_folder.read_log(tmp_path / "run" / "log.jsonl")
     assert rates(tmp_path / "run") == [2e-4] * 2 and log[0]["asked"] == {"learning_rate": 2e-4}

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from said import QUIET, line, names, naming
 
 from lorakit.adapter import read
 from lorakit.run import checkpoint, finish, run, run_folder
-from lorakit.run.control import Live
+from lorakit.run.control import Control
 from lorakit.storage import files
 
 
@@ -73,7 +74,7 @@ def test_whatever_file_is_damaged_the_run_goes_on_from_what_is_sound(settings, t
         if place == "checkpoints":  # the newest
             victim = checkpoint.checkpoint_paths(victim.parent)[0]
         killing.damage(victim, chance)
-        run_folder.describe_run(tmp_path / "run")
+        run_folder.RunFolder(tmp_path / "run").describe()
         said = []
         again = run.start(settings, tmp_path / "run", say=said.append, progress=False)
         assert killing.same_weights(again.lora, tmp_path / "sound" / "thing.safetensors"), file
@@ -95,13 +96,17 @@ def test_a_disk_that_fills_up_at_any_write_loses_nothing(settings, tmp_path, mon
         if left[0] < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def sheet(base, lora, prompts, config, path, **_):  # as large a write, without the sampling
+    def flush(handle):
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):  # a folder needs no room
+            write()
+        fsync(handle)
+
+    def sheet(source, prompts, path, **_):  # as large a write, without the sampling
         with files.write_file(path) as partial:
             partial.write_bytes(b"PNG")
         return path
 
-    monkeypatch.setattr(files.os, "fsync", lambda handle: (write(), fsync(handle))[1])
-    monkeypatch.setattr(files, "_sync_folder", lambda folder: None)  # needs no room
+    monkeypatch.setattr(files.os, "fsync", flush)
     monkeypatch.setattr(files, "append_lines", lambda *arguments: (write(), whole_append(*arguments))[1])
     monkeypatch.setattr(finish, "draw_comparison", sheet)
     whole = run.start(settings, tmp_path / "whole", **QUIET)
@@ -123,7 +128,7 @@ def test_a_disk_that_fills_up_at_any_write_loses_nothing(settings, tmp_path, mon
             assert killing.same_weights(result.lora, whole.lora)
         left[0] = 10**9
         if (folder / "config.json").exists():
-            assert not run_folder.describe_run(folder)["problems"]
+            assert not run_folder.RunFolder(folder).describe()["problems"]
         if not (folder / "thing.safetensors").exists():
             assert killing.same_weights(run.start(settings, folder, **QUIET).lora, whole.lora)
 
@@ -241,7 +246,7 @@ def test_a_clock_that_jumps_changes_nothing(settings, tmp_path, monkeypatch):
     run.start(
         settings,
         tmp_path / "run",
-        live=Live(stop),
+        control=Control(stop),
         listeners=[lambda s: stop.set() if s.number == 3 else None],
         **QUIET,
     )

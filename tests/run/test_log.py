@@ -22,7 +22,7 @@ def test_the_weights_of_all_are_kept_and_the_newest_few_whole(settings, tmp_path
         checkpoint.step_of(p): p.stat().st_size for p in checkpoint.checkpoint_paths(tmp_path / "run" / "checkpoints")
     }
     assert sizes[1] < 0.55 * sizes[6]  # a third, beside the header of a small adapter
-    told = run_folder.describe_run(tmp_path / "run")
+    told = run_folder.RunFolder(tmp_path / "run").describe()
     assert [entry["whole"] for entry in told["checkpoints"]] == [False] * 4 + [True] * 2 and not told["problems"]
 
 
@@ -33,7 +33,7 @@ def test_checkpoints_between_regular_ones_do_not_stay(settings, tmp_path):
 
 def test_fewer_are_kept_if_asked_for_but_the_best_is(settings, tmp_path, monkeypatch):
     marks = {1: 0.5, 2: 0.4, 3: 0.5, 4: 0.6}
-    monkeypatch.setattr(saver.Keeper, "spared", lambda self: [min(marks, key=marks.get)])
+    monkeypatch.setattr(saver.Saver, "spared", lambda self: [min(marks, key=marks.get)])
     run.start(settings.with_(save_every=1, keep_states=1, keep_checkpoints=3), tmp_path / "run", **QUIET)
     assert set(readable(tmp_path / "run")) == {2, 4, 5, 6}
 
@@ -99,11 +99,11 @@ def test_a_runs_lora_by_step(settings, tmp_path):
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=naming(tmp_path.name, "config.json", "checkpoints")):
-        run_folder.describe_run(tmp_path)
+        run_folder.RunFolder(tmp_path).describe()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=naming(tmp_path.name)):
         run_folder.lora_of(tmp_path)
-    assert run_folder.describe_run(tmp_path)["problems"]
+    assert run_folder.RunFolder(tmp_path).describe()["problems"]
 
 
 # ── Forks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,7 +158,7 @@ def test_bases_are_not_needed_to_tell(finished, monkeypatch):
     folder = finished[0].folder
     monkeypatch.setattr(model, "open", lambda *_: 1 / 0)
     assert run_folder.lora_of(folder).family == "sd15"
-    assert run_folder.describe_run(folder)["name"] == config.load(folder / "config.json").name
+    assert run_folder.RunFolder(folder).describe()["name"] == config.load(folder / "config.json").name
 
 
 def test_a_log_that_was_changed_is_noticed(settings, trained):

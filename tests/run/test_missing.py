@@ -5,9 +5,10 @@ from said import QUIET, line, names
 
 from lorakit import plots
 from lorakit.__main__ import main
+from lorakit.console import Console
 from lorakit.evaluate import sweeps
 from lorakit.run import finish, log, run
-from lorakit.run.control import Live
+from lorakit.run.control import Control
 from lorakit.sample import denoise
 from lorakit.storage import backup
 
@@ -16,7 +17,7 @@ from lorakit.storage import backup
 
 def test_what_failed_is_listed_until_it_is_made():
     said: list[str] = []
-    console = log.Console(said.append)
+    console = Console(said.append)
     assert console.missing == () and console.end() == () and said == []
     for step in (10, 20, 20, 30):
         console.failed("samples", RuntimeError(f"no room at {step}\nand a traceback"), step)
@@ -36,7 +37,7 @@ def test_a_terminal_that_was_closed_ends_nothing():
     def closed(text):
         raise BrokenPipeError
 
-    log.Console(closed)("a line")
+    Console(closed).say("a line")
 
 
 def broken(*_, **__):
@@ -61,9 +62,9 @@ def test_a_run_ends_with_a_list_of_what_it_could_not_make(settings, tmp_path, mo
 
 def test_a_stopped_run_lists_it_too(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(denoise, "decode_latents", broken)
-    live, said = Live(), []
+    live, said = Control(), []
     result = run.start(
-        settings.with_(sample_every=1), tmp_path / "run", live=live, listeners=[lambda _: live.stop.set()],
+        settings.with_(sample_every=1), tmp_path / "run", control=live, listeners=[lambda _: live.stop.set()],
         say=said.append, progress=False,
     )  # fmt: skip
     assert result.lora is None and line(result.missing, "samples", 1)
@@ -87,7 +88,7 @@ def test_a_board_that_cannot_be_written_is_closed(settings, tmp_path, monkeypatc
 @pytest.mark.parametrize(("fails", "status"), [(False, 0), (True, 3)])
 def test_the_exit_status_tells_whether_something_is_missing(settings, tmp_path, monkeypatch, fails, status):
     (tmp_path / "config.json").write_text(settings.with_(steps=1).to_json())
-    monkeypatch.setattr(finish, "draw_comparison", broken if fails else lambda *a, **_: a[4])
+    monkeypatch.setattr(finish, "draw_comparison", broken if fails else lambda *a, **_: a[2])
     arguments = ["lorakit", "train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as ended:
@@ -102,8 +103,10 @@ def test_a_sweep_tells_what_its_runs_could_not_make(settings, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, f"no room for comparison.png in {tmp_path / 'sweep'}")
 
     monkeypatch.setattr(finish, "draw_comparison", full)
-    made = sweeps.sweep(settings.with_(steps=1), "rank", [2, 4], tmp_path / "sweep", pictures=False, **QUIET)
+    made = sweeps.sweep(
+        settings.with_(steps=1), "rank", [2, 4], tmp_path / "sweep", pictures=False, console=Console.quiet()
+    )
     assert line(made.missing, "rank=2", "comparison.png") and line(made.missing, "rank=4", "comparison.png")
-    assert set(made.missing) <= set(made.told)
+    assert set(made.missing) <= set(made.notes)
     assert str(tmp_path) not in (tmp_path / "sweep" / "comparison.html").read_text()
     assert str(tmp_path) not in (tmp_path / "sweep" / "comparison.json").read_text()

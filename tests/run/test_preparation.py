@@ -7,15 +7,16 @@ import pytest
 from PIL import Image
 from said import QUIET, line, names, naming
 
+from lorakit import storage
 from lorakit.adapter import proof
 from lorakit.adapter import read as read_module
 from lorakit.base import encode as encode_module
+from lorakit.console import Console
 from lorakit.dataset import folder as folders
 from lorakit.dataset import picture as picture_module
 from lorakit.dataset import selection
 from lorakit.run import preparation, run
 from lorakit.storage import archive
-from lorakit.train import loop
 
 pytestmark = pytest.mark.usefixtures("weights_only")
 
@@ -64,23 +65,13 @@ def test_pictures_below_the_resolution_are_trained_on_as_they_are(sixty_four, tm
 def test_the_length_that_is_said_is_the_loops(sixty_four, tmp_path, changes):
     config = sixty_four.with_(epochs=1, **changes)
     said = []
-    prepared = preparation.prepare(config, tmp_path, say=said.append, progress=False)
-    assert loop.plan_epochs(prepared.pictures, prepared.repeats, config)[0] == prepared.batches
-    assert line(said, "length", prepared.batches)
-    areas = [p.latents.shape[-1] * p.latents.shape[-2] for p in prepared.pictures]
+    prepared = preparation.prepare(config, tmp_path, Console(said.append, False))
+    assert prepared.examples.steps_per_epoch == prepared.examples.batches_per_epoch  # no accumulation
+    assert line(said, "length", prepared.examples.batches_per_epoch)
+    areas = [p.latents.shape[-1] * p.latents.shape[-2] for p in prepared.examples.pictures]
     height, width = prepared.prediction.size
     cell = width * height // max(areas)  # of the pictures' latents, in pixels
     assert cell == round(cell**0.5) ** 2 and cell * max(areas) == width * height
-
-
-def test_a_run_from_before_the_rules_goes_on(settings, tmp_path, monkeypatch):
-    new, older = preparation.settings, ("bucket_rule", "min_bucket_side", "max_bucket_side")
-    with monkeypatch.context() as then:
-        then.setattr(preparation, "settings", lambda *a: {k: v for k, v in new(*a).items() if k not in older})
-        run.start(settings, tmp_path / "run", **QUIET)
-    assert run.start(settings, tmp_path / "run", **QUIET).steps == settings.steps
-    with pytest.raises(ValueError, match=naming("bucket_rule", "kohya", "no_upscale")):
-        run.start(settings.with_(bucket_rule="no_upscale"), tmp_path / "run", **QUIET)
 
 
 def test_what_was_decided_about_pictures_holds_for_training(settings, tmp_path):
@@ -105,10 +96,10 @@ def test_what_was_decided_about_pictures_holds_for_training(settings, tmp_path):
 def test_pictures_on_drive_are_read_from_a_local_copy(settings, tmp_path, monkeypatch):
     mounts = tmp_path / "mounts"
     mounts.write_text(f"proc /proc proc rw 0 0\ndrive {tmp_path / 'pictures'} fuse rw,nosuid 0 0\n")
-    assert not preparation.scan_dataset(settings).root.is_relative_to(folders._user_cache())
+    assert not preparation.scan_dataset(settings).root.is_relative_to(storage.user_cache())
     monkeypatch.setattr(folders, "MOUNTS", mounts)
     found = preparation.scan_dataset(settings)
-    assert found.root.is_relative_to(folders._user_cache()) and len(found) == 6
+    assert found.root.is_relative_to(storage.user_cache()) and len(found) == 6
     decided = selection.Decisions(leave_out=("2_sks thing/0.png",))
     selection.save_decisions(decided, tmp_path / "decisions.json", settings.dataset)
     assert len(preparation.scan_dataset(settings.with_(decisions=str(tmp_path / "decisions.json")))) == 5
@@ -131,8 +122,8 @@ def test_folders_of_a_toml_on_drive_are_decided_about_by_name(settings, pictures
     selection.save_decisions(named, tmp_path / "decisions.json", pictures / "set.toml")
     settings = settings.with_(dataset=str(pictures / "set.toml"), decisions=str(tmp_path / "decisions.json"))
     found = preparation.scan_dataset(settings)
-    assert [selection.picture_name(p.known_as, found) for p in found.pictures] == ["a/0.png", "b/0.png", "b/1.png"]
-    assert [p.path.is_relative_to(folders._user_cache()) for p in found.pictures] == [True, False, True]
+    assert [folders.picture_name(p.known_as, found) for p in found.pictures] == ["a/0.png", "b/0.png", "b/1.png"]
+    assert [p.path.is_relative_to(storage.user_cache()) for p in found.pictures] == [True, False, True]
     (tmp_path / "masks" / "b").mkdir(parents=True)
     Image.new("L", (32, 32)).save(tmp_path / "masks" / "b" / "0.png")
     masked = folders.find_masks(found.pictures, tmp_path / "masks", found.root)
@@ -156,9 +147,9 @@ def test_masks_and_regularisation_on_drive_are_read_from_local_copies(settings, 
 
     monkeypatch.setattr(encode_module, "encode_pictures", reading)
     settings = settings.with_(mask=str(drive / "masks"), regularisation=str(drive / "class"))
-    there = preparation.prepare(settings, tmp_path / "run", **QUIET)
-    assert there.pictures[0].mask.max() == 0 and there.prior_repeats == 12
-    assert len(read) >= 2 and all(path.is_relative_to(folders._user_cache()) for path in read)
+    there = preparation.prepare(settings, tmp_path / "run", Console.quiet())
+    assert there.examples.pictures[0].mask.max() == 0 and there.prior_repeats == 12
+    assert len(read) >= 2 and all(path.is_relative_to(storage.user_cache()) for path in read)
 
 
 def test_a_mask_that_cannot_be_copied_is_not_left_away(settings, pictures, tmp_path, monkeypatch):
@@ -180,7 +171,7 @@ def test_a_replaced_picture_keeps_its_name(settings, tmp_path):
     Image.new("L", (32, 32)).save(tmp_path / "masks" / "0.png")
     for name in ("1", "1.png"):
         prepared = preparation.prepare(
-            settings.with_(validation_pictures=(name,)), tmp_path / "run", say=said.append, progress=False
+            settings.with_(validation_pictures=(name,)), tmp_path / "run", Console(said.append, False)
         )
         assert prepared.names == ["0.png", "2.png", "3.png", "4.png", "5.png"]
     assert len([text for text in said if names(text, "held out", 1, 6, "1.png")]) == 2

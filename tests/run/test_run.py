@@ -4,18 +4,19 @@ import os
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from said import QUIET, line, names, naming
 
-from lorakit.adapter import layers, proof, read, targets, write
+from lorakit.adapter import proof, read, targets, write
+from lorakit.adapter.algorithms import algorithm_of
 from lorakit.base import model
-from lorakit.plan import memory, planning
+from lorakit.console import Console
+from lorakit.plan import cards, memory, planning
+from lorakit.plan import store as stores
 from lorakit.run import checkpoint, finish, preparation, run, run_folder
-from lorakit.run.control import Live
+from lorakit.run.control import Control
 from lorakit.sample import denoise
 from lorakit.storage import files
-from lorakit.storage import tensors as tensors_module
 from lorakit.train import loop
 
 
@@ -27,9 +28,9 @@ def tensor_bytes(file):
 
 def stopped_at(step, settings, folder):
     """A run that is stopped after a step."""
-    live = Live()
-    return run.start(settings, folder, live=live, listeners=[lambda s: live.stop.set() if s.number == step else None],
-                     **QUIET)  # fmt: skip
+    control = Control()
+    stop = lambda done: control.stop.set() if done.number == step else None  # noqa: E731
+    return run.start(settings, folder, control=control, listeners=[stop], **QUIET)
 
 
 def cut_back(folder, step):
@@ -48,13 +49,13 @@ def steps_logged(folder):
 
 def predicted(size, **parts):
     """A made-up prediction, nothing by default: a true one takes a second for each new combination of settings."""
-    return memory.Prediction(**dict.fromkeys(memory.Prediction.__dataclass_fields__, 0) | {"size": size} | parts)
+    return memory.StepCost(**dict.fromkeys(memory.StepCost.__dataclass_fields__, 0) | {"size": size} | parts)
 
 
 @pytest.fixture
 def unpredicted(monkeypatch):
     """Memory is not predicted: all seems to fit."""
-    monkeypatch.setattr(planning, "predict_cached", lambda *_, size, **__: predicted(size))
+    monkeypatch.setattr(stores, "step_cost", lambda *_, size, **__: predicted(size))
 
 
 def test_a_run_goes_from_pictures_to_a_proven_file(finished):
@@ -70,8 +71,8 @@ def test_a_run_goes_from_pictures_to_a_proven_file(finished):
     assert len(list((folder / "samples" / "step-000006").glob("*.png"))) == 1
     facts = proof.describe_file(result.lora)
     assert facts["family"] == "sd15" and facts["trigger"] == "sks thing"
-    how = {"size": (32, 32), "dtype": torch.float32, "device": "cpu", "store": planning.prediction_store()}
-    prediction = planning.predict_cached(model.open(settings.base), settings, **how)  # kept since the run made it
+    how = {"size": (32, 32), "dtype": torch.float32, "device": "cpu", "store": stores.prediction_store()}
+    prediction = stores.step_cost(model.open(settings.base), settings, **how)  # kept since the run made it
     assert prediction.file_size == tensor_bytes(result.lora)
     assert line(said, "length", 6, 2, 12, 1)  # pictures, repeats, an epoch's pictures, epochs
     assert line(said, memory.readable_bytes(prediction.peak))
@@ -180,11 +181,11 @@ def test_an_error_in_the_loop_leaves_log_and_checkpoints(settings, tmp_path):
 
 
 def test_a_folder_tells_what_it_is(finished, tmp_path):
-    facts = run_folder.describe_run(finished[0].folder)
+    facts = run_folder.RunFolder(finished[0].folder).describe()
     assert (facts["kind"], facts["steps"], facts["finished"]) == ("run", 6, "thing.safetensors")
     assert [c["intact"] for c in facts["checkpoints"]] == [True, True]
     with pytest.raises(FileNotFoundError):
-        run_folder.describe_run(tmp_path)
+        run_folder.RunFolder(tmp_path).describe()
 
 
 def test_no_path_of_the_machine_reaches_a_checkpoint_or_the_lora(finished, tmp_path_factory):
@@ -300,24 +301,6 @@ def test_memory_may_be_short_while_the_base_is_loaded(settings, tmp_path, monkey
     assert line(said, "memory", "CUDA error", "optimizer", "adamw8bit")
 
 
-@pytest.mark.usefixtures("weights_only")
-def test_a_run_begun_before_a_setting_was_known_goes_on(settings, trained):
-    cut_back(trained.folder, 3)
-    path = trained.folder / "checkpoints" / checkpoint.name(3)
-    with safe_open(path, "pt") as file:
-        facts, tensors = json.loads(file.metadata()["lorakit"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for name in ("text_encoder_rate", "micro_batch_size", "algorithm"):
-        del facts["settings"][name]
-    save_file(
-        tensors,
-        path,
-        {"lorakit": json.dumps(facts, sort_keys=True), "digest": tensors_module.digest_tensors(tensors, facts)},
-    )
-    said = []
-    assert run.start(settings, trained.folder, say=said.append, progress=False).steps == 6
-    assert line(said, "resume", 3)
-
-
 @pytest.mark.no_cover
 @pytest.mark.usefixtures("weights_only", "unpredicted")
 def test_checkpointing_alone_changes_nothing_that_is_learned(settings, finished, tmp_path, monkeypatch):
@@ -356,12 +339,12 @@ def test_what_is_predicted_not_to_fit_comes_down_before_it_starts(settings, tmp_
         return predicted(size, activations=2 * 2**20 if config.gradient_checkpointing else 3 * 2**20)
 
     def prepare_with(free):
-        monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
-        return preparation.prepare(settings, tmp_path, say=said.append, progress=False).config
+        monkeypatch.setattr(cards, "free_memory_bytes", lambda device: free)
+        return preparation.prepare(settings, tmp_path, Console(said.append, False)).config
 
     said = []
-    monkeypatch.setattr(planning, "predict_cached", predict)
-    enough = int(2 * 2**20 / (1 - memory.MARGIN)) + 1000
+    monkeypatch.setattr(stores, "step_cost", predict)
+    enough = int(2 * 2**20 / (1 - planning.MARGIN)) + 1000
     for free in (None, 10**9, 1):  # not known, all of it, and so little that nothing helps
         assert prepare_with(free) == settings
     assert not line(said, "gradient_checkpointing", True)
@@ -396,7 +379,7 @@ def test_a_run_may_begin_from_a_file(settings, finished, tmp_path):
     more = settings.with_(start_from=str(first.lora), alpha=4, learning_rate=1e-12, steps=1, weight_decay=0)
     second = run.start(more, tmp_path / "second", **QUIET)
     for ours, theirs in zip(*(read.load(result.lora).modules.values() for result in (second, first)), strict=True):
-        mine, before = (layers.change(*module) for module in (ours, theirs))
+        mine, before = (algorithm_of(module[0]).delta(*module) for module in (ours, theirs))
         assert torch.allclose(mine, before, atol=1e-3 * float(before.abs().max()))
     assert str(first.folder.parent) not in json.dumps(checkpoint.newest(tmp_path / "second" / "checkpoints").settings)
     assert run.start(more, tmp_path / "second", **QUIET).steps == 1
@@ -411,12 +394,12 @@ def test_a_run_may_begin_from_a_file(settings, finished, tmp_path):
 
 
 def test_pictures_are_held_out_by_name(settings, tmp_path):
-    ready = preparation.prepare(settings.with_(validation_pictures=("0.png", "3")), tmp_path, **QUIET)
+    ready = preparation.prepare(settings.with_(validation_pictures=("0.png", "3")), tmp_path, Console.quiet())
     assert ready.names == ["1.png", "2.png", "4.png", "5.png"] and len(ready.held_out) == 2
     with pytest.raises(ValueError, match=naming("validation_pictures", 9)):
-        preparation.prepare(settings.with_(validation_pictures=("9",)), tmp_path, **QUIET)
+        preparation.prepare(settings.with_(validation_pictures=("9",)), tmp_path, Console.quiet())
     with pytest.raises(ValueError, match=naming("validation_pictures")):  # nothing is left to train on
-        preparation.prepare(settings.with_(validation_pictures=tuple("012345")), tmp_path, **QUIET)
+        preparation.prepare(settings.with_(validation_pictures=tuple("012345")), tmp_path, Console.quiet())
 
 
 @pytest.mark.no_cover
@@ -433,8 +416,8 @@ def test_pictures_are_held_out_by_name(settings, tmp_path):
 )
 def test_text_encoders_are_trained_resumed_and_exported(settings, small_bases, tmp_path, family, changes):
     settings = settings.with_(base=str(small_bases[family]), steps=3, save_every=2, **changes)
-    live, said, folder = Live(), [], tmp_path / "run"
-    whole = run.start(settings, folder, say=said.append, progress=False, live=live)
+    live, said, folder = Control(), [], tmp_path / "run"
+    whole = run.start(settings, folder, say=said.append, progress=False, control=live)
     first, last = load_file(whole.lora), folder / "checkpoints" / checkpoint.name(3)
     lora, base, a = read.load(whole.lora), model.open(settings.base), checkpoint.read(last)
     trained = settings.text_rates(base.text_encoders)

@@ -6,16 +6,20 @@ import weakref
 from functools import partial
 
 import numpy as np
+import pictures as pictures_of
 import pytest
 import torch
 from PIL import Image
 from said import names, naming
 
 from lorakit import device as device_module
-from lorakit.adapter import attachment, injection, layers, merging, targets, write
+from lorakit.adapter import attachment, injection, merging, targets, write
+from lorakit.adapter.algorithms import algorithm_of
 from lorakit.adapter.lora import Lora
+from lorakit.adapter.specs import layer_specs
 from lorakit.base import encode
 from lorakit.base import model as bases
+from lorakit.device import Compute
 from lorakit.evaluate import variants as variants_module
 from lorakit.sample import denoise, png, sampler
 
@@ -23,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def encoded(base, prompts, folder):
-    return encode.encode_texts(base, prompts, folder, device=CPU, dtype=torch.float32)
+    return encode.encode_texts(base, prompts, folder, Compute(CPU, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -35,17 +39,17 @@ def test_latents_are_those_of_diffusers_pipeline(small_bases, tmp_path, family, 
     import diffusers
 
     base = bases.open(small_bases[family])
-    unet = bases.load_unet(base, torch.float32, CPU)
+    unet = bases.load_unet(base, Compute(CPU, torch.float32))
     texts = encoded(base, ["a red apple", ""], tmp_path)
-    ours = denoise.sample_latents(
-        unet, base, [texts["a red apple"]], texts[""], [5], size=(32, 32), steps=4, guidance=3.0, scheduler_name=name
+    ours = pictures_of.latents(
+        unet, base, [texts["a red apple"]], texts[""], [5], size=(32, 32), steps=4, guidance=3.0, scheduler=name
     )
     shared = {
         "unet": unet,
-        "vae": bases.load_vae(base, torch.float32, CPU),
-        "scheduler": denoise.scheduler(name, base),
+        "vae": bases.load_vae(base, Compute(CPU, torch.float32)),
+        "scheduler": denoise.make_scheduler(name, base),
     }
-    parts = [bases.load_text_encoder(base, torch.float32, CPU, which) for which in base.text_encoders]
+    parts = [bases.load_text_encoder(base, Compute(CPU, torch.float32), which) for which in base.text_encoders]
     shared |= {"text_encoder": parts[0][0], "tokenizer": parts[0][1]}
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "height": 32, "width": 32}
     options |= {"prompt": "a red apple", "generator": torch.Generator().manual_seed(5)}
@@ -65,12 +69,12 @@ def test_latents_are_those_of_diffusers_pipeline(small_bases, tmp_path, family, 
 @pytest.mark.parametrize("name", list(denoise.SCHEDULERS))
 def test_a_picture_does_not_depend_on_its_batch(small_bases, tmp_path, name):
     base = bases.open(small_bases["sd15"])
-    unet = bases.load_unet(base, torch.float32, CPU)
+    unet = bases.load_unet(base, Compute(CPU, torch.float32))
     prompts = ["a", "b", "c"]
     texts = encoded(base, [*prompts, ""], tmp_path)
-    chosen, settings = [texts[p] for p in prompts], {"size": (32, 24), "steps": 3, "scheduler_name": name}
-    together = denoise.sample_latents(unet, base, chosen, texts[""], [1, 2, 3], **settings)
-    alone = denoise.sample_latents(unet, base, chosen[2:], texts[""], [3], **settings)
+    chosen, settings = [texts[p] for p in prompts], {"size": (32, 24), "steps": 3, "scheduler": name}
+    together = pictures_of.latents(unet, base, chosen, texts[""], [1, 2, 3], **settings)
+    alone = pictures_of.latents(unet, base, chosen[2:], texts[""], [3], **settings)
     assert together.shape == (3, 4, 8, 6)
     assert torch.allclose(together[2:], alone, atol=1e-4)
     assert torch.isfinite(together).all()
@@ -78,17 +82,17 @@ def test_a_picture_does_not_depend_on_its_batch(small_bases, tmp_path, name):
 
 def test_sizes_and_schedulers_that_do_not_suit_are_refused(small_bases, tmp_path):
     base = bases.open(small_bases["sd15"])
-    unet = bases.load_unet(base, torch.float32, CPU)
+    unet = bases.load_unet(base, Compute(CPU, torch.float32))
     texts = encoded(base, [""], tmp_path)
     with pytest.raises(ValueError, match=naming("32×30", 8)):
-        denoise.sample_latents(unet, base, [texts[""]], texts[""], [0], size=(30, 32))
+        pictures_of.latents(unet, base, [texts[""]], texts[""], [0], size=(30, 32))
     with pytest.raises(ValueError, match=naming("plms", *denoise.SCHEDULERS)):
-        denoise.scheduler("plms", base)
+        denoise.make_scheduler("plms", base)
 
 
 def test_a_picture_without_room_is_decoded_in_tiles(small_bases, monkeypatch):
     base = bases.open(small_bases["sd15"])
-    vae, sizes = bases.load_vae(base, torch.float32, CPU), []
+    vae, sizes = bases.load_vae(base, Compute(CPU, torch.float32)), []
     decoder = vae.decoder.forward
 
     def short(x, *rest, **options):
@@ -110,21 +114,19 @@ def test_a_picture_without_room_is_decoded_in_tiles(small_bases, monkeypatch):
 
 def test_half_precision_is_full_where_a_cpu_samples(small_bases):
     base, how = bases.open(small_bases["sd15"]), {"steps": 2, "device": "cpu", "size": (32, 32)}
-    half, full = (sampler.generate(base, ["a"], precision=precision, **how)[0][0] for precision in ("fp16", "no"))
+    half, full = (pictures_of.rows(base, ["a"], precision=precision, **how)[0][0] for precision in ("fp16", "no"))
     assert half.tobytes() == full.tobytes()
 
 
 def test_borrowing_leaves_randomness_and_training_mode_alone(small_bases, tmp_path):
     base = bases.open(small_bases["sd15"])
-    unet = bases.load_unet(base, torch.float32, CPU).train()
+    unet = bases.load_unet(base, Compute(CPU, torch.float32)).train()
     texts = encoded(base, [""], tmp_path)
     before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     with denoise.borrow(unet) as lent:
         assert not lent.training
         torch.rand(5)
-        denoise.sample_latents(
-            lent, base, [texts[""]], texts[""], [0], size=(32, 32), steps=2, scheduler_name="euler_a"
-        )
+        pictures_of.latents(lent, base, [texts[""]], texts[""], [0], size=(32, 32), steps=2, scheduler="euler_a")
     assert unet.training
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (np.random.get_state()[1] == numpy_before).all()
@@ -134,20 +136,20 @@ def test_generate_gives_a_row_of_strengths(small_bases):
     base = bases.open(small_bases["sd15"])
 
     def attach(models):
-        adapter = injection.inject(models, 4, 4)
+        adapter = injection.inject(models, layer_specs(models, 4, 4))
         for weight in adapter.parameters():
             weight.data.normal_(0, 0.3)
         return adapter
 
-    rows = sampler.generate(base, ["a", "b"], strengths=(0, 1), attach=attach, steps=2, device="cpu", precision="no")
-    bare = sampler.generate(base, ["a", "b"], steps=2, device="cpu", precision="no")
+    rows = pictures_of.rows(base, ["a", "b"], strengths=(0, 1), attach=attach, steps=2, device="cpu", precision="no")
+    bare = pictures_of.rows(base, ["a", "b"], steps=2, device="cpu", precision="no")
     assert [len(row) for row in rows] == [2, 2]
     assert rows[0][0].size == (32, 32)
     for row, plain in zip(rows, bare, strict=True):
         assert row[0].tobytes() == plain[0].tobytes()
         assert row[1].tobytes() != plain[0].tobytes()
     with pytest.raises(ValueError, match=naming(1, 2)):
-        sampler.generate(base, ["a", "b"], seeds=[1])
+        pictures_of.rows(base, ["a", "b"], seeds=[1])
 
 
 @pytest.mark.parametrize("family, adapts", [("sd15", ["text_encoder"]), ("sdxl", ["text_encoder_2", "unet"])])
@@ -157,14 +159,14 @@ def test_strengths_are_those_of_text_encoders_too(small_bases, family, adapts):
 
     def attach(models):
         attached.append(list(models))
-        adapter = injection.inject(models, 4, 4)
+        adapter = injection.inject(models, layer_specs(models, 4, 4))
         for weight in adapter.parameters():
             weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
         return adapter
 
     plain = {"steps": 2, "device": "cpu", "precision": "no"}
-    rows = sampler.generate(base, ["a red apple"], strengths=(0, 0.5, 1), attach=attach, adapts=adapts, **plain)
-    bare = sampler.generate(base, ["a red apple"], **plain)
+    rows = pictures_of.rows(base, ["a red apple"], strengths=(0, 0.5, 1), attach=attach, adapts=adapts, **plain)
+    bare = pictures_of.rows(base, ["a red apple"], **plain)
     assert [set(names) for names in attached] == ([{adapts[0]}, {"unet"}] if "unet" in adapts else [{adapts[0]}])
     assert rows[0][0].tobytes() == bare[0][0].tobytes()
     assert len({picture.tobytes() for picture in rows[0]}) == 3
@@ -191,8 +193,8 @@ def random_lora(base, seed: int, rank: int, alpha: float, models, algorithm: str
     for which in models:
         text = which != "unet"
         load = (lambda *rest: bases.load_text_encoder(*rest, which)[0]) if text else bases.load_unet  # noqa: B023
-        loaded[which] = load(base, torch.float32, CPU)
-    adapter = injection.inject(loaded, rank, alpha, algorithm=algorithm)
+        loaded[which] = load(base, Compute(CPU, torch.float32))
+    adapter = injection.inject(loaded, layer_specs(loaded, rank, alpha, algorithm=algorithm))
     for number, weight in enumerate(adapter.parameters()):
         weight.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(100 * seed + number))
     return write.lora_from(adapter, base)
@@ -214,13 +216,13 @@ def test_loras_in_one_stream_are_each_as_if_alone(small_bases, family, models, m
     first = with_(base, one, 0.5)
     variants = [first, with_(base, two), sampler.Variant(), sampler.Variant(first.attach, one.adapts, 1.0)]
     prompts, loaded = ["a red apple", "a house", "b"], []
-    alone = [[placed.picture for placed in sampler.stream(base, prompts, [v], **PLAIN)] for v in variants]
+    alone = [[placed.picture for placed in pictures_of.stream(base, prompts, [v], **PLAIN)] for v in variants]
     for name in ("load_unet", "load_vae", "load_text_encoder"):
         load = getattr(bases, name)
         monkeypatch.setattr(
             bases, name, lambda *rest, load=load, name=name, **more: loaded.append(name) or load(*rest, **more)
         )
-    found = list(sampler.stream(base, prompts, variants, batch=2, **PLAIN))
+    found = list(pictures_of.stream(base, prompts, variants, batch=2, **PLAIN))
     assert (loaded.count("load_unet"), loaded.count("load_vae")) == (1, 1)
     assert sorted((row, column) for row, column, _ in found) == [(r, c) for r in range(3) for c in range(4)]
     for row, column, picture in found:
@@ -233,10 +235,10 @@ def test_a_stream_gives_what_generate_gives(small_bases):
     base = bases.open(small_bases["sd15"])
     lora = lora_for(base, 1)
     attach = with_(base, lora).attach
-    rows = sampler.generate(base, ["a", "b"], strengths=(0, 0.7), attach=attach, seeds=[3, 9], **PLAIN)
+    rows = pictures_of.rows(base, ["a", "b"], strengths=(0, 0.7), attach=attach, seeds=[3, 9], **PLAIN)
     variants = [sampler.Variant(attach, strength=value) for value in (0, 0.7)]
     streamed = {
-        (row, column): p for row, column, p in sampler.stream(base, ["a", "b"], variants, seeds=[3, 9], **PLAIN)
+        (row, column): p for row, column, p in pictures_of.stream(base, ["a", "b"], variants, seeds=[3, 9], **PLAIN)
     }
     assert [pixels(row) for row in rows] == [pixels(streamed[r, c] for c in range(2)) for r in range(2)]
 
@@ -251,9 +253,9 @@ def test_two_loras_at_once_are_the_merged_file(small_bases, tmp_path, models):
         variants_module.variant(base, list(zip(files, strengths, strict=True))),
         variants_module.variant(base, [(merged, 1)]),
     ]
-    both, one = (placed.picture for placed in sampler.stream(base, ["a red apple"], variants, **PLAIN))
+    both, one = (placed.picture for placed in pictures_of.stream(base, ["a red apple"], variants, **PLAIN))
     assert np.abs(np.asarray(both).astype(int) - np.asarray(one)).max() <= 1
-    bare = sampler.generate(base, ["a red apple"], **PLAIN)[0][0]
+    bare = pictures_of.rows(base, ["a red apple"], **PLAIN)[0][0]
     assert np.abs(np.asarray(both).astype(int) - np.asarray(bare)).max() > 5
 
 
@@ -271,13 +273,13 @@ def test_loras_of_all_kinds_at_once_are_the_sum_of_their_changes(small_bases, tm
     assert variant.adapts == ("text_encoder", "unet") and variant.strength == 1
     for own in (["unet"], ["text_encoder"]):
         load = bases.load_unet if own == ["unet"] else lambda *rest: bases.load_text_encoder(*rest)[0]
-        plain, adapted, untouched = (load(base, torch.float32, CPU) for _ in range(3))
+        plain, adapted, untouched = (load(base, Compute(CPU, torch.float32)) for _ in range(3))
         for lora, strength in zip(loras, strengths, strict=True):
             for module, (parts, alpha) in lora.modules.items():
                 if [targets.model_of(module)] == own:
                     weight = targets.find({own[0]: plain}, module).weight
                     frozen = targets.find({own[0]: untouched}, module).weight
-                    weight += strength * layers.change(parts, alpha, frozen).view_as(weight)
+                    weight += strength * algorithm_of(parts).delta(parts, alpha, frozen).view_as(weight)
         asked = (torch.ones(1, 77, dtype=torch.int64),)
         if own == ["unet"]:
             asked = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 500, torch.ones(1, 77, 16)
@@ -300,15 +302,15 @@ def test_what_is_stopped_leaves_no_adapter_and_no_model_behind(small_bases, monk
             raise RuntimeError("no room")
         return variant.attach(own)
 
-    def forward(unet, *rest, original=denoise._denoised, **options):
-        if how == "step":  # the fourth question of ten
-            asked = iter(range(20))
-            unet.register_forward_pre_hook(lambda *_: stop.set() if next(asked) == 3 else None)
-        return original(unet, *rest, **options)
+    def forward(denoiser, *rest, original=denoise.Denoiser._denoise):
+        if how == "step":  # the fourth of ten
+            calls = iter(range(20))
+            denoiser.unet.register_forward_pre_hook(lambda *_: stop.set() if next(calls) == 3 else None)
+        return original(denoiser, *rest)
 
-    monkeypatch.setattr(denoise, "_denoised", forward)
+    monkeypatch.setattr(denoise.Denoiser, "_denoise", forward)
     settings = PLAIN | {"steps": 10, "batch": 1}
-    pictures = sampler.stream(base, ["a", "b", "c"], [sampler.Variant(attach)], stop=stop, **settings)
+    pictures = pictures_of.stream(base, ["a", "b", "c"], [sampler.Variant(attach)], stop=stop, **settings)
     if how == "attach":
         with pytest.raises(RuntimeError, match="no room"):
             next(pictures)
@@ -351,7 +353,7 @@ def test_memory_is_handed_back_with_nothing_left_in_it(small_bases, monkeypatch,
     for name in ("load_unet", "load_vae", "load_text_encoder"):
         monkeypatch.setattr(bases, name, partial(watched, getattr(bases, name)))
     monkeypatch.setattr(sampler, "free_memory", free)
-    pictures = sampler.stream(base, ["a", "b"], variants, stop=stop, **PLAIN)
+    pictures = pictures_of.stream(base, ["a", "b"], variants, stop=stop, **PLAIN)
     gc.disable()  # by chance it would be collected all the same
     try:
         assert next(pictures).column == 0
@@ -384,7 +386,7 @@ def test_one_adapter_at_a_time_is_in_memory(small_bases):
 
     gc.disable()
     try:
-        list(sampler.stream(base, ["a"], [sampler.Variant(partial(attach, variant=v)) for v in variants], **PLAIN))
+        list(pictures_of.stream(base, ["a"], [sampler.Variant(partial(attach, variant=v)) for v in variants], **PLAIN))
     finally:
         gc.enable()
     assert made and alive == [0, 0]
@@ -395,29 +397,32 @@ def test_what_is_stopped_attaches_no_more(small_bases, monkeypatch):
     variant = with_(base, lora_for(base, 1))
     attaches = [lambda models: (attached.append(1), variant.attach(models))[1] for _ in range(3)]
 
-    def denoised(*rest, original=denoise._denoised, **options):
+    def denoised(*rest, original=denoise.Denoiser._denoise):
         stop.set()
-        return original(*rest, **options)
+        return original(*rest)
 
-    monkeypatch.setattr(denoise, "_denoised", denoised)
-    assert list(sampler.stream(base, ["a"], [sampler.Variant(attach) for attach in attaches], stop=stop, **PLAIN)) == []
+    monkeypatch.setattr(denoise.Denoiser, "_denoise", denoised)
+    assert (
+        list(pictures_of.stream(base, ["a"], [sampler.Variant(attach) for attach in attaches], stop=stop, **PLAIN))
+        == []
+    )
     assert attached == [1]
 
 
 def test_generate_gives_all_or_is_interrupted(small_bases):
     base, stop, done = bases.open(small_bases["sd15"]), threading.Event(), []
 
-    def on_picture(number, last):
+    def progress(what, number, total):
         done.append(number)
-        if number == last:
+        if number == 2:
             stop.set()
 
-    settings = PLAIN | {"batch": 1, "stop": stop}
+    settings = PLAIN | {"batch": 1, "stop": stop, "progress": progress}
     with pytest.raises(KeyboardInterrupt):
-        sampler.generate(base, ["a", "b", "c"], on_picture=partial(on_picture, last=2), **settings)
+        pictures_of.rows(base, ["a", "b", "c"], **settings)
     assert done == [1, 2]
     stop.clear()
-    rows = sampler.generate(base, ["a", "b"], on_picture=partial(on_picture, last=2), **settings)  # nothing is missing
+    rows = pictures_of.rows(base, ["a", "b"], **settings)  # nothing is missing
     assert all(picture for row in rows for picture in row)
 
 
@@ -425,16 +430,16 @@ def test_settings_that_do_not_suit_are_told_before_anything_is_loaded(small_base
     base = bases.open(small_bases["sd15"])
     monkeypatch.setattr(bases, "load_unet", None)
     monkeypatch.setattr(bases, "load_text_encoder", None)
-    for wrong in ({"size": (30, 32)}, {"scheduler_name": "x"}, {"seeds": [1, 2]}):
+    for wrong in ({"size": (30, 32)}, {"scheduler": "x"}, {"seeds": [1, 2]}):
         with pytest.raises(ValueError):
-            sampler.stream(base, ["a"], **wrong)
+            pictures_of.stream(base, ["a"], **wrong)
 
 
 def test_lcm_takes_many_steps_as_well(small_bases, tmp_path):
     base = bases.open(small_bases["sd15"])
-    unet, texts = bases.load_unet(base, torch.float32, CPU), encoded(base, [""], tmp_path)
-    x = denoise.sample_latents(
-        unet, base, [texts[""]], texts[""], [0], size=(32, 32), steps=60, guidance=1.0, scheduler_name="lcm"
+    unet, texts = bases.load_unet(base, Compute(CPU, torch.float32)), encoded(base, [""], tmp_path)
+    x = pictures_of.latents(
+        unet, base, [texts[""]], texts[""], [0], size=(32, 32), steps=60, guidance=1.0, scheduler="lcm"
     )
     assert torch.isfinite(x).all()
 
@@ -460,8 +465,8 @@ def test_the_command_takes_several_loras_with_weights(small_bases, tmp_path):
     assert printed == [str(out / name) for name in (
         "strength-0/00-seed-0.png", "strength-0.8/00-seed-0.png", "sheet.png")]  # fmt: skip
     whole = merging.merge(loras, [0.8, 0.4]).lora
-    expected = sampler.generate(
-        base, ["a red apple"], attach=with_(base, whole).attach, steps=2, scheduler_name="lcm", strengths=(0, 1)
+    expected = pictures_of.rows(
+        base, ["a red apple"], attach=with_(base, whole).attach, steps=2, scheduler="lcm", strengths=(0, 1)
     )
     for folder, picture in zip(("strength-0", "strength-0.8"), expected[0], strict=True):
         with Image.open(out / folder / "00-seed-0.png") as made:
@@ -489,13 +494,10 @@ def parsed(text: str) -> dict[str, str]:
 
 
 def test_pngs_carry_what_a1111_reads(tmp_path):
-    path = png.save_picture(
-        [Image.new("RGB", (8, 16))], tmp_path / "out", ["ein Bild, кот"], [7], negative="blurry, low", steps=25,
-        guidance=7.5, scheduler_name="dpm++_2m_karras", clip_skip=2, model="me/base, v1",
-        loras=[("style: a", 0.75), ("none", 0.0), ("thing", 1.0)],
-    )[0]  # fmt: skip
-    assert path.name == "00-seed-7.png"
-    with Image.open(path) as picture:
+    sampling = denoise.Sampling("blurry, low", 25, 7.5, "dpm++_2m_karras", clip_skip=2)
+    loras = [("style: a", 0.75), ("none", 0.0), ("thing", 1.0)]
+    written = png.infotext("ein Bild, кот", 7, (16, 8), sampling, "me/base, v1", loras)
+    with Image.open(png.write_picture(Image.new("RGB", (8, 16)), tmp_path / "out" / "a.png", written)) as picture:
         text = picture.text["parameters"]
     assert parsed(text) == {
         "prompt": "ein Bild, кот <lora:style_ a:0.75> <lora:thing:1>", "negative": "blurry, low", "Steps": "25",
@@ -512,4 +514,4 @@ def test_what_adapts_nothing_of_the_base_is_refused(small_bases):
     base = bases.open(small_bases["sd15"])
     for adapts in ((), ("text_encoder_2",)):
         with pytest.raises(ValueError, match=naming(base.name, *adapts)):
-            sampler.generate(base, ["a"], attach=lambda models: None, adapts=adapts, steps=1, device="cpu")
+            pictures_of.rows(base, ["a"], attach=lambda models: None, adapts=adapts, steps=1, device="cpu")

@@ -123,11 +123,11 @@ def test_captions_that_were_edited_stay(tmp_path, suffix):
 
     def scan() -> tuple[dataset_folder.Dataset, dict[str, str]]:
         found = dataset_folder.scan(archive, cache=cache)
-        return found, captions.captions_of(found)
+        return found, found.captions
 
     found, old = scan()
     new = {"1.png": "sks cat on a mat", "2.png": "sks dog in the rain"}
-    captions.write_captions(captions.changes(old, new), found.root, history=history)
+    captions.write_captions(captions.caption_changes(old, new), found.root, history=history)
     (found.root / "note.txt").write_text("own")
     assert scan()[1] == new
     found.pictures[0].path.unlink()
@@ -135,7 +135,7 @@ def test_captions_that_were_edited_stay(tmp_path, suffix):
     assert (found.root / "note.txt").read_text() == "own"
     captions.undo_captions(found.root, history=history)
     assert scan()[1] == old and (found.root / "1.txt").read_bytes() == members["1.txt"]
-    captions.write_captions(captions.changes(old, new), found.root, history=history)
+    captions.write_captions(captions.caption_changes(old, new), found.root, history=history)
     pack(archive, members | {"2.caption": b"a wolf"})
     changed, texts = scan()
     assert texts == {"1.png": "a cat", "2.png": "a wolf"} and changed.root != found.root

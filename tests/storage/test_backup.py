@@ -12,7 +12,7 @@ from killing import same_weights
 from said import QUIET, line, names, naming
 
 from lorakit.run import checkpoint, run, run_folder
-from lorakit.run.control import Live
+from lorakit.run.control import Control
 from lorakit.storage import backup
 
 TOKEN = "hf_" + "s" * 34
@@ -25,9 +25,9 @@ def away(settings, tmp_path):
 
 
 def stopped_at(step, settings, folder, **more):
-    live = Live()
+    live = Control()
     stops = [lambda s: live.stop.set() if s.number == step else None]
-    return run.start(settings, folder, live=live, listeners=stops, **(QUIET | more))
+    return run.start(settings, folder, control=live, listeners=stops, **(QUIET | more))
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +139,10 @@ def test_a_slow_place_gets_the_latest(tmp_path):
     reached, go = threading.Event(), threading.Event()
     copier = backup.Copier(Slow(tmp_path / "drive"), 2)
     for step in (1, 2, 3):
-        copier.put(step, {backup.backup_names(step, True, False): b"state %d" % step})
+        copier.put(step, {backup.backup_name(step, True, False): b"state %d" % step})
         assert reached.wait(10)
     copier.close(0.01)
-    assert line(copier.told(), "backup", "0.01 s")
+    assert line(copier.messages(), "backup", "0.01 s")
     go.set()
     copier.close(10)
     assert sorted(copier.place.names()) == ["state-000001.safetensors", "state-000003.safetensors"]

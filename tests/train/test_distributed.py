@@ -1,4 +1,4 @@
-"""Several processes on this CPU, talking by gloo: the same run as one process."""
+"""Several processes on this CPU, communicating by gloo: the same run as one process."""
 
 import gc
 import json
@@ -24,21 +24,21 @@ LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
 LAUNCH += ["-m", "lorakit"]
 
 
-def child(number: int, count: int, port: int, settings: str, folder: str, stop_at: int | None, told: str) -> None:
+def child(number: int, count: int, port: int, settings: str, folder: str, stop_at: int | None, report: str) -> None:
     """One process of a run, in the environment that `accelerate launch --multi_gpu` gives it.
 
     Args:
         stop_at: the step in which a file named STOP appears.
-        told: file for the lines that this process said and the step that it ended at.
+        report: file for the printed lines and the last step of this process.
     """
     os.environ |= {
         "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
         "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no",
     }  # fmt: skip
-    gc.freeze()  # every run collects several times: not what was there before the fork
+    gc.freeze()  # every run collects garbage several times: skip objects from before the fork
     torch.set_num_threads(1)
-    finish.draw = lambda *_: None
+    finish.attempt = lambda *_: None
     lines = []
 
     def stop(step) -> None:
@@ -46,17 +46,17 @@ def child(number: int, count: int, port: int, settings: str, folder: str, stop_a
             (Path(folder) / "STOP").touch()
 
     result = run.start(Config(**json.loads(settings)), folder, **QUIET | {"say": lines.append}, listeners=[stop])
-    Path(told).write_text(json.dumps({"said": lines, "steps": result.steps}))
+    Path(report).write_text(json.dumps({"lines": lines, "steps": result.steps}))
 
 
 def together(settings: Config, folder: Path, stop_at: int | None = None) -> list[dict]:
-    """Two processes of one run: what each of them told."""
+    """Run two processes of one run and return their reports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = [folder.with_name(f"{folder.name}-{number}.json") for number in range(2)]
+    reports = [folder.with_name(f"{folder.name}-{number}.json") for number in range(2)]
     team = [
-        processes.Process(target=child, args=(i, 2, port, settings.to_json(), str(folder), stop_at, str(told[i])))
+        processes.Process(target=child, args=(i, 2, port, settings.to_json(), str(folder), stop_at, str(reports[i])))
         for i in range(2)
     ]
     try:
@@ -68,10 +68,10 @@ def together(settings: Config, folder: Path, stop_at: int | None = None) -> list
     finally:
         for process in team:
             process.kill()
-    return [json.loads(file.read_text()) for file in told]
+    return [json.loads(file.read_text()) for file in reports]
 
 
-def test_each_thing_is_one_process_business():
+def test_each_item_belongs_to_one_process():
     for count in range(8):
         shares = [list(range(count))[Team(number, 3).share(count)] for number in range(3)]
         assert sum(shares, []) == list(range(count))
@@ -79,25 +79,25 @@ def test_each_thing_is_one_process_business():
 
 
 @pytest.mark.usefixtures("weights_only")
-def test_two_processes_stopped_and_gone_on_learn_what_one_does(settings, tmp_path):
-    """Batches of 2, shared out one each; a bucket's last batch may leave the second process nothing."""
+def test_two_processes_stopped_and_resumed_equal_one_process(settings, tmp_path):
+    """Batches of 2, one picture for each process; the second may get none of a bucket's last batch."""
     settings = settings.with_(repeats=1, steps=5, save_every=5, validation_share=0.2, validate_every=5)
     one = run.start(settings, tmp_path / "one", **QUIET)
     first, second = together(settings, tmp_path / "two", stop_at=2)
     stopped = checkpoint.newest(tmp_path / "two" / "checkpoints").step
     assert 2 <= stopped == first["steps"] == second["steps"] < 5
-    assert line(first["said"], "stopped", stopped, 5) and second["said"] == []  # only the first speaks
+    assert line(first["lines"], "stopped", stopped, 5) and second["lines"] == []  # only the first prints
     first, second = together(settings.with_(fit_memory=False), tmp_path / "two")
-    assert line(first["said"], "resume", stopped) and second["said"] == []
+    assert line(first["lines"], "resume", stopped) and second["lines"] == []
     assert first["steps"] == second["steps"] == 5
     two = [entry["loss"] for entry in run_folder.read_log(tmp_path / "two" / "log.jsonl")]
     assert two == pytest.approx(one.losses, rel=1e-5, abs=2e-6)  # the log has six decimals
     first, second = (checkpoint.newest(tmp_path / name / "checkpoints") for name in ("one", "two"))
     assert first.step == second.step == 5 and first.settings == second.settings
-    # As a whole: AdamW makes full steps of gradients that are nothing but rounding, and so of their sign.
+    # Compared as a whole: AdamW makes full steps even for gradients that are only rounding errors.
     one, two = (
-        torch.cat([tensor.flatten() for name, tensor in sorted(found.tensors.items()) if name.startswith("adapter.")])
-        for found in (first, second)
+        torch.cat([tensor.flatten() for name, tensor in sorted(saved.tensors.items()) if name.startswith("adapter.")])
+        for saved in (first, second)
     )
     assert (one - two).norm() < 1e-3 * one.norm(), (one - two).norm() / one.norm()
     assert proof.describe_file(tmp_path / "two" / "thing.safetensors")["hash"] == "verified"
@@ -105,17 +105,17 @@ def test_two_processes_stopped_and_gone_on_learn_what_one_does(settings, tmp_pat
 
 @pytest.mark.host
 def test_accelerate_launch_starts_them(settings, tmp_path):
-    """The real command, whose three processes import everything anew."""
+    """The real command, with three new Python processes."""
     file = tmp_path / "config.json"
     file.write_text(settings.with_(steps=2, save_every=2).to_json())
     command = [*LAUNCH, "train", str(file), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert sum(text.startswith("proof") for text in done.stdout.splitlines()) == 1  # only the first speaks
+    assert sum(text.startswith("proof") for text in done.stdout.splitlines()) == 1  # only the first prints
     assert proof.describe_file(tmp_path / "run" / "thing.safetensors")["hash"] == "verified"
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(settings, tmp_path, monkeypatch):
+def test_a_batch_smaller_than_the_team_is_refused(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "join_team", lambda device: Team(0, 4))
     with pytest.raises(ValueError, match=naming("batch_size", 2, 4)):
         run.start(settings, tmp_path / "run", **QUIET)

@@ -6,14 +6,16 @@ from math import nan
 
 import pytest
 import torch
-from loops import CPU, begin, prepared
+from loops import CPU, begin, examples, prepared
 from PIL import Image
 from said import naming
 
 from lorakit.adapter import injection
+from lorakit.adapter.specs import layer_specs
 from lorakit.base import model
 from lorakit.dataset import folder as folders
 from lorakit.dataset import picture
+from lorakit.device import Compute
 from lorakit.run import preparation
 from lorakit.train import loop as loop_module
 from lorakit.train import loss, optimizers, validation
@@ -31,9 +33,9 @@ def test_only_the_adapter_moves_and_the_loss_falls(settings, small_bases, tmp_pa
     assert [step.number for step in done] == list(range(1, 31))
     assert all(torch.equal(frozen[n], p) for n, p in unet.named_parameters() if n in frozen)
     assert all(weight.abs().sum() > 0 for weight in state.adapter.parameters())
-    # the same noise and timesteps for the bare base and for what was learned
+    # the same noise and timesteps with the adapter and without
     probe = settings.with_(seed=99)
-    item = loop_module.batch(ready.pictures, ready.texts, [0, 1, 2, 3], 0, 0, probe)
+    item = examples(ready, probe).batch([0, 1, 2, 3], 0, 0)
     alphas = ready.base.alphas_cumprod()
     with torch.no_grad():
         after = loop_module.batch_loss(unet, ready.base, alphas, item, probe)
@@ -48,8 +50,8 @@ def test_the_loss_is_the_one_of_diffusers_training_script(settings, tmp_path):
 
     settings = settings.with_(min_snr_gamma=None)
     ready = prepared(settings, tmp_path)
-    unet = model.load_unet(ready.base, torch.float32, CPU)
-    item = loop_module.batch(ready.pictures, ready.texts, [0, 1], 4, 0, settings)
+    unet = model.load_unet(ready.base, Compute(CPU, torch.float32))
+    item = examples(ready, settings).batch([0, 1], 4, 0)
     scheduler = DDPMScheduler.from_config(ready.base.configs["scheduler"])
     with torch.no_grad():
         noisy = scheduler.add_noise(item.latents, item.noise, item.timesteps)
@@ -67,7 +69,7 @@ def test_accumulating_equals_the_large_batch(settings, small_bases, tmp_path):
     for groups in ([[0, 1, 2, 3]], [[0, 1], [2, 3]]):
         offset = 0
         for indices in groups:
-            item = loop_module.batch(ready.pictures, ready.texts, indices, 0, offset, settings)
+            item = examples(ready, settings).batch(indices, 0, offset)
             value = loop_module.batch_loss(unet, ready.base, ready.base.alphas_cumprod(), item, settings) / len(groups)
             value.backward()
             offset += len(indices)
@@ -76,10 +78,10 @@ def test_accumulating_equals_the_large_batch(settings, small_bases, tmp_path):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
-def test_an_epoch_shows_every_picture_its_repeats_and_never_mixes_sizes(settings, tmp_path):
+def test_an_epoch_repeats_every_picture_and_never_mixes_sizes(settings, tmp_path):
     settings = settings.with_(epochs=2, batch_size=4)
     ready = prepared(settings, tmp_path)
-    per_epoch, total = loop_module.plan_epochs(ready.pictures, ready.repeats, settings)
+    per_epoch, total = ready.examples.steps_per_epoch, ready.examples.total_steps
     assert (per_epoch, total) == (3, 6)  # 8 square ones in two batches, 4 wide ones in one
     _, _, loop = begin(settings, ready)
     done = loop_module.drain(loop)
@@ -87,27 +89,24 @@ def test_an_epoch_shows_every_picture_its_repeats_and_never_mixes_sizes(settings
         seen = sorted(i for step in done if step.epoch == epoch for i in step.examples)
         assert seen == sorted([0, 1, 2, 3, 4, 5] * 2)
     for step in done:
-        assert len({ready.pictures[i].latents.shape for i in step.examples}) == 1
+        assert len({ready.examples.pictures[i].latents.shape for i in step.examples}) == 1
 
 
 def test_dropped_captions_are_drawn_from_step_and_place(settings, tmp_path):
     settings = settings.with_(caption_dropout=0.5, flip=True)
     ready = prepared(settings, tmp_path)
-    empty = ready.texts[""].embeddings
-    dropped = [
-        torch.equal(loop_module.batch(ready.pictures, ready.texts, [0], step, 0, settings).embeddings[0], empty)
-        for step in range(200)
-    ]
+    empty = ready.examples.texts[""].embeddings
+    dropped = [torch.equal(examples(ready, settings).batch([0], step, 0).embeddings[0], empty) for step in range(200)]
     assert 70 < sum(dropped) < 130
     mirrored = [
         torch.equal(
-            loop_module.batch(ready.pictures, ready.texts, [0], step, 0, settings).latents[0],
-            ready.pictures[0].mirrored,
+            examples(ready, settings).batch([0], step, 0).latents[0],
+            ready.examples.pictures[0].mirrored,
         )
         for step in range(200)
     ]
     assert 70 < sum(mirrored) < 130
-    a, b = (loop_module.batch(ready.pictures, ready.texts, [0, 1], 3, 0, settings) for _ in range(2))
+    a, b = (examples(ready, settings).batch([0, 1], 3, 0) for _ in range(2))
     assert torch.equal(a.noise, b.noise) and torch.equal(a.embeddings, b.embeddings)
 
 
@@ -135,12 +134,10 @@ def test_gradient_checkpointing_gives_the_same_weights(settings, tmp_path):
 
 def test_bf16_trains(settings, tmp_path):
     ready = prepared(settings, tmp_path)
-    unet = model.load_unet(ready.base, torch.bfloat16, CPU)
-    adapter = injection.inject(unet, 4, 2)
+    unet = model.load_unet(ready.base, Compute(CPU, torch.bfloat16))
+    adapter = injection.inject(unet, layer_specs(unet, 4, 2))
     state = loop_module.initial_state(adapter, settings, CPU, torch.bfloat16)
-    done = loop_module.drain(
-        loop_module.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings)
-    )
+    done = loop_module.drain(loop_module.steps(unet, ready.base, state, examples(ready, settings)))
     assert all(torch.isfinite(step.loss) for step in done)
     assert all(w.dtype == torch.float32 and torch.isfinite(w).all() for w in adapter.parameters())
 
@@ -182,13 +179,13 @@ def test_stop_works_from_another_thread(settings, tmp_path):
     assert state.step == 1
 
 
-def test_noise_is_another_in_each_step_and_the_schedule_is_followed(settings, tmp_path):
+def test_noise_differs_in_each_step_and_the_schedule_is_followed(settings, tmp_path):
     settings = settings.with_(schedule="linear", steps=4)
     ready = prepared(settings, tmp_path)
     _, _, loop = begin(settings, ready)
     rates = [step.learning_rate for step in loop_module.drain(loop)]
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    first, second = (loss.draw(settings.seed, step, [0], (4, 8, 8)).noise for step in (0, 1))
+    first, second = (loss.Noise().draw(settings.seed, step, [0], (4, 8, 8)).noise for step in (0, 1))
     assert not torch.equal(first, second)
 
 
@@ -230,15 +227,15 @@ def test_lora_plus_moves_the_up_matrices_faster(settings, tmp_path):
     assert moved[".down"] <= 1e-3 * 1.001
 
 
-def test_the_average_is_what_is_judged_and_training_goes_on_from_the_weights(settings, tmp_path):
+def test_the_average_is_evaluated_and_training_continues_from_the_weights(settings, tmp_path):
     ready = prepared(settings, tmp_path)
     for changes in ({"ema_decay": 0.9}, {"optimizer": "adamw_schedulefree"}):
         _, state, loop = begin(settings.with_(**changes), ready)
         loop_module.drain(loop)
         live = [weight.detach().clone() for weight in state.adapter.parameters()]
         with state.evaluated():
-            judged = [weight.detach().clone() for weight in state.adapter.parameters()]
-        assert any(not torch.equal(a, b) for a, b in zip(live, judged, strict=True))
+            evaluated = [weight.detach().clone() for weight in state.adapter.parameters()]
+        assert any(not torch.equal(a, b) for a, b in zip(live, evaluated, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(live, state.adapter.parameters(), strict=True))
 
 
@@ -259,7 +256,8 @@ def test_the_average_follows_its_recursion():
 
 def poison(ready, index: int) -> None:
     """Make a picture's latents NaN, as a broken cache or an overflow would."""
-    ready.pictures[index] = replace(ready.pictures[index], latents=torch.full_like(ready.pictures[index].latents, nan))
+    pictures = ready.examples.pictures
+    pictures[index] = replace(pictures[index], latents=torch.full_like(pictures[index].latents, nan))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
@@ -289,20 +287,20 @@ def test_three_in_a_row_end_the_loop_with_the_last_good_weights(settings, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(first, state.adapter.parameters(), strict=True))
 
 
-# ── What is not to be learned ───────────────────────────────────────────────────────────────────────────────────────
+# ── Masks and prior preservation ────────────────────────────────────────────────────────────────────────────────────
 
 
 def gradients(ready, settings, **changes):
     unet, state, _ = begin(settings, ready)
     for weight in state.adapter.parameters():  # up matrices are zero at first, and hide the down ones
         torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
-    item = loop_module.batch(ready.pictures, ready.texts, [0, 1], 0, 0, settings, **changes)
+    item = examples(ready, settings).batch([0, 1], 0, 0, **changes)
     value = loop_module.batch_loss(unet, ready.base, ready.base.alphas_cumprod(), item, settings, state.adapter)
     value.backward()
     return float(value.detach()), [weight.grad for weight in state.adapter.parameters()]
 
 
-def test_what_a_mask_blackens_is_not_learned(settings, tmp_path):
+def test_masked_cells_are_not_learned(settings, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
     half = Image.new("L", (32, 32), 255)
@@ -311,20 +309,20 @@ def test_what_a_mask_blackens_is_not_learned(settings, tmp_path):
         half.save(masks / f"{number}.png")
     masked = settings.with_(mask=str(masks))
     ready = prepared(masked, tmp_path)
-    cells = ready.pictures[0].mask
-    assert cells.shape == (1, *ready.pictures[0].latents.shape[1:])
+    cells = ready.examples.pictures[0].mask
+    assert cells.shape == (1, *ready.examples.pictures[0].latents.shape[1:])
     assert cells[..., :4].min() == 1 and cells[..., 4:].max() == 0
-    assert ready.pictures[3].mask is None
-    item = loop_module.batch(ready.pictures, ready.texts, [0, 1], 0, 0, masked)
-    predicted, wanted = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
-    wanted[..., 4:] = 100
-    assert loss.error(predicted, wanted, mask=item.mask) == 0.5
-    part = loop_module.batch(ready.pictures, ready.texts, [0, 3], 0, 0, masked.with_(unmasked_weight=0.25)).mask
+    assert ready.examples.pictures[3].mask is None
+    item = examples(ready, masked).batch([0, 1], 0, 0)
+    predicted, expected = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
+    expected[..., 4:] = 100
+    assert loss.error(predicted, expected, mask=item.mask) == 0.5
+    part = examples(ready, masked.with_(unmasked_weight=0.25)).batch([0, 3], 0, 0).mask
     assert part[0, ..., 4:].max() == 0.25 and part[1].min() == 1
-    asked = validation.questions(ready.pictures[:1], ready.texts, masked)[0]  # judged as it is trained
-    assert torch.equal(asked.mask[0], cells)
+    question = validation.questions(ready.examples.pictures[:1], examples(ready, masked))[0]
+    assert torch.equal(question.mask[0], cells)  # validated as it is trained
     for index in (0, 1):
-        ready.pictures[index] = replace(ready.pictures[index], mask=torch.zeros_like(cells))
+        ready.examples.pictures[index] = replace(ready.examples.pictures[index], mask=torch.zeros_like(cells))
     value, weights = gradients(ready, masked)
     assert value == 0 and all(gradient.abs().max() == 0 for gradient in weights)
 
@@ -332,12 +330,12 @@ def test_what_a_mask_blackens_is_not_learned(settings, tmp_path):
 def test_a_mask_is_mirrored_with_its_picture(settings, tmp_path):
     settings = settings.with_(flip=True)
     ready = prepared(settings, tmp_path)
-    cells = torch.zeros(1, *ready.pictures[0].latents.shape[1:])
+    cells = torch.zeros(1, *ready.examples.pictures[0].latents.shape[1:])
     cells[..., 0] = 1
-    ready.pictures[0] = replace(ready.pictures[0], mask=cells)
+    ready.examples.pictures[0] = replace(ready.examples.pictures[0], mask=cells)
     for step in range(12):
-        item = loop_module.batch(ready.pictures, ready.texts, [0], step, 0, settings)
-        mirrored = torch.equal(item.latents[0], ready.pictures[0].mirrored)
+        item = examples(ready, settings).batch([0], step, 0)
+        mirrored = torch.equal(item.latents[0], ready.examples.pictures[0].mirrored)
         assert torch.equal(item.mask[0], cells.flip(-1) if mirrored else cells)
 
 
@@ -347,16 +345,16 @@ def test_transparency_is_a_mask_too(settings, pictures, tmp_path):
         image.putalpha(Image.new("L", image.size, 0 if file.stem == "0" else 255))
         image.save(file)
     ready = prepared(settings.with_(mask="alpha"), tmp_path)
-    assert ready.pictures[0].mask.max() == 0 and ready.pictures[1].mask is None
+    assert ready.examples.pictures[0].mask.max() == 0 and ready.examples.pictures[1].mask is None
 
 
-def test_transparency_turns_with_its_picture(tmp_path):
-    """A camera's turn by EXIF: the left half as stored is the upper half as seen."""
+def test_transparency_is_rotated_with_its_picture(tmp_path):
+    """EXIF rotation: the left half of the stored picture is the upper half of the displayed one."""
     file = tmp_path / "pictures" / "a.png"
     file.parent.mkdir()
     image, exif = Image.new("RGBA", (40, 24), (200, 0, 0, 255)), Image.Exif()
     image.paste((0, 0, 200, 0), (0, 0, 20, 24))
-    exif[0x0112] = 6  # turn clockwise to see it upright
+    exif[0x0112] = 6  # displayed rotated clockwise
     image.save(file, exif=exif)
     scanned = folders.scan(file.parent)
     (mask,) = folders.find_masks(scanned.pictures, "alpha", file.parent)
@@ -373,7 +371,7 @@ def test_masks_that_mask_nothing_are_refused(settings, tmp_path):
         prepared(settings.with_(mask="alpha"), tmp_path)
 
 
-def test_regularisation_pictures_are_shown_as_often_as_the_others_and_weighed(settings, tmp_path):
+def test_regularisation_pictures_are_as_frequent_as_the_others_and_weighted(settings, tmp_path):
     folder = tmp_path / "class"
     folder.mkdir()
     for number in range(5):
@@ -381,38 +379,38 @@ def test_regularisation_pictures_are_shown_as_often_as_the_others_and_weighed(se
         (folder / f"{number}.txt").write_text("thing")
     regular = settings.with_(regularisation=str(folder), prior_weight=0.5)
     ready = prepared(regular, tmp_path)
-    assert [p.prior for p in ready.pictures] == [False] * 6 + [True] * 5
-    assert sum(ready.repeats[:6]) == sum(ready.repeats[6:]) == 12
-    item = loop_module.batch(ready.pictures, ready.texts, [0, 6], 0, 0, regular)
-    assert item.weight.tolist() == [1.0, 0.5] and item.asks_base is None
+    assert [p.prior for p in ready.examples.pictures] == [False] * 6 + [True] * 5
+    assert sum(ready.examples.repeats[:6]) == sum(ready.examples.repeats[6:]) == 12
+    item = examples(ready, regular).batch([0, 6], 0, 0)
+    assert item.weight.tolist() == [1.0, 0.5] and item.base_target is None
     assert len(loop_module.drain(begin(regular, ready)[2])) == regular.steps
     other = preparation.settings(regular, ready)
     assert str(tmp_path) not in str(other) and other["regularisation"] == ready.contents["regularisation"]
 
 
-def test_the_class_is_held_to_what_the_bare_base_says(settings, tmp_path):
-    asked = settings.with_(prior_prediction=True, trigger="sks thing", class_word="thing", min_snr_gamma=None)
-    ready = prepared(asked, tmp_path)
-    assert "thing, number 3" in ready.texts
-    item = loop_module.batch(ready.pictures, ready.texts, [0, 1], 0, 0, asked, of_class=True)
-    assert torch.equal(item.embeddings[0], ready.texts["thing, number 0"].embeddings)
-    assert item.weight.tolist() == [1.0, 1.0] and item.asks_base.all()
-    unet, state, loop = begin(asked, ready)
+def test_class_captions_keep_the_prediction_of_the_base(settings, tmp_path):
+    preserving = settings.with_(prior_prediction=True, trigger="sks thing", class_word="thing", min_snr_gamma=None)
+    ready = prepared(preserving, tmp_path)
+    assert "thing, number 3" in ready.examples.texts
+    item = examples(ready, preserving).batch([0, 1], 0, 0, class_captions=True)
+    assert torch.equal(item.embeddings[0], ready.examples.texts["thing, number 0"].embeddings)
+    assert item.weight.tolist() == [1.0, 1.0] and item.base_target.all()
+    unet, state, loop = begin(preserving, ready)
     alphas = ready.base.alphas_cumprod()
-    fresh = loop_module.batch_loss(unet, ready.base, alphas, item, asked, state.adapter)
-    assert fresh < 1e-10  # a fresh adapter says what the base says
-    assert gradients(ready, asked, of_class=True)[0] > 1e-4  # another does not
-    assert len(loop_module.drain(loop)) == asked.steps
+    fresh = loop_module.batch_loss(unet, ready.base, alphas, item, preserving, state.adapter)
+    assert fresh < 1e-10  # a fresh adapter does not change the prediction
+    assert gradients(ready, preserving, class_captions=True)[0] > 1e-4  # another one does
+    assert len(loop_module.drain(loop)) == preserving.steps
 
 
-def test_captions_change_their_order_from_step_to_step(settings, pictures, tmp_path):
+def test_captions_are_shuffled_in_each_step(settings, pictures, tmp_path):
     for file in pictures.rglob("*.txt"):
         file.write_text("sks thing, red, big, round, old, blue")
     shuffled = settings.with_(shuffle_captions=True, keep_tokens=1, caption_variants=8)
     ready = prepared(shuffled, tmp_path)
-    seen = [loop_module.batch(ready.pictures, ready.texts, [0], step, 0, shuffled).embeddings for step in range(40)]
+    seen = [examples(ready, shuffled).batch([0], step, 0).embeddings for step in range(40)]
     assert 4 <= len({x.numpy().tobytes() for x in seen}) <= 8
-    again = loop_module.batch(ready.pictures, ready.texts, [0], 7, 0, shuffled).embeddings
+    again = examples(ready, shuffled).batch([0], 7, 0).embeddings
     assert torch.equal(again, seen[7])
 
 
@@ -421,8 +419,8 @@ def test_rates_by_place_multiply_with_lora_plus(settings, tmp_path):
     changed = settings.with_(block_rates={"up_blocks": 0.5, "up_blocks.1.attentions.0": 0.0}, learning_rate_ratio=4)
     _, state, loop = begin(changed, ready)
     before = {name: weight.detach().clone() for name, weight in state.adapter.state().items()}
-    found = {group["ratio"]: len(group["params"]) for group in state.optimizer.param_groups}
-    assert set(found) == {1.0, 4.0, 0.5, 2.0, 0.0} and sum(found.values()) == len(before)
+    counts = {group["ratio"]: len(group["params"]) for group in state.optimizer.param_groups}
+    assert set(counts) == {1.0, 4.0, 0.5, 2.0, 0.0} and sum(counts.values()) == len(before)
     for step, _ in zip(loop, range(2), strict=False):
         assert step.finite
     for name, weight in state.adapter.state().items():
@@ -439,44 +437,45 @@ def test_text_encoders_learn_each_at_its_rate(settings, small_bases, tmp_path):
     ready = prepared(settings, tmp_path)
     _, state, loop = begin(settings, ready)
     rates = {id(w): group["ratio"] * 1e-3 for group in state.optimizer.param_groups for w in group["params"]}
-    found = {name: rates[id(weight)] for name, weight in state.adapter.state().items()}
+    rates = {name: rates[id(weight)] for name, weight in state.adapter.state().items()}
     down, up = "self_attn.q_proj.down", "self_attn.q_proj.up"
-    assert found[f"text_encoder.encoder.layers.1.{down}"] == pytest.approx(2e-3)
-    assert found[f"text_encoder.encoder.layers.0.{down}"] == pytest.approx(1e-3)
-    assert found[f"text_encoder_2.encoder.layers.1.{down}"] == pytest.approx(5e-4)
-    assert found[f"text_encoder_2.encoder.layers.1.{up}"] == pytest.approx(2e-3)
-    assert found["mid_block.attentions.0.proj_in.down"] == pytest.approx(1e-3)
+    assert rates[f"text_encoder.encoder.layers.1.{down}"] == pytest.approx(2e-3)
+    assert rates[f"text_encoder.encoder.layers.0.{down}"] == pytest.approx(1e-3)
+    assert rates[f"text_encoder_2.encoder.layers.1.{down}"] == pytest.approx(5e-4)
+    assert rates[f"text_encoder_2.encoder.layers.1.{up}"] == pytest.approx(2e-3)
+    assert rates["mid_block.attentions.0.proj_in.down"] == pytest.approx(1e-3)
     before = {name: weight.detach().clone() for name, weight in state.adapter.state().items()}
     loop_module.drain(loop)
     moved = {name for name, weight in state.adapter.state().items() if not torch.equal(weight, before[name])}
-    # Counted from the next to last: what the last layer of the first encoder says is heard by nobody.
+    # SDXL takes the next-to-last layer, so the last layer of the first encoder gets no gradient.
     silent = {name for name in before if name.startswith("text_encoder.encoder.layers.1.") and name.endswith(".up")}
     assert {name for name in before if name.endswith(".up")} - moved == silent
 
 
 def test_the_text_encoders_gradient_is_that_of_the_whole_pipeline(settings, small_bases, tmp_path):
-    """Caption → tokens → CLIP → UNet → loss, written out; against the loop's own way through cached parts."""
+    """Caption → tokens → CLIP → UNet → loss, written out, against the loop's use of cached embeddings."""
     settings = settings.with_(text_encoder_rate=1e-3, train_unet=False, min_snr_gamma=None)
     ready = prepared(settings, tmp_path)
     unet, state, _ = begin(settings, ready)
     for weight in state.adapter.parameters():
         weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    item = loop_module.batch(ready.pictures, ready.texts, [0, 1], 0, 0, settings)
+    item = examples(ready, settings).batch([0, 1], 0, 0)
     alphas = ready.base.alphas_cumprod()
     ours = loop_module.batch_loss(unet, ready.base, alphas, item, settings, state.adapter)
-    wanted = torch.autograd.grad(ours, state.adapter.parameters())
-    _, tokenizer = model.load_text_encoder(ready.base, torch.float32, CPU)
-    tokens = tokenizer([p.caption for p in ready.pictures[:2]], padding="max_length", return_tensors="pt").input_ids
+    expected = torch.autograd.grad(ours, state.adapter.parameters())
+    _, tokenizer = model.load_text_encoder(ready.base, Compute(CPU, torch.float32))
+    captions = [p.caption for p in ready.examples.pictures[:2]]
+    tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     text = state.adapter.models["text_encoder"](tokens).last_hidden_state
     noisy = loss.add_noise(item.latents, item.noise, alphas[item.timesteps])
     theirs = torch.nn.functional.mse_loss(unet(noisy, item.timesteps, text).sample, item.noise)
     gradients = torch.autograd.grad(theirs, state.adapter.parameters())
     assert torch.allclose(ours, theirs, rtol=1e-5)
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-7) for a, b in zip(wanted, gradients, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-7) for a, b in zip(expected, gradients, strict=True))
     assert any(gradient.abs().max() > 1e-4 for gradient in gradients)
 
 
-def test_the_bare_base_is_asked_with_its_own_words(settings, tmp_path):
+def test_base_targets_use_the_original_text_encoders(settings, tmp_path):
     settings = settings.with_(
         text_encoder_rate=1e-3, prior_prediction=True, trigger="sks thing", class_word="thing", min_snr_gamma=None
     )
@@ -484,19 +483,19 @@ def test_the_bare_base_is_asked_with_its_own_words(settings, tmp_path):
     unet, state, _ = begin(settings, ready)
     for weight in state.adapter.parameters():
         weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    item = loop_module.batch(ready.pictures, ready.texts, [0, 1], 0, 0, settings, of_class=True)
+    item = examples(ready, settings).batch([0, 1], 0, 0, class_captions=True)
     alphas = ready.base.alphas_cumprod()
     noisy = loss.add_noise(item.latents, item.noise, alphas[item.timesteps])
-    bare = model.load_unet(ready.base, torch.float32, CPU)
+    bare = model.load_unet(ready.base, Compute(CPU, torch.float32))
     texts = model.reencode(ready.base, state.adapter.encoders, item.embeddings, item.pooled, item.tokens)[0]
     with torch.no_grad():
-        said = bare(noisy, item.timesteps, item.embeddings).sample
-        expected = torch.nn.functional.mse_loss(unet(noisy, item.timesteps, texts).sample, said)
+        base_prediction = bare(noisy, item.timesteps, item.embeddings).sample
+        expected = torch.nn.functional.mse_loss(unet(noisy, item.timesteps, texts).sample, base_prediction)
         ours = loop_module.batch_loss(unet, ready.base, alphas, item, settings, state.adapter)
     assert torch.allclose(ours, expected, rtol=1e-5) and not torch.allclose(texts, item.embeddings, atol=1e-3)
 
 
-def test_a_batch_in_parts_learns_the_same(settings, tmp_path):
+def test_a_batch_in_parts_has_the_same_result(settings, tmp_path):
     settings = settings.with_(batch_size=3, steps=4, learning_rate=1e-4)
     ready = prepared(settings, tmp_path)
     _, whole, loop = begin(settings, ready)
@@ -506,13 +505,13 @@ def test_a_batch_in_parts_learns_the_same(settings, tmp_path):
         again = loop_module.drain(loop)
         assert [step.examples for step in again] == [step.examples for step in done]
         assert [float(step.loss) for step in again] == pytest.approx([float(step.loss) for step in done], rel=1e-5)
-        # As a whole: AdamW makes full steps of gradients that are nothing but rounding, and so of their sign.
+        # Compared as a whole: AdamW makes full steps even for gradients that are only rounding errors.
         one, other = (torch.cat([w.detach().flatten() for w in s.adapter.state().values()]) for s in (state, whole))
         assert (one - other).norm() < 1e-3 * other.norm(), (one - other).norm() / other.norm()
 
 
 def test_a_process_without_pictures_in_a_step_keeps_its_scaler_in_step(settings, tmp_path):
-    """In the first step of a start it has scaled nothing yet, and unscaling used to fail."""
+    """In the first step after a start its scaler has scaled no loss yet, and unscaling used to fail."""
     settings = settings.with_(steps=2)
     ready = prepared(settings, tmp_path)
     unet, state, _ = begin(settings, ready)
@@ -525,16 +524,16 @@ def test_a_process_without_pictures_in_a_step_keeps_its_scaler_in_step(settings,
         def add_up(self, tensors):
             pass
 
-        def any(self, said):
-            return said
+        def any(self, flag):
+            return flag
 
     done = loop_module.drain(
-        loop_module.steps(unet, ready.base, state, ready.pictures, ready.repeats, ready.texts, settings, Idle(1, 2)),
+        loop_module.steps(unet, ready.base, state, examples(ready, settings), Idle(1, 2)),
     )
     assert len(done) == 2 and state.scaler.get_scale() == 4.0
 
 
-def test_lengths_do_not_decay(settings, tmp_path):
+def test_column_norms_do_not_decay(settings, tmp_path):
     settings = settings.with_(algorithm="dora", weight_decay=0.5)
     _, state, _ = begin(settings, prepared(settings, tmp_path))
     lengths = {id(weight) for name, weight in state.adapter.state().items() if name.endswith("dora_scale")}

@@ -13,21 +13,21 @@ EIGHT_BIT = ["adamw8bit", "paged_adamw8bit"]
 
 
 def weights(count: int = 1) -> list[torch.nn.Parameter]:
-    """Of 8192 numbers each: below 4096, bitsandbytes keeps the moments in float32."""
+    """Weights of 8192 numbers: bitsandbytes keeps moments below 4096 numbers in float32."""
     return [torch.nn.Parameter(torch.linspace(-1, 1, 8192).view(64, 128)) for _ in range(count)]
 
 
 def moments(optimizer, weight) -> set[torch.dtype]:
-    """What bitsandbytes holds the two moments of a weight in."""
+    """The dtypes of the two moments of a weight in bitsandbytes."""
     return {optimizer.state[weight][name].dtype for name in ("state1", "state2")}
 
 
 @pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS])
-def test_an_optimizer_walks_downhill(name):
+def test_an_optimizer_lowers_the_loss(name):
     parameters = weights()
     optimizer = optimizers.optimizer(name, parameters, 1.0 if name == "prodigy" else 0.01, weight_decay=0.0)
     first = parameters[0].square().mean().item()
-    for _ in range(120 if name == "prodigy" else 30):  # it begins at a millionth of a rate
+    for _ in range(120 if name == "prodigy" else 30):  # its rate starts at a millionth
         parameters[0].square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -44,7 +44,7 @@ def test_a_missing_package_is_named(monkeypatch):
         optimizers.optimizer("lion", weights(), 1e-4, 0.0)
 
 
-def test_rate_decay_and_betas_are_what_was_asked():
+def test_rate_decay_and_betas_are_the_given_ones():
     group = optimizers.optimizer("adamw", weights(), learning_rate=3e-4, weight_decay=0.02).param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (3e-4, 0.02, (0.9, 0.999), 1e-8)
 
@@ -89,7 +89,7 @@ def test_warm_up_as_a_share_of_the_run():
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
-def test_adamws_moments_go_over_into_8_bit(name):
+def test_adamws_moments_are_converted_to_8_bit(name):
     from bitsandbytes.functional import dequantize_blockwise
 
     parameters = [*weights(), torch.nn.Parameter(torch.linspace(0, 1, 16))]  # the second is too small to be rounded
@@ -106,11 +106,11 @@ def test_adamws_moments_go_over_into_8_bit(name):
         back = dequantize_blockwise(
             large[f"state{ours}"], code=large[f"qmap{ours}"], absmax=large[f"absmax{ours}"], blocksize=256
         )
-        wanted = saved[0][theirs]
-        assert (back - wanted).abs().max() < 0.02 * wanted.abs().max() and back.abs().max() > 0
+        expected = saved[0][theirs]
+        assert (back - expected).abs().max() < 0.02 * expected.abs().max() and back.abs().max() > 0
         assert torch.equal(small[f"state{ours}"], saved[1][theirs])
     assert large["step"] == small["step"] == 3
-    after.step()  # and it goes on
+    after.step()
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
@@ -119,7 +119,7 @@ def test_an_8_bit_state_survives_its_file(name, tmp_path):
     config = {"learning_rate": 0.01, "weight_decay": 0.0}
 
     def state(parameters) -> loop.State:
-        none = injection.Adapter({}, {}, {}, {}, "attention")
+        none = injection.Adapter({}, {})
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         return loop.State(
             none, optimizers.optimizer(name, parameters, **config), scaler, torch.zeros(2, dtype=torch.int32)
@@ -135,8 +135,8 @@ def test_an_8_bit_state_survives_its_file(name, tmp_path):
     for _ in range(3):
         step(before, ours)
     path = checkpoint.save(tmp_path / checkpoint.name(3), before, {})
-    kept = [tensor for key, tensor in load_file(path).items() if key.endswith(("state1", "state2"))]
-    assert len(kept) == 4 and {tensor.dtype for tensor in kept} == {torch.uint8}
+    saved = [tensor for key, tensor in load_file(path).items() if key.endswith(("state1", "state2"))]
+    assert len(saved) == 4 and {tensor.dtype for tensor in saved} == {torch.uint8}
     for mine, other in zip(ours, theirs, strict=True):
         other.data.copy_(mine.data)
     checkpoint.restore(after, checkpoint.read(path))

@@ -1,5 +1,6 @@
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from said import QUIET, line, names
 
 from lorakit import demo
 from lorakit.adapter import injection
+from lorakit.adapter.specs import layer_specs
 from lorakit.base import model
 from lorakit.dataset import folder as dataset_folder
+from lorakit.device import Compute
 from lorakit.run import checkpoint, run, run_folder
 from lorakit.train import loop as loop_module
 from lorakit.train import validation
@@ -18,7 +21,7 @@ from lorakit.train import validation
 DIGESTS = [f"{i * 7919:064x}"[::-1] for i in range(1, 41)]
 
 
-# ── Which pictures ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Choosing pictures ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_share_of_the_pictures_is_held_out_by_content():
@@ -32,7 +35,7 @@ def test_a_share_of_the_pictures_is_held_out_by_content():
     assert len(names & {more[i] for i in validation.hold_out(more, 0.1, seed=1)}) >= 3
 
 
-def test_copies_are_held_out_together_and_something_is_left():
+def test_copies_are_held_out_together_and_a_picture_is_left():
     twice = DIGESTS[:5] * 2
     held = validation.hold_out(twice, 0.2, seed=0)
     assert len(held) == 2 and twice[held[0]] == twice[held[1]]
@@ -40,21 +43,21 @@ def test_copies_are_held_out_together_and_something_is_left():
     assert validation.hold_out(DIGESTS[:1], 0.5, seed=0) == [] == validation.hold_out(DIGESTS, 0, seed=0)
 
 
-def test_every_folder_and_shape_is_held_out_by_its_share():
+def test_every_folder_and_shape_is_held_out_in_proportion():
     kinds = [("5_cat", "tall")] * 12 + [("5_cat", "square")] * 4 + [("3_dog", "wide")] * 8
     choices = [validation.hold_out(DIGESTS[:24], 0.25, seed, kinds) for seed in range(20)]
     for held in choices:
-        wanted = [("3_dog", "wide")] * 2 + [("5_cat", "square")] + [("5_cat", "tall")] * 3
-        assert sorted(kinds[place] for place in held) == wanted
-    assert len(set(map(tuple, choices))) > 10  # which of them is chance
+        expected = [("3_dog", "wide")] * 2 + [("5_cat", "square")] + [("5_cat", "tall")] * 3
+        assert sorted(kinds[place] for place in held) == expected
+    assert len(set(map(tuple, choices))) > 10  # random within each kind
 
 
-def test_one_picture_stands_for_the_most():
+def test_a_single_picture_is_of_the_most_common_kind():
     kinds = [("a", "tall")] * 3 + [("b", "square")] * 6
     assert [kinds[place] for place in validation.hold_out(DIGESTS[:9], 0.1, 0, kinds)] == [("b", "square")]
 
 
-def test_a_spread_choice_depends_on_contents_alone_and_hardly_moves():
+def test_a_spread_choice_depends_only_on_contents_and_is_stable():
     random = np.random.default_rng(0)
     for trial in range(200):
         size = int(random.integers(3, 40))
@@ -73,27 +76,27 @@ def test_copies_in_two_folders_are_held_out_together():
     assert len(held) == 6 and set(held[:3]) == set(held[3:])
 
 
-def test_what_was_held_out_is_said(pictures):
-    found = dataset_folder.scan(pictures)
-    kinds = validation.traits(found.pictures)
+def test_the_held_out_kinds_are_described(pictures):
+    dataset = dataset_folder.scan(pictures)
+    kinds = validation.traits(dataset.pictures)
     assert kinds == [("2_sks thing", "square")] * 4 + [("2_sks thing", "wide")] * 2
-    held = validation.hold_out([p.digest for p in found.pictures], 0.5, 0, kinds)
+    held = validation.hold_out([p.digest for p in dataset.pictures], 0.5, 0, kinds)
     text = validation.representative(held, kinds)
     assert names(text, "square 2 of 4", "wide 1 of 2")
     same = validation.representative([0], kinds[:4])
-    assert same and not names(same, "square") and not names(same, 4)  # there is no share to give
+    assert same and not names(same, "square") and not names(same, 4)  # one kind has no shares
 
 
-# ── What they are asked ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Measuring ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_same_questions_have_the_same_answer_and_change_nothing(settings, ready):
+def test_measuring_is_repeatable_and_has_no_side_effects(settings, ready):
     unet, _, _ = begin(settings, ready)
-    asked = validation.questions(ready.pictures[:2], ready.texts, settings)
+    batches = validation.questions(ready.examples.pictures[:2], ready.examples)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), unet.training
-    first = validation.measure(unet, ready.base, asked, settings)
+    first = validation.measure(unet, ready.base, batches, settings)
     torch.rand(5)
-    again = validation.questions(ready.pictures[:2], ready.texts, settings)
+    again = validation.questions(ready.examples.pictures[:2], ready.examples)
     torch.set_rng_state(before[0])
     assert validation.measure(unet, ready.base, again, settings) == first
     assert torch.equal(torch.get_rng_state(), before[0]) and unet.training == before[2]
@@ -104,9 +107,8 @@ def test_validation_leaves_the_run_bit_identical(settings, ready):
     plain, seen = begin(settings, ready), []
     loop_module.drain(plain[2])
     unet, state, loop = begin(settings, ready)
-    listener = validation.validate_every(
-        2, unet, state, ready.base, ready.pictures[:2], ready.pictures[2:], ready.texts, settings, seen.append
-    )
+    held_out, trained = ready.examples.pictures[:2], replace(ready.examples, pictures=ready.examples.pictures[2:])
+    listener = validation.validate_every(2, unet, ready.base, state, trained, held_out, seen.append)
     loop_module.drain(loop, listener)
     for a, b in zip(plain[1].adapter.parameters(), state.adapter.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -116,21 +118,20 @@ def test_validation_leaves_the_run_bit_identical(settings, ready):
 
 
 @pytest.mark.no_cover
-def test_memorising_opens_the_gap(tmp_path):
-    """Three pictures of the demo's, learned by heart at a high rate: theirs falls, and the others' does not follow."""
+def test_memorising_increases_the_gap(tmp_path):
+    """Three pictures of the demo, memorised at a high rate: their loss falls more than that of the others."""
     (tmp_path / "six").mkdir()
     for file in sorted(demo.PICTURES.glob("*/*"))[:12]:  # with their captions
         shutil.copy(file, tmp_path / "six")
     settings = demo.config(dataset=str(tmp_path / "six"), steps=20, learning_rate=8e-3, batch_size=3, warmup_steps=0)
     ready = prepared(settings, tmp_path)
-    unet = model.load_unet(ready.base, torch.float32, CPU)
-    adapter = injection.inject(unet, settings.rank, settings.alpha, seed=0)
+    unet = model.load_unet(ready.base, Compute(CPU, torch.float32))
+    adapter = injection.inject(unet, layer_specs(unet, settings.rank, settings.alpha), 0)
     state, seen = loop_module.initial_state(adapter, settings, CPU, torch.float32), []
-    trained, held_out = ready.pictures[:3], ready.pictures[3:]
-    loop = loop_module.steps(unet, ready.base, state, trained, [1] * 3, ready.texts, settings)
-    listener = validation.validate_every(
-        10, unet, state, ready.base, held_out, trained, ready.texts, settings, seen.append
-    )
+    held_out = ready.examples.pictures[3:]
+    trained = replace(ready.examples, pictures=ready.examples.pictures[:3], repeats=[1] * 3, config=settings)
+    loop = loop_module.steps(unet, ready.base, state, trained)
+    listener = validation.validate_every(10, unet, ready.base, state, trained, held_out, seen.append)
     loop_module.drain(loop, listener)
     assert seen[-1].trained < 0.8 * seen[-1].trained_base
     assert seen[-1].gap > 0.1 and seen[-1].gap > seen[0].gap
@@ -141,7 +142,7 @@ def test_a_fresh_adapter_has_no_gap():
     assert value.gap == 0 and value.facts()["validation_loss"] == 0.5
 
 
-# ── What the curve says ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Advice ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STEPS = [100 * i for i in range(1, 21)]
 
@@ -162,18 +163,18 @@ RISING = [0.12 + 0.0006 * (i - 9) ** 2 for i in range(20)]
     ids=["falling", "plateau", "rising"],
 )
 @pytest.mark.parametrize("seed", range(8))
-def test_the_guides_three_cases_are_told_apart(curve, state, best, seed):
+def test_the_guides_three_cases_are_distinguished(curve, state, best, seed):
     advice = validation.advise(STEPS, curve)
     assert (advice.state, advice.best) == (state, best)
-    told = validation.advise(STEPS, noisy(curve, 0.002, seed))
-    assert told.state == state
-    if state != "plateau":  # where all are alike, any of them may be the lowest
-        assert abs(told.best - best) <= 200
+    advice = validation.advise(STEPS, noisy(curve, 0.002, seed))
+    assert advice.state == state
+    if state != "plateau":  # on a plateau any value may be the lowest
+        assert abs(advice.best - best) <= 200
     if state == "rising":
-        assert names(str(told), told.best)
+        assert names(str(advice), advice.best)
 
 
-def test_a_single_outlier_decides_nothing():
+def test_a_single_outlier_has_no_effect():
     up, down = list(FALLING), list(PLATEAU)
     up[-2], down[5] = 0.9, 0.01
     assert validation.advise(STEPS, up).state == "falling"
@@ -197,17 +198,17 @@ def test_values_that_are_not_finite_are_never_the_best():
 
 @pytest.mark.usefixtures("weights_only")
 def test_a_run_holds_pictures_out_and_names_its_best_checkpoint(settings, tmp_path):
-    said = []
+    lines = []
     settings = settings.with_(validation_share=0.3, validate_every=2, steps=12)
-    result = run.start(settings, tmp_path / "run", **QUIET | {"say": said.append})
+    result = run.start(settings, tmp_path / "run", **QUIET | {"say": lines.append})
     log = run_folder.read_log(tmp_path / "run" / "log.jsonl")
     marked = {entry["step"]: entry for entry in log if "validation_loss" in entry}
     assert sorted(marked) == [2, 4, 6, 8, 10, 12]
     assert all(math.isfinite(entry["overfit_gap"]) for entry in marked.values())
-    assert line(said, "held out", 2, 6)
+    assert line(lines, "held out", 2, 6)
     assert result.best and result.best.name in {checkpoint.name(step) for step in (3, 6, 9, 12)}
-    assert line(said, "best", result.best.name)
-    assert run_folder.describe_run(tmp_path / "run")["best"] == result.best.name
+    assert line(lines, "best", result.best.name)
+    assert run_folder.RunFolder(tmp_path / "run").describe()["best"] == result.best.name
 
 
 @pytest.mark.no_cover

@@ -13,20 +13,25 @@ import browser
 import colab
 import ipywidgets as widgets
 import numpy as np
+import pictures as pictures_of
 import pytest
 import torch
 from panels import tone, words
 from PIL import Image
 from said import QUIET, line, names, naming
 
+from lorakit import page
 from lorakit.adapter import attachment, merging, proof, write
 from lorakit.adapter.lora import FAMILIES
 from lorakit.base import model
 from lorakit.config import Config
+from lorakit.console import Console
 from lorakit.evaluate import candidates, variants
 from lorakit.plots import TONES
 from lorakit.run import checkpoint, finish, run_folder
 from lorakit.run import run as run_module
+from lorakit.run.run import Run
+from lorakit.sample import Sampling
 from lorakit.sample import sampler as sampler_module
 from lorakit.storage import backup
 from lorakit.widgets import compare
@@ -51,7 +56,7 @@ def trained(small_bases, tmp_path_factory) -> Path:
     )  # fmt: skip
     folder = pictures.parents[1] / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "draw", lambda *_: None)
+        patch.setattr(finish, "draw_comparison", lambda *_, **__: None)
         run_module.start(config, folder, **QUIET)
     log, losses = (
         [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()],
@@ -145,10 +150,10 @@ def test_others_keep_their_own_strength_at_every_strength_of_the_candidate(folde
     columns = variants.columns(["step 2"], [0, 0.5])
     found = variants.make_variants(base, columns, paths, [(other, 0.8)])
     plain = {"steps": 2, "device": "cpu", "precision": "no"}
-    made = [placed.picture for placed in sampler_module.stream(base, ["sks thing"], list(found.values()), **plain)]
+    made = [placed.picture for placed in pictures_of.stream(base, ["sks thing"], list(found.values()), **plain)]
     whole = merging.merge([run_folder.lora_of(paths["step 2"]), run_folder.lora_of(other)], [0.5, 0.8]).lora
     expected = [
-        sampler_module.generate(
+        pictures_of.rows(
             base, ["sks thing"], attach=lambda models, lora=lora: attachment.attach(models, base, lora), strengths=[by],
             **plain,
         )[0][0]
@@ -172,9 +177,9 @@ def test_what_cannot_be_used_is_told_and_left_out(folder, small_bases, tmp_path)
     told: list[str] = []
     wanted = variants.columns(["good", "broken"], [0, 1])
     paths = {"good": at(folder, 2), "broken": broken}
-    found = variants.make_variants(model.open(small_bases["sd15"]), wanted, paths, tell=told.append)
+    found = variants.make_variants(model.open(small_bases["sd15"]), wanted, paths, warn=told.append)
     assert list(found) == [BARE, ("good", 1)] and len(told) == 1 and names(told[0], "broken.safetensors")
-    assert list(variants.make_variants(model.open(small_bases["sdxl"]), wanted, paths, tell=told.append)) == [BARE]
+    assert list(variants.make_variants(model.open(small_bases["sdxl"]), wanted, paths, warn=told.append)) == [BARE]
     assert line(told, at(folder, 2).name, "sdxl", FAMILIES["sd15"], FAMILIES["sdxl"])
     with pytest.raises(ValueError, match=naming("broken.safetensors")):
         variants.make_variants(model.open(small_bases["sd15"]), wanted, paths, [(broken, 1.0)])
@@ -208,62 +213,64 @@ def counted(panel) -> list[int]:
 
 
 def styles(panel) -> str:
-    return "".join(child.value for child in panel.styles.children[1:])
+    return "".join(child.value for child in panel.grid.styles.children[1:])
 
 
 def test_a_run_is_opened_with_its_settings_and_the_best_is_preselected(panel):
     assert [label for label, box in panel.boxes.items() if box.value] == ["step 4", "step 6"]
     assert names(panel.boxes["step 4"].description, "step 4", compare.BEST)
     assert panel.boxes["step 6"].description == "step 6"
-    assert panel.what.value == "step 4" and panel.name.value == "thing-step-000004"
+    assert panel.file.label.value == "step 4" and panel.file.name.value == "thing-step-000004"
     assert panel.steps.value == 2 and names(panel.make_button.description, 10)
     panel.boxes["step 6"].value = False
     assert names(panel.make_button.description, 6)
 
 
 def test_several_runs_are_set_side_by_side_above_the_grid(panel, folder, tmp_path):
-    assert panel.across.value == ""
+    assert panel.runs.value == ""
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rank": 8}))
     panel.read([folder, other])
-    told = panel.across.value
+    told = panel.runs.value
     assert "<svg" in told and str(tmp_path) not in told
     assert re.search(r"rank</td><td [^>]*>4</td><td [^>]*>8<", told)
     assert len(re.findall(r">0\.1000[^<]*\b4<", told)) == 2  # the lowest validation loss and its step, of each run
     assert "run step 2" in panel.boxes and "other step 2" in panel.boxes
-    panel.what.value = "other step 2"
-    assert panel.name.value == "other-step-2"  # the two are not written over each other
+    panel.file.label.value = "other step 2"
+    assert panel.file.name.value == "other-step-2"  # the two are not written over each other
     panel.read([folder])
-    assert panel.across.value == ""
+    assert panel.runs.value == ""
 
 
 def test_a_grid_is_made_and_looked_at(panel, small_bases):
     panel.run()
     assert counted(panel) == [10, 10] and tone(panel.progress.value) == "good" and not panel.make_button.disabled
-    assert set(panel.pictures) == {(r, c) for r in (0, 1) for c in variants.columns(["step 4", "step 6"], [0, 0.5, 1])}
-    assert sum(map(len, panel.cells.values())) == 12  # strength 0 is shown beside each checkpoint
+    assert set(panel.grid.pictures) == {
+        (r, c) for r in (0, 1) for c in variants.columns(["step 4", "step 6"], [0, 0.5, 1])
+    }
+    assert sum(map(len, panel.grid.cells.values())) == 12  # strength 0 is shown beside each checkpoint
     assert styles(panel).count("data:image/jpeg;base64,") == 10
     base = model.open(small_bases["sd15"])
-    lora = run_folder.lora_of(panel.found.paths["step 4"])
-    expected = sampler_module.generate(
+    lora = run_folder.lora_of(panel.candidates.paths["step 4"])
+    expected = pictures_of.rows(
         base, ["a house"], seeds=[42], strengths=[0.5], attach=lambda models: attachment.attach(models, base, lora),
         steps=2, device="cpu", precision="no",
     )  # fmt: skip
-    assert panel.pictures[1, ("step 4", 0.5)].tobytes() == expected[0][0].tobytes()
-    panel.cells[1, ("step 4", 0.5)][0].click()
-    assert names(words(panel.large.value), "a house", "step 4", 0.5, 42)
-    shown = [base64.b64decode(code) for code in re.findall(r"data:image/png;base64,([^\"]+)", panel.large.value)]
+    assert panel.grid.pictures[1, ("step 4", 0.5)].tobytes() == expected[0][0].tobytes()
+    panel.grid.cells[1, ("step 4", 0.5)][0].click()
+    assert names(words(panel.grid.large.value), "a house", "step 4", 0.5, 42)
+    shown = [base64.b64decode(code) for code in re.findall(r"data:image/png;base64,([^\"]+)", panel.grid.large.value)]
     pictures = [Image.open(io.BytesIO(code)) for code in shown]
-    assert [p.tobytes() for p in pictures] == [expected[0][0].tobytes(), panel.pictures[1, BARE].tobytes()]
+    assert [p.tobytes() for p in pictures] == [expected[0][0].tobytes(), panel.grid.pictures[1, BARE].tobytes()]
     assert "a house <lora:thing-step-000004:0.5>\n" in pictures[0].text["parameters"]
     assert "<lora" not in pictures[1].text["parameters"]
-    assert "lk-chosen" in panel.cells[1, ("step 4", 0.5)][0]._dom_classes
-    panel.cells[0, BARE][1].click()
-    assert "lk-chosen" not in panel.cells[1, ("step 4", 0.5)][0]._dom_classes
-    assert names(panel.pick_button.description, "step 6")
-    panel.pick_button.click()
-    assert panel.what.value == "step 6" and panel.name.value == "thing-step-000006"
+    assert "lk-chosen" in panel.grid.cells[1, ("step 4", 0.5)][0]._dom_classes
+    panel.grid.cells[0, BARE][1].click()
+    assert "lk-chosen" not in panel.grid.cells[1, ("step 4", 0.5)][0]._dom_classes
+    assert names(panel.grid.pick_button.description, "step 6")
+    panel.grid.pick_button.click()
+    assert panel.file.label.value == "step 6" and panel.file.name.value == "thing-step-000006"
     panel.make()  # with no kernel it works as well, and takes the place of what was there
     assert counted(panel) == [10, 10] and styles(panel).count("data:image/jpeg") == 10
 
@@ -272,12 +279,14 @@ def test_files_are_compared_without_their_run(folder, small_bases, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for step in (2, 6):
         write.save(run_folder.lora_of(folder, step), tmp_path / "loras" / f"v{step}.safetensors")
-    panel = Compare(tmp_path / "loras", base=str(small_bases["sd15"]), strengths="1", steps=2, seeds=(1, 2))
+    panel = Compare(
+        tmp_path / "loras", base=str(small_bases["sd15"]), strengths="1", sampling=Sampling(steps=2), seeds=(1, 2)
+    )
     assert panel.prompts.value == "sks thing" and names(panel.make_button.description, 4)
     panel.run()
-    assert counted(panel) == [4, 4] and panel.what.value == "v6"
-    panel.look(1, "v2", 1)
-    assert panel.large.value.count("<img") == 1  # nothing of strength 0 to be seen beside it
+    assert counted(panel) == [4, 4] and panel.file.label.value == "v6"
+    panel.grid.look(1, "v2", 1)
+    assert panel.grid.large.value.count("<img") == 1  # nothing of strength 0 to be seen beside it
     panel.strengths.value = "0"
     panel.run()
     assert counted(panel) == [2, 2]
@@ -301,11 +310,11 @@ def test_stop_leaves_what_is_made_and_the_panel_usable(panel, monkeypatch):
 
     monkeypatch.setattr(sampler_module, "stream", watched)
     panel.run()
-    assert counted(panel) == [4, 10] and tone(panel.progress.value) == "warning" and len(panel.pictures) == 4
+    assert counted(panel) == [4, 10] and tone(panel.progress.value) == "warning" and len(panel.grid.pictures) == 4
     assert panel.stop_button.disabled and not panel.make_button.disabled
-    missing = next(place for place in panel.cells if place not in panel.pictures)
-    panel.cells[missing][0].click()
-    assert panel.large.value == ""
+    missing = next(place for place in panel.grid.cells if place not in panel.grid.pictures)
+    panel.grid.cells[missing][0].click()
+    assert panel.grid.large.value == ""
     monkeypatch.undo()
     panel.run()
     assert counted(panel) == [10, 10]
@@ -334,7 +343,9 @@ def test_an_interrupt_stops_the_grid(panel, monkeypatch):
 def test_wrong_fields_are_told(panel, field, value, named):
     getattr(panel, field).value = value
     panel.run()
-    assert tone(panel.progress.value) == "bad" and names(words(panel.progress.value), *named) and panel.pictures == {}
+    assert (
+        tone(panel.progress.value) == "bad" and names(words(panel.progress.value), *named) and panel.grid.pictures == {}
+    )
     assert not panel.make_button.disabled and panel.stop_button.disabled
 
 
@@ -345,24 +356,24 @@ def test_damaged_and_missing_runs_are_told(panel, folder, tmp_path, small_bases)
     panel.run()
     assert counted(panel) == [6, 10] and names(words(panel.progress.value), "step-000006.safetensors")
     assert TONES["bad"] in panel.progress.value
-    panel.what.value = "step 6"
+    panel.file.label.value = "step 6"
     panel.export()
     assert names(words(panel.proof.value), "step-000006.safetensors") and panel.exported is None
     panel.read([tmp_path / "nowhere"])
-    assert names(words(panel.told.value), "nowhere") and tone(panel.told.value) == "bad"
-    assert panel.boxes == {} and panel.what.options == ()
+    assert names(words(panel.message.value), "nowhere") and tone(panel.message.value) == "bad"
+    assert panel.boxes == {} and panel.file.label.options == ()
     panel.run()
-    assert tone(panel.progress.value) == "bad" and panel.pictures == {}
+    assert tone(panel.progress.value) == "bad" and panel.grid.pictures == {}
     panel.export()
     assert tone(panel.proof.value) == "bad" and not names(words(panel.proof.value), "step-000006.safetensors")
     assert panel.exported is None
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     empty = Compare(tmp_path / "new")
-    assert names(words(empty.told.value), "new") and tone(empty.told.value) == "bad"
+    assert names(words(empty.message.value), "new") and tone(empty.message.value) == "bad"
     panel.read([folder])
     panel.base.value = str(small_bases["sdxl"])
     panel.run()
-    assert tone(panel.progress.value) == "bad" and panel.pictures == {}
+    assert tone(panel.progress.value) == "bad" and panel.grid.pictures == {}
     assert names(words(panel.progress.value), "sdxl", FAMILIES["sd15"], FAMILIES["sdxl"])
 
 
@@ -377,36 +388,41 @@ def test_a_card_without_room_is_told(panel, monkeypatch):
 
 
 def test_other_loras_are_used_together(panel, folder):
-    panel.beside.children = ()
-    panel._another(str(at(folder, 2)), 0.5)
+    panel.others.children = ()
+    panel.add_other(str(at(folder, 2)), 0.5)
     panel.boxes["step 6"].value = False
     panel.run()
     assert counted(panel) == [6, 6]
-    panel.look(0, "step 4", 1)
-    shown = re.findall(r"data:image/png;base64,([^\"]+)", panel.large.value)
+    panel.grid.look(0, "step 4", 1)
+    shown = re.findall(r"data:image/png;base64,([^\"]+)", panel.grid.large.value)
     told = [Image.open(io.BytesIO(base64.b64decode(code))).text["parameters"] for code in shown]
     assert "<lora:thing-step-000004:1> <lora:step-000002:0.5>\n" in told[0] and "<lora:step-000002:0.5>\n" in told[1]
-    panel.beside.children[0].children[2].click()
-    assert panel.beside.children == ()
+    panel.others.children[0].children[2].click()
+    assert panel.others.children == ()
 
 
 def test_the_grid_of_what_was_open_goes_with_it(panel, folder, tmp_path):
     """It stayed clickable: what was picked there was looked for among what is open now."""
     write.save(run_folder.lora_of(folder, 2), tmp_path / "loras" / "v2.safetensors")
     panel.run()
-    panel.look(0, "step 4", 1)
-    cell = panel.cells[0, ("step 6", 1)][0]
+    panel.grid.look(0, "step 4", 1)
+    cell = panel.grid.cells[0, ("step 6", 1)][0]
     panel.read([tmp_path / "loras"])
-    assert (panel.grid.children, panel.cells, panel.pictures, panel.large.value) == ((), {}, {}, "")
-    assert panel.pick_button.layout.display == "none" and panel.progress.value == "" and styles(panel) == ""
+    assert (panel.grid.blocks.children, panel.grid.cells, panel.grid.pictures, panel.grid.large.value) == (
+        (),
+        {},
+        {},
+        "",
+    )
+    assert panel.grid.pick_button.layout.display == "none" and panel.progress.value == "" and styles(panel) == ""
     cell.click()  # one that was on its way
-    assert panel.large.value == "" and panel.picked == tmp_path / "loras" / "v2.safetensors"
+    assert panel.grid.large.value == "" and panel.picked == tmp_path / "loras" / "v2.safetensors"
     panel.read([tmp_path / "nowhere"])
     panel.read([folder])
     panel.strengths.value = "1"
     panel.run()
     panel.read([tmp_path / "nowhere"])
-    assert panel.grid.children == () and panel.pick_button.layout.display == "none"
+    assert panel.grid.blocks.children == () and panel.grid.pick_button.layout.display == "none"
 
 
 def test_nothing_else_is_opened_while_pictures_are_made(panel, folder, tmp_path, monkeypatch):
@@ -419,20 +435,24 @@ def test_nothing_else_is_opened_while_pictures_are_made(panel, folder, tmp_path,
         for number, placed in enumerate(original(*rest, **settings)):
             if number == 3:
                 panel.read([other])
-                told.append(panel.told.value)
+                told.append(panel.message.value)
             yield placed
 
     monkeypatch.setattr(sampler_module, "stream", watched)
     panel.run()
-    assert counted(panel) == [10, 10] and len(panel.pictures) == 10
-    assert tone(told[0]) == "warning" and panel.found.config.name == "thing"
-    panel.look(0, "step 4", 1)
-    shown = base64.b64decode(re.findall(r"data:image/png;base64,([^\"]+)", panel.large.value)[0])
+    assert counted(panel) == [10, 10] and len(panel.grid.pictures) == 10
+    assert tone(told[0]) == "warning" and panel.candidates.config.name == "thing"
+    panel.grid.look(0, "step 4", 1)
+    shown = base64.b64decode(re.findall(r"data:image/png;base64,([^\"]+)", panel.grid.large.value)[0])
     assert "<lora:thing-step-000004:1>" in Image.open(io.BytesIO(shown)).text["parameters"]
-    panel.pick_button.click()
+    panel.grid.pick_button.click()
     assert panel.picked == at(folder, 4)
     panel.read([other])
-    assert panel.found.config.name == "other" and names(words(panel.told.value), 3) and tone(panel.told.value) == "good"
+    assert (
+        panel.candidates.config.name == "other"
+        and names(words(panel.message.value), 3)
+        and tone(panel.message.value) == "good"
+    )
 
 
 def test_work_that_was_left_alone_stays_stopped_and_puts_nothing_into_the_next_grid(panel, monkeypatch):
@@ -440,12 +460,12 @@ def test_work_that_was_left_alone_stays_stopped_and_puts_nothing_into_the_next_g
     original, left = sampler_module.stream, []
 
     def slow(*rest, **settings):
-        left.append(settings["stop"])
+        left.append(settings["console"].stop)
         if len(left) > 1:
             yield from original(*rest, **settings)
             return
         panel.stop()
-        panel._ended(None)
+        panel._end(None)
         panel.run()
         yield sampler_module.Placed(0, 0, Image.new("RGB", (32, 32)))
 
@@ -453,8 +473,8 @@ def test_work_that_was_left_alone_stays_stopped_and_puts_nothing_into_the_next_g
     panel.run()
     first, second = left
     assert first.is_set() and not second.is_set()
-    made = panel.pictures[0, BARE].tobytes()
-    assert len(panel.pictures) == 10 and made != bytes(len(made))
+    made = panel.grid.pictures[0, BARE].tobytes()
+    assert len(panel.grid.pictures) == 10 and made != bytes(len(made))
 
 
 def test_a_runs_answers_are_about_its_own_base_alone(panel, folder, small_bases, tmp_path, monkeypatch):
@@ -474,9 +494,9 @@ def test_a_runs_answers_are_about_its_own_base_alone(panel, folder, small_bases,
     assert [bool(base.configs["scheduler"].get("rescale_betas_zero_snr")) for base in asked] == [True, True, False]
 
 
-def test_a_stopped_comparison_leaves_no_sheet(folder, small_bases, tmp_path):
-    base, sheet, stop, counts = model.open(small_bases["sd15"]), tmp_path / "out" / "sheet.png", threading.Event(), []
-    config = candidates.find_candidates(folder).config
+def test_a_stopped_comparison_leaves_no_sheet(folder, tmp_path):
+    sheet, stop, counts = tmp_path / "out" / "sheet.png", threading.Event(), []
+    run = Run(candidates.find_candidates(folder).config, folder)
 
     def compared(stop, last):
         def progress(what, done, of):
@@ -484,16 +504,8 @@ def test_a_stopped_comparison_leaves_no_sheet(folder, small_bases, tmp_path):
             if done == last:
                 stop.set()
 
-        return finish.draw_comparison(
-            base,
-            folder / "thing.safetensors",
-            ["a", "b"],
-            config,
-            sheet,
-            strengths=(0, 1),
-            progress=progress,
-            stop=stop,
-        )
+        console = Console(print, progress, stop)
+        return finish.draw_comparison(run, ["a", "b"], sheet, strengths=(0, 1), console=console)
 
     assert compared(stop, 2) is None and counts == [1, 2] and not sheet.parent.exists()
     assert compared(threading.Event(), 4) == sheet and sheet.exists()  # the last one was made: the sheet is whole
@@ -501,9 +513,9 @@ def test_a_stopped_comparison_leaves_no_sheet(folder, small_bases, tmp_path):
 
 @pytest.mark.parametrize("layout", list(write.LAYOUTS))
 def test_the_picked_checkpoint_is_exported_proven_copied_and_downloaded(panel, folder, tmp_path, layout):
-    panel.download()
-    assert tone(panel.copied.value) == "bad" and not (tmp_path / "exports").exists()
-    panel.form.value, panel.dtype.value, panel.name.value = layout, "fp32", "mine"
+    panel.file.download()
+    assert tone(panel.file.message.value) == "bad" and not (tmp_path / "exports").exists()
+    panel.file.format.value, panel.file.dtype.value, panel.file.name.value = layout, "fp32", "mine"
     panel.export()
     path = tmp_path / "exports" / ("mine" if layout == "peft" else "mine.safetensors")
     assert panel.exported == Path(os.path.relpath(path)) and path.exists()
@@ -512,17 +524,17 @@ def test_the_picked_checkpoint_is_exported_proven_copied_and_downloaded(panel, f
         words(panel.proof.value), f"exports/{path.name}", len(lora.modules)
     )
     assert proof.prove(path, lora, layout=layout).modules == len(lora.modules)
-    panel.copy()
-    assert tone(panel.copied.value) == "bad"
-    panel.folder.value = str(tmp_path / "drive")
-    panel.copy()
-    assert tone(panel.copied.value) == "good" and (tmp_path / "drive" / path.name).exists()
-    panel.download()
-    panel.link = widgets.HTML()  # as of release 7
-    panel.download()
+    panel.file.copy()
+    assert tone(panel.file.message.value) == "bad"
+    panel.file.folder.value = str(tmp_path / "drive")
+    panel.file.copy()
+    assert tone(panel.file.message.value) == "good" and (tmp_path / "drive" / path.name).exists()
+    panel.file.download()
+    panel.file.link = widgets.HTML()  # as of release 7
+    panel.file.download()
     assert (tmp_path / "exports" / "mine.zip").exists() == (layout == "peft")
-    panel.what.value = "step 6"
-    assert panel.name.value == "mine"  # written by hand, it stays
+    panel.file.label.value = "step 6"
+    assert panel.file.name.value == "mine"  # written by hand, it stays
 
 
 def test_a_large_grid_is_light(folder, tmp_path, monkeypatch):
@@ -535,13 +547,13 @@ def test_a_large_grid_is_light(folder, tmp_path, monkeypatch):
     smooth = noise.resize((8, 8)).resize((1024, 1024))
     sent = []
     for row in range(4):
-        for column in panel.asked.columns:
-            panel.done.put((row, column, smooth, compare.small(smooth)))
+        for column in panel.grid.request.columns:
+            panel.finished.put((row, column, smooth, page.jpeg(smooth, compare.SIDE)))
             panel._refresh()
-            sent.append(len(panel.styles.children[-1].value))
-    panel._ended(None)
+            sent.append(len(panel.grid.styles.children[-1].value))
+    panel._end(None)
     assert len(sent) == 52 and max(sent) < 30_000
-    assert len({cell.layout for cells in panel.cells.values() for cell in cells}) == 1
+    assert len({cell.layout for cells in panel.grid.cells.values() for cell in cells}) == 1
     assert threading.active_count() < 50
 
 
@@ -567,22 +579,22 @@ from lorakit.widgets.compare import Compare
 
 stream = sample.stream
 
-def held(*rest, stop, **settings):
+def held(*rest, console, **settings):
     sample.stream = stream
-    for number, placed in enumerate(stream(*rest, stop=stop, **settings), 1):
+    for number, placed in enumerate(stream(*rest, console=console, **settings), 1):
         yield placed
         if number == 4:
-            stop.wait(120)
+            console.stop.wait(120)
 
 sample.stream = held
-panel = Compare("run", strengths=(0, 0.5, 1), steps=4)
+panel = Compare("run", strengths=(0, 0.5, 1), sampling=sample.Sampling(steps=4))
 panel
 """
 
 
 def cells(trained: Path, folder: Path, kernel: str) -> None:
     shutil.copytree(trained, folder / "run")
-    stopped = "panel.run()\nprint('STOPPED-AT', len(panel.pictures))"
+    stopped = "panel.run()\nprint('STOPPED-AT', len(panel.grid.pictures))"
     browser.notebook(folder / "compare.ipynb", PANEL, stopped, kernel=kernel)
 
 

@@ -13,9 +13,10 @@ from said import names
 
 from lorakit.dataset import folder as dataset_folder
 from lorakit.dataset import selection
+from lorakit.dataset.buckets import Buckets
+from lorakit.dataset.picture import thumbnail
 from lorakit.widgets.captions import Captions
 from lorakit.widgets.dataset import Pictures
-from lorakit.widgets.parts import thumbnail
 
 LEAVE_OUT, FINE, REPLACE = "leave out", "is fine", "replace"  # toggles of a picture
 
@@ -38,12 +39,12 @@ def said(widget, *values) -> bool:
 
 
 def test_captions_are_edited_by_hand_saved_and_brought_back(panel, pictures):
-    row = panel.pages.seen.children[2]
+    row = panel.pages.visible.children[2]
     row.children[1].children[1].value = "sks thing,\n on a table "
     assert panel.captions["2_sks thing/2.png"] == "sks thing, on a table"
     assert said(panel.status, 1) and tone(panel.status.value) == "warning"
     panel.filter.value = "edited"
-    assert panel.pages.things == ["2_sks thing/2.png"]
+    assert panel.pages.items == ["2_sks thing/2.png"]
     panel.save()
     file = pictures / "2_sks thing" / "2.txt"
     assert file.read_text() == "sks thing, on a table\n"
@@ -77,15 +78,15 @@ def test_many_are_edited_after_a_look(panel):
 
 
 def test_filters_and_pages(panel):
-    assert len(panel.pages.seen.children) == 6 and said(panel.pages.where, "1–6", 6, 1)
+    assert len(panel.pages.visible.children) == 6 and said(panel.pages.position, "1–6", 6, 1)
     panel.search.value = "number 3"
-    assert panel.pages.things == ["2_sks thing/3.png"]
+    assert panel.pages.items == ["2_sks thing/3.png"]
     panel.search.value = "nowhere"
-    assert panel.pages.things == [] and not any(map(str.isdigit, words(panel.pages.where.value)))
+    assert panel.pages.items == [] and not any(map(str.isdigit, words(panel.pages.position.value)))
     panel.search.value, panel.pages.most = "", 4
     panel.show()
     panel.pages.turn(1)
-    assert len(panel.pages.seen.children) == 2 and said(panel.pages.where, "5–6", 6, 2)
+    assert len(panel.pages.visible.children) == 2 and said(panel.pages.position, "5–6", 6, 2)
     panel.pages.turn(1)
     assert panel.pages.page == 1
     alive = len(all_widgets())
@@ -119,17 +120,17 @@ def toggled(cell, text, on=True):
 
 
 def test_pictures_are_left_out_with_a_click_and_stay_so(chosen, pictures, tmp_path):
-    assert said(chosen.told, 6, 20) and len(chosen.pages.seen.children) == 6  # the guide asks for 20
-    cell = chosen.pages.seen.children[0]
-    name = chosen.pages.things[0]
+    assert said(chosen.message, 6, 20) and len(chosen.pages.visible.children) == 6  # the guide asks for 20
+    cell = chosen.pages.visible.children[0]
+    name = chosen.pages.items[0]
     toggled(cell, LEAVE_OUT)
-    assert [selection.picture_name(p.path, chosen.dataset) for p in chosen.dataset.pictures].count(name) == 0
+    assert name not in chosen.dataset.by_name
     assert len(chosen.dataset) == 5
     chosen.filter.value = "left out"
-    assert chosen.pages.things == [name]
+    assert chosen.pages.items == [name]
     again = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
     assert len(again.dataset) == 5
-    toggled(chosen.pages.seen.children[0], LEAVE_OUT, False)
+    toggled(chosen.pages.visible.children[0], LEAVE_OUT, False)
     assert len(chosen.dataset) == 6
     assert sorted(path.name for path in (pictures / "2_sks thing").iterdir()) == sorted(
         f"{n}.{kind}" for n in range(6) for kind in ("png", "txt")
@@ -140,16 +141,16 @@ def test_a_picture_that_is_fine_is_not_spoken_of_again(chosen):
     marked = [name for name in chosen.by_name if chosen.findings.get(name)]
     assert marked  # 32 pixels are enlarged to 64
     chosen.filter.value = "marked"
-    assert set(chosen.pages.things) == set(marked)
-    toggled(chosen.pages.seen.children[0], FINE)
-    fine = chosen.pages.things[0]
+    assert set(chosen.pages.items) == set(marked)
+    toggled(chosen.pages.visible.children[0], FINE)
+    fine = chosen.pages.items[0]
     chosen.check()
     assert not chosen.findings.get(fine) and len(chosen.dataset) == 6
 
 
 def test_a_picture_is_replaced_and_keeps_its_name_and_caption(chosen, pictures, tmp_path):
     name, place = "2_sks thing/4.png", 4
-    cell = chosen.pages.seen.children[chosen.pages.things.index(name)]
+    cell = chosen.pages.visible.children[chosen.pages.items.index(name)]
     image, path, wrong = cell.children[0], *cell.children[-2:]
     old = image.value
     assert path.layout.display == "none"
@@ -168,7 +169,7 @@ def test_a_picture_is_replaced_and_keeps_its_name_and_caption(chosen, pictures, 
     assert (taken.path, taken.width, taken.caption) == (better, 96, "sks thing, number 4")
     assert (pictures / name).is_file()
     chosen.check()
-    assert chosen.report.pictures[place].name == name  # what is found about it is told where it is seen
+    assert chosen.report.measured[place].name == name  # what is found about it is told where it is seen
     panel = Captions(chosen.dataset)  # and its caption stays the caption of the picture's own file
     panel.captions[name] = "sks thing, new"
     panel.save()
@@ -176,7 +177,7 @@ def test_a_picture_is_replaced_and_keeps_its_name_and_caption(chosen, pictures, 
 
     again = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
     assert again.dataset.pictures[place].path == better
-    cell = again.pages.seen.children[again.pages.things.index(name)]
+    cell = again.pages.visible.children[again.pages.items.index(name)]
     assert cell.children[-2].value == str(better) and cell.children[-2].layout.display == ""
     toggled(cell, REPLACE, False)
     assert again.dataset.pictures[place].path == pictures / name and cell.children[0].value == old
@@ -185,16 +186,16 @@ def test_a_picture_is_replaced_and_keeps_its_name_and_caption(chosen, pictures, 
     selection.save_decisions(selection.Decisions(replace={name: str(better)}), tmp_path / "decisions.json", pictures)
     better.unlink()
     gone = Pictures(str(pictures), resolution=64, store=tmp_path / "decisions.json")
-    assert said(gone.told, name, "better.png") and len(gone.dataset) == 6 and not gone.decisions.replace
+    assert said(gone.message, name, "better.png") and len(gone.dataset) == 6 and not gone.decisions.replace
 
 
 def test_the_rule_of_the_buckets_is_the_runs(pictures):
     assert any(found.kind == "resolution" for found in Pictures(str(pictures), resolution=64).report.findings)
-    own = Pictures(str(pictures), resolution=64, rule="no_upscale", step=8)
+    own = Pictures(str(pictures), resolution=Buckets(64, 8, "no_upscale"))
     assert not any(found.kind == "resolution" for found in own.report.findings)
-    narrow = Pictures(str(pictures), resolution=32, step=8, sides=(32, 32))
-    assert {measured.fit.size for measured in narrow.report.pictures} == {(32, 32)}
-    narrow._crops()
+    narrow = Pictures(str(pictures), resolution=Buckets(32, 8, minimum=32, maximum=32))
+    assert {measured.fit.size for measured in narrow.report.measured} == {(32, 32)}
+    narrow._show_crops()
     assert narrow.sheet.value
 
 
@@ -207,7 +208,7 @@ def test_pages_of_pictures_leave_nothing_behind(chosen):
 
 def test_what_is_cut_off_is_shown(chosen):
     assert chosen.sheet.layout.display == "none"
-    chosen._crops()
+    chosen._show_crops()
     assert bytes(chosen.sheet.value).startswith(b"\x89PNG") and chosen.sheet.layout.display == ""
 
 
@@ -236,21 +237,21 @@ def test_on_colab_its_own_dialog_uploads(pictures, tmp_path, monkeypatch):
     panel = Pictures(uploads=tmp_path / "uploads")
     assert panel.upload.description == "Upload" and not isinstance(panel.upload, widgets.FileUpload)
     panel.upload.click()  # and nothing is chosen
-    assert panel.found is None
+    assert panel.scanned is None
     monkeypatch.setenv("FAKE_COLAB_UPLOAD", shutil.make_archive(str(tmp_path / "packed"), "zip", pictures))
     panel.upload.click()
     assert len(panel.dataset) == 6 and (tmp_path / "uploads" / "packed.zip").is_file()
     monkeypatch.setenv("FAKE_COLAB_UPLOAD", str(tmp_path / "gone.zip"))
     panel.upload.click()
-    assert said(panel.told, "gone.zip") and tone(panel.told.value) == "bad"
-    assert not panel.asking.children and len(panel.dataset) == 6
+    assert said(panel.message, "gone.zip") and tone(panel.message.value) == "bad"
+    assert not panel.dialog.children and len(panel.dataset) == 6
     monkeypatch.delenv("COLAB_RELEASE_TAG")
     assert isinstance(Pictures().upload, widgets.FileUpload)
 
 
 def test_a_wrong_path_is_told(tmp_path, pictures):
     panel = Pictures(str(tmp_path / "nowhere"))
-    assert said(panel.told, "nowhere") and tone(panel.told.value) == "bad" and panel.found is None
+    assert said(panel.message, "nowhere") and tone(panel.message.value) == "bad" and panel.scanned is None
     shutil.rmtree(pictures / "2_sks thing")
     panel.read(str(pictures))
-    assert said(panel.told, "pictures") and tone(panel.told.value) == "bad"
+    assert said(panel.message, "pictures") and tone(panel.message.value) == "bad"

@@ -10,10 +10,11 @@ from said import names, naming
 
 from lorakit import config as configs
 from lorakit import demo, presets
-from lorakit.plan import planning
+from lorakit.plan import store as stores
 from lorakit.plots import TONES
+from lorakit.widgets.parts import span
 from lorakit.widgets.settings import FIRST, Settings, advice, planned, preset
-from lorakit.widgets.training import Curves, Training, _span
+from lorakit.widgets.training import Curves, Training
 
 
 def line(step, loss, **more):
@@ -32,8 +33,8 @@ def test_a_log_is_read_on_from_where_it_was_read_to(tmp_path):
     file.write_text("\n".join([line(1, 0.5), line(2, 0.4), line(3, 0.3, validation_loss=0.6, overfit_gap=0.1)]) + "\n")
     assert curves.read(file, 3)
     assert (curves.steps, curves.losses) == ([1, 2, 3], [0.5, 0.4, 0.3])
-    assert (curves.validation, curves.gap, curves.pace) == ([(3, 0.6)], 0.1, 0.5)
-    assert len(curves.smoothed) == 3 and curves.svg("a run", 10).startswith("<svg")
+    assert (curves.validation, curves.last("overfit_gap"), curves.pace) == ([(3, 0.6)], 0.1, 0.5)
+    assert curves.chart("a run", 10).svg().startswith("<svg")
 
 
 def test_a_run_that_goes_back_is_read_anew(tmp_path):
@@ -52,7 +53,7 @@ def test_a_damaged_line_hides_no_other(tmp_path):
 
 @pytest.mark.parametrize(("seconds", "said"), [(5, "5 s"), (89, "89 s"), (600, "10 min"), (7260, "2 h 1 min")])
 def test_times_are_said_as_people_do(seconds, said):
-    assert _span(seconds) == said
+    assert span(seconds) == said
 
 
 # ── The run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -65,7 +66,9 @@ def test_a_panel_trains_and_shows_what_there_is(settings, tmp_path, capsys):
     assert tone(panel.head.value) == "good"
     assert panel.bar.value == 1 and panel.bar.bar_style == "success" and panel.stop.disabled
     (_, early), last = panel.curves.validation[0], panel.curves.validation[-1]
-    assert "<svg" in panel.plot.value and names(words(panel.figures.value), f"{last[1]:.4f}", f"{panel.curves.gap:.2f}")
+    assert "<svg" in panel.plot.value and names(
+        words(panel.figures.value), f"{last[1]:.4f}", f"{panel.curves.last('overfit_gap'):.2f}"
+    )
     assert last[0] == 6 and last[1] != early and names(words(panel.advice.value), 3)  # validations: too few
     assert names(words(panel.samples.value), 6) and "data:image/jpeg" in panel.samples.value
     assert names(words(panel.lines.value), "proof")
@@ -75,12 +78,12 @@ def test_what_is_clicked_reaches_the_run(settings, tmp_path):
     panel = Training(settings.with_(steps=400, sample_every=400, save_every=400), tmp_path / "run")
 
     def click():
-        while panel.live.step < 2:
+        while panel.control.step < 2:
             time.sleep(0.01)
         panel.rate.value = 2e-4
-        panel._rate()
+        panel._use_rate()
         panel.prompts.value = "one\n\n  two  "
-        panel._prompts()
+        panel._use_prompts()
         panel.stop.click()
 
     person = threading.Thread(target=click)
@@ -89,14 +92,14 @@ def test_what_is_clicked_reaches_the_run(settings, tmp_path):
     person.join()
     assert result.lora is None and names(words(panel.head.value), result.steps, 400)
     assert panel.bar.bar_style == tone(panel.head.value) == "warning"
-    assert panel.live.learning_rate == 2e-4 and panel.live.prompts == ["one", "two"]
+    assert panel.control.learning_rate == 2e-4 and panel.control.prompts == ["one", "two"]
     asked = [json.loads(text).get("asked") for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert asked[-1] == {"learning_rate": 2e-4, "prompts": ["one", "two"]}
     again = Training(settings.with_(steps=400, sample_every=400, save_every=400), tmp_path / "run")
-    again.live.stop.set()  # of an earlier start: it does not hold for this one
+    again.control.stop.set()  # of an earlier start: it does not hold for this one
 
     def stop():
-        while again.live.step <= result.steps:
+        while again.control.step <= result.steps:
             time.sleep(0.01)
         again.stop.click()
 
@@ -107,11 +110,11 @@ def test_what_is_clicked_reaches_the_run(settings, tmp_path):
 def test_what_is_no_learning_rate_is_not_asked_for(settings, tmp_path):
     panel = Training(settings, tmp_path / "run")
     panel.rate.value = 0
-    panel._rate()
-    assert panel.live.learning_rate is None and tone(panel.asked.value) == "bad"
+    panel._use_rate()
+    assert panel.control.learning_rate is None and tone(panel.answer.value) == "bad"
     panel.rate.value = 2e-4
-    panel._rate()
-    assert names(words(panel.asked.value), "0.0002") and tone(panel.asked.value) == "good"
+    panel._use_rate()
+    assert names(words(panel.answer.value), "0.0002") and tone(panel.answer.value) == "good"
 
 
 def test_an_error_is_told_and_raised(settings, tmp_path):
@@ -148,11 +151,11 @@ def test_every_setting_has_a_field_and_every_field_can_be_filled():
 def test_what_is_wrong_is_told_while_it_is_typed():
     panel = Settings("style", "demo")
     panel.fields["rank"].value = "many"
-    assert names(words(panel.told.value), "rank", "many")
+    assert names(words(panel.message.value), "rank", "many")
     with pytest.raises(ValueError, match=naming("rank", "many")):
         panel.config  # noqa: B018
     panel.fields["rank"].value = "8"
-    assert panel.told.value == "" and panel.config.rank == 8
+    assert panel.message.value == "" and panel.config.rank == 8
     panel.kind.value = "object"
     assert panel.config == demo.config(kind="object")
 
@@ -176,21 +179,21 @@ def at_home(tmp_path, monkeypatch):
 
 def test_settings_are_kept_as_a_preset_and_picked_again(at_home):
     panel = Settings("style", "sd15", trigger="flatto", dataset="d")
-    assert [value for _, value in panel.own.options] == [""]
-    panel.fields["rank"].value, panel.called.value = "8", "crisp"
+    assert [value for _, value in panel.presets.options] == [""]
+    panel.fields["rank"].value, panel.preset_name.value = "8", "crisp"
     panel.keep()
-    assert names(words(panel.kept.value), "crisp") and tone(panel.kept.value) == "good"
-    assert panel.own.value == "crisp" and panel.config.rank == 8
+    assert names(words(panel.preset_message.value), "crisp") and tone(panel.preset_message.value) == "good"
+    assert panel.presets.value == "crisp" and panel.config.rank == 8
     panel.kind.value = "object"  # the usual again
-    assert panel.own.value == "" and panel.config == presets.preset("object").with_(trigger="flatto", dataset="d")
+    assert panel.presets.value == "" and panel.config == presets.preset("object").with_(trigger="flatto", dataset="d")
 
     other = Settings("character", "sdxl", dataset="pictures")
     other.fields["trigger"].value = "sks"
-    other.own.value = "crisp"
+    other.presets.value = "crisp"
     config = other.config
-    assert (other.kind.value, other.base.value, other.own.value) == ("style", "sd15", "crisp")
+    assert (other.kind.value, other.base.value, other.presets.value) == ("style", "sd15", "crisp")
     assert (config.rank, config.resolution, config.trigger, config.dataset) == (8, 512, "sks", "pictures")
-    other.own.value = ""
+    other.presets.value = ""
     assert other.config == presets.preset("style").with_(dataset="pictures")
 
 
@@ -198,27 +201,31 @@ def test_a_preset_of_another_base_and_one_of_none(at_home):
     presets.save_preset("hub", configs.Config(steps=5, base="owner/name"))
     presets.save_preset("local", configs.Config(steps=6, base="/models/x"))
     panel = Settings("style", "demo")
-    panel.own.value = "hub"
+    panel.presets.value = "hub"
     assert panel.config.base == "owner/name" and panel.config.steps == 5
     panel.base.value = "demo"
-    panel.own.value = "local"
+    panel.presets.value = "local"
     assert panel.config.base == "demo" and panel.config.steps == 6
 
 
 def test_what_cannot_be_kept_or_picked_is_told(at_home):
     panel = Settings("style", "demo")
-    panel.called.value = "style"
+    panel.preset_name.value = "style"
     panel.keep()
-    assert names(words(panel.kept.value), "style") and tone(panel.kept.value) == "bad" and presets.own_presets() == []
-    panel.called.value, panel.fields["rank"].value = "mine", "many"
+    assert (
+        names(words(panel.preset_message.value), "style")
+        and tone(panel.preset_message.value) == "bad"
+        and presets.own_presets() == []
+    )
+    panel.preset_name.value, panel.fields["rank"].value = "mine", "many"
     panel.keep()
-    assert names(words(panel.kept.value), "rank", "many") and presets.own_presets() == []
+    assert names(words(panel.preset_message.value), "rank", "many") and presets.own_presets() == []
     panel.fields["rank"].value = "4"
     panel.keep()
     (presets.home() / "presets" / "mine.json").write_text("{")
-    panel.own.value = ""
-    panel.own.value = "mine"
-    assert names(words(panel.kept.value), "mine") and tone(panel.kept.value) == "bad"
+    panel.presets.value = ""
+    panel.presets.value = "mine"
+    assert names(words(panel.preset_message.value), "mine") and tone(panel.preset_message.value) == "bad"
     assert panel.config == demo.config(kind="style")
 
 
@@ -229,14 +236,12 @@ def test_the_guide_has_something_to_say_of_what_matters():
 
 
 def test_a_plan_is_told_before_anything_is_loaded(monkeypatch):
-    chosen, choose = [], planning.choose_settings
-    monkeypatch.setattr(planning, "choose_settings", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1])
-    told = planned(demo.config()).data
-    assert chosen[0].fits and tone(told) == "good" and TONES["bad"] not in told
+    costs, count = [], stores.step_cost
+    monkeypatch.setattr(stores, "step_cost", lambda *a, **k: costs.append(count(*a, **k)) or costs[-1])
+    told = planned(demo.config())._repr_html_()
+    assert len(costs) == 1 and tone(told) == "good" and TONES["bad"] not in told
     assert names(words(told), "5.6 MB", 400, "cpu")
     monkeypatch.setattr("lorakit.base.open", lambda *_: pytest.fail("it would be asked from the hub"))
-    monkeypatch.setattr(
-        planning, "choose_settings", lambda *_, **__: chosen[0]
-    )  # plan/test_planning.py has that of SD 1.5
-    told = planned(presets.preset("style").with_(dataset="demo")).data
+    monkeypatch.setattr(stores, "step_cost", lambda *_, **__: costs[0])  # plan/test_planning.py has that of SD 1.5
+    told = planned(presets.preset("style").with_(dataset="demo"))._repr_html_()
     assert TONES["bad"] in told and names(words(told), "stable-diffusion-v1-5")  # it would take days on a CPU

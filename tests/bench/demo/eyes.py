@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit.base import model as bases
-from lorakit.evaluate.vision import Small
+from lorakit.device import Compute
+from lorakit.evaluate.vision import EmbeddedVision
 
 STYLES = {**emoji.STYLES, "classic": "noto-v1"}  # one more than the base knows
 SHARPNESS = 16.0  # cosine → logit
@@ -168,7 +169,7 @@ def hue_matrices(degrees: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def texts(model: Small, tokenizer, subjects: list, looks: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+def texts(model: EmbeddedVision, tokenizer, subjects: list, looks: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
     """Features of TEXTS captions of every subject, (TEXTS, S, 256), and which of `looks` each tells of, -1 for none."""
     captions, told = [], []
     for number in range(TEXTS):
@@ -185,7 +186,7 @@ def texts(model: Small, tokenizer, subjects: list, looks: list[tuple[str, str]])
     return torch.cat(found).view(TEXTS, len(subjects), -1), torch.tensor(told).view(TEXTS, -1)
 
 
-def features(model: Small, tokenizer, captions: list[str]) -> Tensor:
+def features(model: EmbeddedVision, tokenizer, captions: list[str]) -> Tensor:
     tokens = tokenizer(
         captions, padding=True, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )
@@ -193,9 +194,9 @@ def features(model: Small, tokenizer, captions: list[str]) -> Tensor:
 
 
 def train(
-    model: Small, tokenizer, subjects: list, seen: np.ndarray, again: np.ndarray, rows: list, steps: int, batch: int,
-    state: Path,
-) -> Small:  # fmt: skip
+    model: EmbeddedVision, tokenizer, subjects: list, seen: np.ndarray, again: np.ndarray, rows: list, steps: int,
+    batch: int, state: Path,
+) -> EmbeddedVision:  # fmt: skip
     """Train the two nets and the words' head, going on from `state` where that file exists."""
     looks = sorted({(style, look["finish"]) for _, style, look in rows})
     subject_of = torch.tensor([number for number, _, _ in rows])
@@ -247,7 +248,7 @@ def train(
 
 
 @torch.inference_mode()
-def examine(model: Small, tokenizer, sets: dict, subjects: list, vae) -> dict[str, float]:
+def examine(model: EmbeddedVision, tokenizer, sets: dict, subjects: list, vae) -> dict[str, float]:
     """Of plain pictures through the autoencoder: how often the right name is nearest, of all subjects and styles."""
     names = model.read(features(model, tokenizer, [subject.name for subject in subjects]))[0]
     words = model.read(features(model, tokenizer, [f"{style} style, thing" for style in STYLES]))[1]
@@ -282,15 +283,15 @@ def main() -> None:
     subjects = emoji.subjects(sets)
     cpu = torch.device("cpu")
     base = bases.open(options.base)
-    encoder, tokenizer = bases.load_text_encoder(base, torch.float32, cpu)
-    vae = bases.load_vae(base, torch.float32, cpu).to(memory_format=CHANNELS_LAST)
+    encoder, tokenizer = bases.load_text_encoder(base, Compute(cpu, torch.float32))
+    vae = bases.load_vae(base, Compute(cpu, torch.float32)).to(memory_format=CHANNELS_LAST)
     seen, rows = pictures(sets, subjects, options.each)
     print(f"{len(rows)} pictures of {len(subjects)} subjects", flush=True)
     cache = options.work / "eyes-pictures.npy"
     if not cache.exists():
         np.save(cache, through(vae, seen))
     torch.manual_seed(0)
-    model = Small(encoder).to(memory_format=CHANNELS_LAST)
+    model = EmbeddedVision(encoder).to(memory_format=CHANNELS_LAST)
     state = options.work / "eyes.state"
     train(model, tokenizer, subjects, seen, np.load(cache), rows, options.steps, options.batch, state)
     marks = examine(model, tokenizer, sets, subjects, vae)
