@@ -260,8 +260,8 @@ def record(lorakit: Commands, only: str = "") -> dict:
 
 
 def same(value):
-    """Without what differs from call to call."""
-    return re.sub(r'"seconds_a_step": [0-9.]+', "", value) if isinstance(value, str) else value
+    """Without what differs from call to call: seconds, and the bytes of a file whose metadata has a date."""
+    return re.sub(r'"(seconds_a_step|file_mb|bytes)": [0-9.]+', "", value) if isinstance(value, str) else value
 
 
 def main() -> None:
