@@ -56,6 +56,7 @@ UNETS = {
         "projection_class_embeddings_input_dim": 6 * 32 + 80,
     },
     # The real families' blocks, a tenth as wide, and shallower.
+    "sd15": SD15,  # for tests/bench/memory_truth.py
     "narrow sd15": SD15 | {
         "block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 96, "attention_head_dim": 4,
         "norm_num_groups": 8, "layers_per_block": 1,
