@@ -25,9 +25,9 @@ class Console:
     failures: dict[str, tuple[list[int], str]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def quiet(cls) -> "Console":
+    def quiet(cls, stop: threading.Event | None = None) -> "Console":
         """A console that shows nothing."""
-        return cls(lambda _: None, False)
+        return cls(lambda _: None, False, stop or threading.Event())
 
     def say(self, text: str) -> None:
         with suppress(OSError):  # the terminal was closed
@@ -73,7 +73,7 @@ class Console:
         return tuple(f"{what}{_at(steps)}: {why}" for what, (steps, why) in self.failures.items())
 
     def end(self) -> tuple[str, ...]:
-        """Say what is missing, as the last lines of a run."""
+        """Show the list of missing things, and return it."""
         for text in self.missing:
             self.say(f"missing   {text}")
         return self.missing

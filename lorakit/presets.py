@@ -135,7 +135,7 @@ def kept(name: str) -> dict[str, Any]:
         parse(settings, where="it has settings that are not valid")
     except (OSError, ValueError) as error:
         advice = "Save it again, or correct or delete the file."
-        raise ValueError(f"Your preset {name!r} cannot be used: {error} {advice}") from error
+        raise ValueError(f"Your preset {name!r} cannot be used: {str(error).rstrip('.')}. {advice}") from error
     return settings
 
 

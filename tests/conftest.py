@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,16 @@ def trained(finished, tmp_path):
     here = {name: folder / path.relative_to(result.folder)
             for name in ("lora", "comparison") if (path := getattr(result, name))}  # fmt: skip
     return replace(result, folder=folder, **here)
+
+
+@pytest.fixture
+def colab_package(monkeypatch):
+    """A small fake of the package google.colab, by which Colab is known."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fakes")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260801")
+    yield
+    for name in [name for name in sys.modules if name.startswith("google.colab")]:
+        del sys.modules[name]
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Where it runs, what is kept there, secrets, and what the machine can do; Colab by a small fake of its package."""
 
-import importlib
 import json
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from lorakit import demo, hosts
 from lorakit.console import Console
 from lorakit.run import preparation, run
 
-FAKES = Path(__file__).parent / "fakes"
 MARKS = ("COLAB_RELEASE_TAG", "RUNPOD_POD_ID", "VAST_CONTAINERLABEL", "WORKSPACE", "HF_TOKEN")
 TOKEN = "hf_" + "Planted" * 5
 
@@ -27,15 +24,10 @@ def _own_machine(monkeypatch):
 
 
 @pytest.fixture
-def colab(monkeypatch, tmp_path):
+def colab(_own_machine, colab_package, monkeypatch, tmp_path):
     """Colab, whose /content is a folder `content` beside the test's own."""
-    monkeypatch.syspath_prepend(FAKES)
-    importlib.invalidate_caches()
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260801")
     monkeypatch.setenv("WORKSPACE", str(tmp_path / "content"))
-    yield tmp_path / "content"
-    for name in [name for name in sys.modules if name.startswith("google.colab")]:
-        del sys.modules[name]
+    return tmp_path / "content"
 
 
 def test_hosts_are_told_by_their_own_marks(monkeypatch, tmp_path):

@@ -102,7 +102,7 @@ def merge(
         modules[module] = _formed(up, down, _kernel(module, addends[0][0], family)), float(len(down))
     entries = {key: {lora.metadata[key] for lora in loras if key in lora.metadata} for key in OF_BASE}
     agreed = {key: values.pop() for key, values in entries.items() if len(values) == 1}
-    metadata = metadata_module.base_metadata(family) | _shareable(agreed)
+    metadata = metadata_module.base_metadata(family) | metadata_module.public_metadata(agreed)
     words = dict.fromkeys(word.strip() for lora in loras for word in lora.metadata.get(TRIGGER, "").split(","))
     if trigger := ", ".join(filter(None, words)):
         metadata[TRIGGER] = trigger
@@ -365,7 +365,8 @@ def resize(lora: Lora, rank: int | None = None, energy: float | None = None) -> 
         energies[module] = scale**2 * kept, scale**2 * whole
         modules[module] = _formed(up, down, _kernel(module, parts, lora.family)), scale * len(down)
     outdated = ("lora_adapter_metadata", "ss_network_args", *HASHES)  # ranks, alphas and weights of before
-    metadata = _shareable({key: value for key, value in lora.metadata.items() if key not in outdated})
+    before = {key: value for key, value in lora.metadata.items() if key not in outdated}
+    metadata = metadata_module.public_metadata(before)
     limits = [f"rank {rank}"] * (rank is not None) + [f"{energy} of the energy"] * (energy is not None)
     comment = f"resized from {lora.name} to {', '.join(limits)}; {metadata.get(COMMENT, '')}".rstrip("; ")
     metadata |= _network(modules, comment)
@@ -498,11 +499,6 @@ OF_BASE = (
     "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.prediction_type",
     "modelspec.resolution", "modelspec.encoder_layer",
 )  # fmt: skip
-
-
-def _shareable(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Entries without paths or tokens: those of the machine that wrote the file could not be written again."""
-    return {key: value for key, value in metadata.items() if not metadata_module.names_machine(value)}
 
 
 def _network(modules: Mapping[str, Entry], comment: str) -> dict[str, str]:

@@ -281,9 +281,10 @@ class _Reader:
             folder, refused = storage.unpack(self.path, self.cache / "unpacked")
             self.problems += [Problem(self.path, reason) for reason in refused]
             parts = [_Part(folder, repeats, caption)]
-        for folder in [part.folder / name for part in parts if isinstance(repeats, Mapping) for name in repeats]:
+        names = repeats if isinstance(repeats, Mapping) else ()
+        for folder, name in [(part.folder / name, name) for part in parts for name in names]:
             if not folder.is_dir():
-                raise ValueError(f"repeats names a folder {folder.name!r}: {_missing(folder)}")
+                raise ValueError(f"repeats names a folder {name!r}: {_missing(folder)}")
         return parts
 
     def _toml_parts(self, repeats: int | Mapping[str, int] | None, caption: str, regularisation: bool) -> list[_Part]:

@@ -147,8 +147,10 @@ class Report(page.Page):
         prompts = [escape(prompt) for prompt in shown.prompts.triggered]
         if self.checkpoints:
             labels = [checkpoint.label for checkpoint in self.checkpoints]
+            chart = _curves(self.checkpoints)
             keep = f"<p>Keep <b>{escape(self.recommended or 'none')}</b>: {escape(self.reason)}</p>"
-            parts += ["<h2>Checkpoints</h2>", keep if self.reason else "", _curves(self.checkpoints).svg(height=140)]
+            parts += ["<h2>Checkpoints</h2>", keep if self.reason else ""]
+            parts += [chart.svg(height=140)] if chart.panels else []  # nothing could be measured
             figures = [(c.label, c.validation_loss, c.gain, c.adherence) for c in self.checkpoints]
             rows = [[page.text(value, ".3f") for value in row] for row in figures]
             parts.append(page.table(rows, "checkpoint", "validation loss", "likeness", "adherence"))

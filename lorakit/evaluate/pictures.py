@@ -212,7 +212,7 @@ def open_subject(
 
 @dataclass(frozen=True)
 class PictureSet:
-    """The pictures that are judged, one for each prompt, and what is known of their LoRA."""
+    """The pictures of a report, one for each prompt, and the facts of their LoRA."""
 
     name: str
     trigger: str

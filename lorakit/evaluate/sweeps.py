@@ -36,7 +36,7 @@ def sweep(
         pictures.
 
     Raises:
-        ValueError: what is wrong with the setting, or with any of the values; before anything is trained.
+        ValueError: an unknown setting, or values that cannot be used; raised before training.
         BlockingIOError: the folder is in use.
     """
     work = _Sweep(variations(config, setting, values), Path(folder).absolute(), console or Console())
@@ -159,7 +159,7 @@ class _Sweep:
         """The names of finished runs. Encodes what all runs need, before a UNet is loaded.
 
         Raises:
-            ValueError: what is wrong with any of them.
+            ValueError: a run cannot be prepared; names all problems.
         """
         finished: set[str] = set()
         problems: dict[str, list[str]] = {}

@@ -25,8 +25,8 @@ class Method(NamedTuple):
 def compare_methods(base: bases.Base, config: Config, *, dtype: torch.dtype, store: Path | None = None) -> list[Method]:
     """Memory and file size of LoRA, DreamBooth and textual inversion with the same base and settings.
 
-    The activations of the other two are derived from the LoRA's. For SD 1.5, 2.1 and XL with batch 1, their peaks are
-    within 5 % of those of a counted step; with batch 4, within 8 %.
+    The activations of the other two are derived from those of a plain LoRA. For SD 1.5, 2.1 and XL with batch 1, their
+    peaks are within 5 % of those of a counted step; with batch 4, within 8 %.
 
     Args:
         dtype: of autocast, and of weights that are not trained.
@@ -38,7 +38,9 @@ def compare_methods(base: bases.Base, config: Config, *, dtype: torch.dtype, sto
     from diffusers import AutoencoderKL
 
     size = (config.resolution, config.resolution)
-    lora = stores.step_cost(base, config, size=size, dtype=dtype, device="cuda", store=store)
+    lora = plain = stores.step_cost(base, config, size=size, dtype=dtype, device="cuda", store=store)
+    if (settings := _plain(config)) != config:
+        plain = stores.step_cost(base, settings, size=size, dtype=dtype, device="cuda", store=store)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(base.configs["vae"])
     models: list[Any] = [bases.empty(base, name) for name in ("unet", *base.text_encoders)]
@@ -47,17 +49,25 @@ def compare_methods(base: bases.Base, config: Config, *, dtype: torch.dtype, sto
     # DreamBooth: the UNet in float32. The update needs all gradients, the step activations and autocast's copies.
     copies = dtype.itemsize * unet_numbers if dtype != torch.float32 else 0
     moments = sum(optimizer_state(config.optimizer, weight.shape) for weight in unet.parameters())
-    full = 4 * unet_numbers + moments + max(4 * unet_numbers, lora.activations + copies)
+    full = 4 * unet_numbers + moments + max(4 * unet_numbers, plain.activations + copies)
     # Textual inversion: the tables of token vectors in float32, with gradients for every row.
     vectors = [encoder.get_input_embeddings().weight for encoder in encoders]
     trained = sum(8 * table.numel() + optimizer_state(config.optimizer, table.shape) for table in vectors)
     frozen = unet_numbers + sum(encoder_numbers) - sum(table.numel() for table in vectors)
-    inversion = dtype.itemsize * frozen + trained + round(FROZEN_SHARE * lora.activations)
+    inversion = dtype.itemsize * frozen + trained + round(FROZEN_SHARE * plain.activations)
     return [
         Method("LoRA", lora.peak, lora.file_size),
         Method("DreamBooth", full, 2 * (unet_numbers + vae_numbers + sum(encoder_numbers))),
         Method("textual inversion", inversion, 4 * TOKENS * sum(table.shape[1] for table in vectors)),
     ]
+
+
+def _plain(config: Config) -> Config:
+    """The settings of a step without what only LoRA has."""
+    return config.with_(
+        algorithm="lora", targets="attention", block_ranks={}, quantize="none", text_encoder_rate=0,
+        text_encoder_2_rate=None, train_unet=True, prior_prediction=False,
+    )  # fmt: skip
 
 
 def _numbers(model: torch.nn.Module) -> int:

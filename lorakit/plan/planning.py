@@ -1,6 +1,6 @@
 """Predict a run before anything is downloaded, and choose settings that fit into memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -65,10 +65,15 @@ def ladder(config: Config) -> list[Config]:
 
     Sides stay at LOWEST pixels or more; a config below that, as the embedded base's, is at most halved.
     """
+    return [lower for lower, _ in _run_rungs(config)]
+
+
+def _run_rungs(config: Config) -> Iterable[tuple[Config, tuple[str, ...]]]:
+    """The `rungs` that a run on this machine takes."""
     if not config.fit_memory:
-        return [config]
+        return [(config, ())]
     bits = bases.can_quantize(choose_device(config.device))
-    return [lower for lower, _ in rungs(config, max(32, min(LOWEST, config.resolution // 2)), bits)]
+    return rungs(config, max(32, min(LOWEST, config.resolution // 2)), bits)
 
 
 def rungs(config: Config, smallest: int = LOWEST, bits: bool = True) -> Iterator[tuple[Config, tuple[str, ...]]]:
@@ -102,14 +107,17 @@ def rungs(config: Config, smallest: int = LOWEST, bits: bool = True) -> Iterator
         yield config, (*full_size, f"resolution {config.resolution}")
 
 
-def choose_settings(base: bases.Base, config: Config, card: Card, store: Path | None = None) -> Prediction:
+def choose_settings(
+    base: bases.Base, config: Config, card: Card, store: Path | None = None, local: bool = False
+) -> Prediction:  # fmt: skip
     """The fastest settings that fit on a card, found by changing the given ones step by step; pictures are not scanned.
 
     Args:
         store: folder of earlier predictions; None predicts again.
+        local: only with changes that a run on this machine makes.
     """
     dtype, requested = card.dtype(config.mixed_precision), None
-    for settings, changes in rungs(config, bits=card.device != "mps"):
+    for settings, changes in _run_rungs(config) if local else rungs(config, bits=card.device != "mps"):
         size = (settings.resolution, settings.resolution)
         cost = stores.step_cost(base, settings, size=size, dtype=dtype, device=card.device, store=store)
         requested, fits = requested or cost, verdict(cost, card.free).fits
@@ -142,7 +150,8 @@ def predict(
 ) -> Prediction:
     """Predict memory, minutes, steps and file size of a run, with the fastest settings that fit.
 
-    Without the dataset, the steps are those of the config, and pictures and epochs are unknown.
+    Without the dataset, the steps are those of the config, and pictures and epochs are unknown. With epochs, the steps
+    are those of a single bucket without held-out pictures.
 
     Args:
         base: None opens the config's; for SD 1.5, 2.1 and XL nothing is downloaded.
@@ -158,8 +167,9 @@ def predict(
         ships = config.base in (*bases.KNOWN, *bases.KNOWN.values())
         kind = config.prediction_type, config.zero_terminal_snr
         base = bases.known(config.base) if ships else bases.open(config.base, *kind)
+    local = card is None
     card = cards.card(card) if isinstance(card, str) else card or cards.local_card(config.device)
-    prediction = choose_settings(base, config, card, store or stores.prediction_store())
+    prediction = choose_settings(base, config, card, store or stores.prediction_store(), local)
     try:
         pictures = datasets.scan_dataset(config)
     except FileNotFoundError as error:

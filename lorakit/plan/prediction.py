@@ -32,8 +32,9 @@ class Prediction:
 
     @property
     def minutes(self) -> float | None:
-        """Estimated time of the run; None if the card's rate or the run's length is unknown."""
-        if not self.card.tflops or self.steps is None:
+        """Estimated time of the run; None if the card's rate in that precision or the run's length is unknown."""
+        full_rate = self.cost.precision == "float16" or (self.cost.precision == "bfloat16" and self.card.bf16)
+        if not self.card.tflops or not full_rate or self.steps is None:
             return None
         return self.steps * (self.cost.flops / (self.card.tflops * 1e12 * EFFICIENCY) + OVERHEAD) / 60
 

@@ -1,20 +1,45 @@
 """What a run makes at its end: the finished file and its proof, the loss figure, the comparison."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from lorakit import adapter as adapters
 from lorakit import plots, sample
+from lorakit.adapter import Lora
+from lorakit.base import Base
 from lorakit.config import Config
 from lorakit.console import Console
+from lorakit.device import Compute
 from lorakit.run import run_folder
 from lorakit.run.run_folder import RunFolder
 from lorakit.run.session import Session
-from lorakit.sample import Loaded, Source
+from lorakit.sample import Loaded, Sampling, Source
 
 STRENGTHS = (0.0, 0.5, 0.7, 0.9, 1.0)  # the guide's, and the bare base
 Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the comparison of a finished run is made with."""
+
+    base: Base
+    file: Path
+    config: Config  # the one that the run ended with
+
+    @property
+    def lora(self) -> Lora:
+        return run_folder.lora_of(self.file)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling.of(self.config)
+
+    @property
+    def compute(self) -> Compute:
+        return Compute.of(self.config)
 
 
 def attempt(console: Console, what: str, make: Callable[[], Made]) -> Made | None:

@@ -13,6 +13,7 @@ from lorakit.adapter import Adapter, adapter_metadata, check_private, names_mach
 from lorakit.base import Base
 from lorakit.config import Config
 from lorakit.dataset import Dataset
+from lorakit.run import preparation
 
 
 def run_metadata(
@@ -77,10 +78,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _buckets(config: Config, base: Base, dataset: Dataset) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     """The metadata of buckets, and the bucket size of each picture."""
-    step, unlimited = max(config.bucket_step, base.step), config.bucket_rule == "no_upscale"
-    buckets = datasets.Buckets(
-        config.resolution, step, config.bucket_rule, config.min_bucket_side, config.max_bucket_side
-    )
+    buckets, unlimited = preparation.buckets(config, base), config.bucket_rule == "no_upscale"
     allowed, pictures = buckets.sizes(), dataset.pictures
     sizes = [fit.size for fit in buckets.fit([(p.width, p.height) for p in pictures])]
     errors = [abs(w / h - p.width / p.height) for (w, h), p in zip(sizes, pictures, strict=True)]

@@ -103,7 +103,7 @@ def open_base(config: Config, console: Console) -> Base:
         ValueError: resolution or buckets that do not suit the base.
     """
     base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr)
-    step = bucket_step(config, base)
+    step = buckets(config, base).step
     if step % base.step or config.resolution % step:
         raise ValueError(
             f"resolution {config.resolution} and bucket_step {config.bucket_step} do not suit {base.name}, "
@@ -119,9 +119,10 @@ def open_base(config: Config, console: Console) -> Base:
     return base
 
 
-def bucket_step(config: Config, base: Base) -> int:
-    """Pixels by which bucket sides differ."""
-    return max(config.bucket_step, base.step)
+def buckets(config: Config, base: Base) -> datasets.Buckets:
+    """The run's buckets; their sides are multiples of the base's step too."""
+    limits = config.min_bucket_side, config.max_bucket_side
+    return datasets.Buckets(config.resolution, max(config.bucket_step, base.step), config.bucket_rule, *limits)
 
 
 # ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -232,9 +233,7 @@ def _fit(
     free, tried = plan.free_memory_bytes(compute.device), []
     free = None if free is None else free + held
     for config in rungs:
-        limits = config.min_bucket_side, config.max_bucket_side
-        buckets = datasets.Buckets(config.resolution, bucket_step(config, base), config.bucket_rule, *limits)
-        fits = buckets.fit([(picture.width, picture.height) for picture in selection.pictures])
+        fits = buckets(config, base).fit([(picture.width, picture.height) for picture in selection.pictures])
         largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
         share = config.with_(batch_size=-(-config.batch_size // processes))
         prediction = plan.step_cost(

@@ -109,7 +109,7 @@ def _reduced(config: Config, prepared: Prepared, saved: dict) -> Config:
     """The lower one on the ladder of the settings that fit now and those that the run was saved with."""
     ladder = plan.ladder(config)
     for place, lower in enumerate(ladder):
-        if preparation.settings(lower, prepared) == saved:
+        if preparation.settings(lower, prepared) == _as_of_now(saved):
             return ladder[max(place, ladder.index(prepared.config))]
     return prepared.config
 
@@ -120,12 +120,19 @@ def check_settings(saved: Checkpoint, config: Config, folder: RunFolder, prepare
     Raises:
         OtherSettings: says which differ.
     """
-    if saved.settings not in [preparation.settings(rung, prepared) for rung in plan.ladder(config)]:
-        before, now = saved.settings, preparation.settings(prepared.config, prepared)
+    before = _as_of_now(saved.settings)
+    if before not in [preparation.settings(rung, prepared) for rung in plan.ladder(config)]:
+        now = preparation.settings(prepared.config, prepared)
         names = sorted(before.keys() | now.keys())
         changed = {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
         if changed:
             raise OtherSettings(folder.name, changed)
+
+
+def _as_of_now(saved: dict) -> dict:
+    """A run's settings, with the defaults of those that were added since it was written."""
+    own = preparation.FREE | {"steps", "epochs", "base", "dataset"}
+    return Config(steps=1).model_dump(mode="json", exclude=own) | saved
 
 
 def is_finished(config: Config, path: Path, prepared: Prepared) -> bool:

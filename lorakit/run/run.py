@@ -9,18 +9,22 @@ A run whose folder holds checkpoints continues from the newest one whose digest 
 import errno
 import math
 import shutil
+import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 
+from PIL import Image
 from tqdm.auto import tqdm
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
 from lorakit import config as configs
-from lorakit import plan, sample, storage, train
+from lorakit import page, plan, sample, storage, train
 from lorakit.adapter import Lora
 from lorakit.base import Base
 from lorakit.config import Config
@@ -70,8 +74,8 @@ class Run:
 
     Args:
         folder: of the run; new, empty, or the folder of the same run.
-        console: where lines, progress bars and the wish to stop go.
-        control: to follow and steer the run from another thread.
+        console: where lines and progress bars go, and the wish to stop, unless `control` is given.
+        control: to follow, steer and stop the run from another thread.
         fork: the folder of another run, from whose newest checkpoint this one starts.
         shared: caches and models shared with runs before and after; the models stay loaded.
 
@@ -86,15 +90,15 @@ class Run:
         self.config, self.folder = config, RunFolder(folder)
         self.control = control or Control()
         console = console or Console()
-        self.console = (
-            replace(console, stop=self.control.stop, failures={}) if control else replace(console, failures={})
-        )
-        self.control.stop = self.console.stop
+        if control is None:
+            self.control.stop = console.stop
+        self.console = replace(console, stop=self.control.stop, failures={})
         self.fork = Path(fork) if fork else None
         self.shared, self._keeps_models = shared or Shared(), shared is not None
         self.result: Result | None = None
-        self._steps: Generator[Step, None, None] | None = None
+        self._loop: Callable[[], Generator[Step, None, None] | None] = lambda: None
         self._base: Base | None = None
+        self._used = False
 
     # ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -106,11 +110,10 @@ class Run:
             OtherSettings: the folder holds a run of other settings.
             ValueError, FileNotFoundError, OSError, FloatingPointError: what is wrong and what to do.
         """
-        if self._steps:
-            self._steps.close()  # a loop that an exception ended is kept alive by its traceback
-            self.control.stop.clear()
-        self._steps = self._train(())
-        return self._steps
+        self._begin()
+        steps = self._train(())
+        self._loop = weakref.ref(steps)  # only the caller's loop holds it: leaving the loop closes it, which saves
+        return steps
 
     def train(self, *listeners: Listener) -> Result:
         """Train to the end, or until it is stopped.
@@ -121,10 +124,20 @@ class Run:
         Raises:
             As iterating does.
         """
+        self._begin()
         for _ in self._train(listeners):
             pass
         assert self.result
         return self.result
+
+    def _begin(self) -> None:
+        """End a loop that is still open, as an exception's traceback keeps it, and forget what the last one noted."""
+        if steps := self._loop():
+            steps.close()  # which saves
+        if self._used:  # a stop before the first loop is meant for it
+            self.control.stop.clear()
+        self._used, self.result = True, None
+        self.console.failures.clear()
 
     def stop(self) -> None:
         """Save and end after the current step. May be called from any thread."""
@@ -140,7 +153,7 @@ class Run:
             )
         with self._handing_models_back():
             if not team.first:
-                yield from _Training(self, Console(lambda _: None, False, self.console.stop), team).steps(())
+                yield from _Training(self, Console.quiet(self.console.stop), team).steps(())
                 return
             self.folder.make()
             with storage.claim_folder(self.folder.path):
@@ -187,7 +200,7 @@ class Run:
 
     def sample(self, prompts: Sequence[str], strengths: Sequence[float] = finish.STRENGTHS) -> Grid:
         """Make pictures of prompts without the LoRA and with it at several strengths."""
-        return sample.grid(self, prompts, strengths, console=self.console)
+        return sample.grid(self, prompts, strengths, console=replace(self.console, stop=threading.Event()))
 
     def export(
         self, path: str | Path, step: str | int = "newest", *, dtype: str = "fp16", layout: str = "kohya"
@@ -217,15 +230,9 @@ class Run:
         return self.describe()
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         picture = self.folder.comparison if self.folder.comparison.is_file() else self.folder.loss_figure
         if not picture.is_file():
             return f"<p>{escape(self.describe())}</p>"
-        from PIL import Image
-
-        from lorakit import page
-
         with Image.open(picture) as image:
             return f"<p>{escape(self.describe())}</p>{page.image(image, max(image.size))}"
 
@@ -239,7 +246,7 @@ def start(
 
     Args:
         say: called with each line of text.
-        progress: True draws progress bars; a function is called instead with what is done, how many, of how many.
+        progress: True draws progress bars; a function is called instead, with a name, the number done and the total.
     """
     run = Run(config, folder, console=Console(say, progress), control=control, fork=fork, shared=shared)
     return run.train(*listeners)
@@ -263,6 +270,13 @@ class _Training:
         return self.started + time.monotonic() - self.began
 
     def steps(self, listeners: Sequence[Listener]) -> Generator[Step, None, None]:
+        try:
+            yield from self._steps(listeners)
+        finally:
+            if self.copier:
+                self.copier.close(0)  # its thread ends once everything is copied
+
+    def _steps(self, listeners: Sequence[Listener]) -> Generator[Step, None, None]:
         prepared, saved = self._prepare()
         keep_freed_memory(Compute.of(prepared.config).device)
         if saved:
@@ -417,7 +431,7 @@ class _Training:
         """Train with the run's own listeners; saves where it ends."""
         loop = train.steps(session.unet, session.prepared.base, session.state, session.prepared.examples, self.team)
         if not self.team.first:
-            yield from self._watched(loop, ())
+            yield from train.watched(loop, (), self.console.stop, self.team)
             return
         control, config = self.control, session.config
         control.prepared, control.step, control.total = session.prepared, session.state.step, session.total
@@ -431,11 +445,11 @@ class _Training:
                     log, *self._validation(session, log), Requests(session, control, saver, log),
                     checkpoint.every(config.save_every, config.save_minutes, saver), Sampler(session, control, log),
                 ]  # fmt: skip
-                yield from self._watched(loop, (*own, *listeners))
+                yield from train.watched(loop, (*own, *listeners), self.console.stop, self.team)
                 if session.state.step < session.total:  # at its end there is the finished file, which needs less room
                     saver.stopped()
             except GeneratorExit:  # whoever iterates has left the loop
-                saver.stopped()
+                saver.left()
                 raise
             except BaseException as error:
                 # A run that diverged goes back, and one that lacks memory is saved with the reduced settings.
@@ -445,16 +459,6 @@ class _Training:
             finally:
                 log.close()
                 saver.report_copies()
-
-    def _watched(self, loop: Iterator[Step], listeners: Sequence[Listener]) -> Generator[Step, None, None]:
-        """The loop's steps, after the listeners had them; ends after a step when any process is stopped."""
-        with train.interruptible(self.console.stop) as stop:
-            for step in loop:
-                for listener in listeners:
-                    listener(step)
-                yield step
-                if self.team.any(stop.is_set()):
-                    return
 
     def _validation(self, session: Session, log: Log) -> list[Listener]:
         held_out, examples = session.prepared.held_out, session.prepared.examples
@@ -506,7 +510,7 @@ class _Training:
                 self.console.say(f"best      {best.name}. {advice}")
             prepared, step = session.prepared, state.step
             del session.models, session.state, state  # the adapter is freed before the sheet is made
-            comparison = self._comparison(prepared)
+            comparison = self._comparison(prepared, lora)
             self._close_copier(step, [path for path in (lora, comparison) if path])
         else:
             step = state.step
@@ -516,16 +520,17 @@ class _Training:
             self.folder.path, config, step, total, losses, lora, comparison, best, self.console.end()
         )
 
-    def _comparison(self, prepared: Prepared) -> Path | None:
+    def _comparison(self, prepared: Prepared, lora: Path) -> Path | None:
         """Make the sheet of prompts × strengths with the finished file and the models that are loaded."""
         self.shared.restore()  # a second copy of the models might find no room
         free_memory(Compute.of(prepared.config).device)
         path, prompts = self.folder.comparison, list(self.control.prompts or prepared.prompts)
         loaded = Loaded(self.shared.models, self.shared.cache or self.folder.cache)
+        finished = finish.Finished(prepared.base, lora, prepared.config)  # with the settings that fitted
 
         comparison = finish.attempt(
             self.console, path.name,
-            lambda: finish.draw_comparison(self.run, prompts, path, loaded=loaded, console=self.console),
+            lambda: finish.draw_comparison(finished, prompts, path, loaded=loaded, console=self.console),
         )  # fmt: skip
         if self.console.stop.is_set() and not comparison:
             self.console.failed(path.name, "stopped")

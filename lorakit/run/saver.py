@@ -84,6 +84,15 @@ class Saver:
         for text in self.session.copier.messages() if self.session.copier else ():
             self.console.say(text)
 
+    def left(self) -> None:
+        """Save where the caller left the loop; a failure is shown and noted, since the caller gets no result."""
+        try:
+            self.stopped()
+        except OSError as error:
+            step = self.session.state.step
+            self.console.say(f"save      step {step} is not saved: {error}")
+            self.console.failed("checkpoint", error, step)
+
     def stopped(self, error: BaseException | None = None) -> None:
         """Save where the run was stopped or ended by an error, unless that state is saved or incomplete.
 

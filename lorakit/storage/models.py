@@ -59,6 +59,9 @@ def fetch_model(name: str, known: Known) -> Path:
     if isinstance(place, Path):
         return place
     repository, revision = place
-    folder = fetch_from_hub(repository, DESCRIPTIONS, revision)
-    weights = "model.onnx" if (folder / "selected_tags.csv").is_file() else "*.safetensors"
-    return fetch_from_hub(repository, [*DESCRIPTIONS, weights], revision)
+    try:
+        folder = fetch_from_hub(repository, DESCRIPTIONS, revision)
+        weights = "model.onnx" if (folder / "selected_tags.csv").is_file() else "*.safetensors"
+        return fetch_from_hub(repository, [*DESCRIPTIONS, weights], revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The model {name!r}: {error}") from error

@@ -8,7 +8,7 @@ decides that; the loop reads its decision every `LOOK` steps, listeners at any t
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -287,12 +287,17 @@ def drain(
 
     An Interrupt, or a set `stop`, ends it after the step, in all processes of the team after the same one.
     """
-    completed = []
-    with interruptible(stop or threading.Event()) as stop:
+    return list(watched(loop, listeners, stop or threading.Event(), team))
+
+
+def watched(
+    loop: Iterable[Step], listeners: Sequence[Callable[[Step], None]], stop: threading.Event, team: Team
+) -> Iterator[Step]:
+    """The loop's steps, each after the listeners had it; ends as `drain` does."""
+    with interruptible(stop) as stop:
         for step in loop:
-            completed.append(step)
             for listener in listeners:
                 listener(step)
+            yield step
             if team.any(stop.is_set()):
-                break
-    return completed
+                return

@@ -128,7 +128,9 @@ class Captions(widgets.VBox):
             changes = datasets.caption_changes(self.saved, self.captions)
             paths = datasets.write_captions(changes, self.dataset.root, into=self.into)
             self.saved = dict(self.captions)
-            self.status.value = note(f"captions saved: {len(paths)}", "good")
+            self.status.value = note(
+                f"captions saved: {len(paths)}" if paths else "no caption was edited", "good" if paths else ""
+            )
 
     def undo(self) -> None:
         """Restore the captions from before the last save."""

@@ -186,9 +186,8 @@ class Compare(widgets.VBox):
             raise ValueError(f"{self.steps.value} steps at {size[1]}×{size[0]} make no picture.")
         rows = list(product(prompts, seeds))
         fields = {name: getattr(self, name).value for name in ("negative", "steps", "guidance", "scheduler")}
-        sampling = replace(
-            self.usual, **fields, size=size if all(size) else self.usual.size, seeds=[seed for _, seed in rows]
-        )
+        sampling, chosen = self.first[2] or self.usual, size if all(size) else self.usual.size
+        sampling = replace(sampling, **fields, size=chosen, seeds=[seed for _, seed in rows])
         given = [(row.children[0].value.strip(), row.children[1].value) for row in self.others.children]
         others = [(Path(path).expanduser(), strength) for path, strength in given if path]
         return Request(self.candidates, rows, labels, strengths, others, self.base.value.strip(), sampling)
@@ -262,7 +261,7 @@ class Compare(widgets.VBox):
         machine = (config.device, config.mixed_precision, config.quantize) if config else ()
         pictures = sample.stream(
             base, [prompt for prompt, _ in request.rows], list(variants.values()), request.sampling,
-            compute=Compute.choose(*machine), console=Console(lambda _: None, False, stop),
+            compute=Compute.choose(*machine), console=Console.quiet(stop),
         )  # fmt: skip
         with closing(pictures):
             for row, column, picture in pictures:

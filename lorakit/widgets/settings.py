@@ -10,7 +10,7 @@ import torch
 
 from lorakit import base as bases
 from lorakit import config as configs
-from lorakit import demo, plan, presets, storage
+from lorakit import demo, presets, storage
 from lorakit.config import Config
 from lorakit.widgets.parts import button, line, note, on_change, reporting
 
@@ -64,11 +64,6 @@ def preset(kind: str, base: str) -> Config:
 
 def _resolve(base: str) -> str:
     return ("sd15" if torch.cuda.is_available() else "demo") if base == "auto" else base
-
-
-def planned(config: Config) -> plan.Prediction:
-    """The memory, minutes, steps and file size of a run, predicted; arguments and errors as for `plan.predict`."""
-    return plan.predict(config)
 
 
 class Settings(widgets.VBox):

@@ -543,13 +543,15 @@ def test_what_a_resized_file_says(bare, tmp_path):
     lora = a_lora(bare["sd15"], "sd15", "loha", every=9)
     lora.metadata.update({"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "loha"}', "ss_steps": "9",
                           "ss_training_comment": "mine", "sshs_model_hash": "old", "ss_dir": "/home/anna/pictures",
-                          "lora_adapter_metadata": "{}"})  # fmt: skip
+                          "ss_dataset_dirs": json.dumps({"C:\\Users\\anna\\cats": {}}), "lora_adapter_metadata": "{}",
+                          "modelspec.thumbnail": "data:image/jpeg;base64,/9j/4A"})  # fmt: skip
     path = write.save(merging.resize(lora, rank=2, energy=0.9).lora, tmp_path / "a.safetensors")
     metadata = readers.read(path)[1]
     assert metadata["ss_training_comment"] == "resized from loha1.safetensors to rank 2, 0.9 of the energy; mine"
     assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == "2"
     assert metadata["ss_steps"] == "9" and json.loads(metadata["ss_network_args"]).keys() == {"conv_dim", "conv_alpha"}
-    assert "ss_dir" not in metadata and "lora_adapter_metadata" not in metadata
+    assert metadata["modelspec.thumbnail"] == "data:image/jpeg;base64,/9j/4A"
+    assert not {"ss_dir", "ss_dataset_dirs"} & metadata.keys() and "lora_adapter_metadata" not in metadata
     assert proof.describe_file(path)["hash"] == "verified" and load(path).family == "sd15"
 
 

@@ -123,6 +123,7 @@ class Commands:
 
 def tensors(file: Path) -> str:
     """A digest of a file's names and tensors, whatever its metadata."""
+    import torch
     from safetensors import safe_open
 
     digest = hashlib.sha256()
@@ -130,14 +131,8 @@ def tensors(file: Path) -> str:
         for name in sorted(opened.keys()):
             tensor = opened.get_tensor(name).contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(dtype=_BYTES()).numpy().tobytes() if tensor.numel() else b"")
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()[:16]
-
-
-def _BYTES():
-    import torch
-
-    return torch.uint8
 
 
 def pixels(folder: Path) -> str:

@@ -111,6 +111,8 @@ def test_repeats_by_folder(tmp_path):
     with pytest.raises(ValueError, match=naming("repeats", "'dog'")) as caught:
         folders.scan(tmp_path, repeats={"dog": 3})
     assert str(caught.value).count("'dogs'") == 2  # in the list of what is there, and as the nearest
+    with pytest.raises(ValueError, match=naming("repeats", "'dogs/deep'")):
+        folders.scan(tmp_path, repeats={"dogs/deep": 3})
     with pytest.raises(ValueError, match=naming("repeats", 0)):
         folders.scan(tmp_path, repeats={"dogs": 0})
 

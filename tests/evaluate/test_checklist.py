@@ -398,9 +398,15 @@ def test_a_loss_that_is_no_number_reaches_no_report(trained, tmp_path):
     log = folder / "log.jsonl"
     log.write_text(re.sub(r'("overfit_gap"|"validation_loss"): [\d.e-]+', r"\1: NaN", log.read_text()))
     made = judged(folder, vision=None, contexts=["on grass"])
-    assert all(checkpoint.validation_loss is None for checkpoint in made.checkpoints) and "NaN" not in json.dumps(
-        made.facts()
-    )
+    assert all(checkpoint.validation_loss is None for checkpoint in made.checkpoints)
+    assert "NaN" not in json.dumps(made.facts())
+
+
+def test_checkpoints_of_which_nothing_could_be_measured_have_no_chart(trained):
+    made = judged(trained, vision=None, contexts=["on grass"])
+    bare = [replace(one, validation_loss=None, gain=None, adherence=None) for one in made.checkpoints]
+    assert len(bare) > 1
+    assert made.html().count("<svg") == 1 and replace(made, checkpoints=tuple(bare)).html().count("<svg") == 0
 
 
 def test_leaking_is_no_fault_where_likeness_was_not_measured():

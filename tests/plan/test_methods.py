@@ -70,3 +70,16 @@ def test_dreambooths_moments_are_the_optimizers(optimizer, bytes_a_weight):
     _, full, _ = methods.compare_methods(base, config, dtype=torch.float32)
     weights = sum(weight.numel() for weight in bases.empty(base, "unet").parameters())
     assert full.peak == pytest.approx(bytes_a_weight * weights, rel=0.03)
+
+
+@pytest.mark.parametrize("changes", [
+    {"algorithm": "loha"}, {"algorithm": "lokr", "lokr_factor": 4}, {"targets": "attention+conv", "conv_rank": 2},
+    {"text_encoder_rate": 1e-4}, {"block_ranks": {"mid_block": 2}}, {"algorithm": "dora", "quantize": "nf4"},
+])  # fmt: skip
+def test_other_methods_do_not_depend_on_what_only_a_lora_has(changes):
+    base = bases.open("demo")
+    plain, other = (
+        methods.compare_methods(base, make_config(resolution=32, bucket_step=32, **more), dtype=torch.float32)
+        for more in ({}, changes)
+    )
+    assert other[0] != plain[0] and other[1:] == plain[1:]

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from said import line, names, naming
+from test_memory import made_up as step_cost
 from typer.testing import CliRunner
 
 import lorakit as lk
@@ -29,7 +30,7 @@ def made_up(base, config, *, size, dtype, device=None) -> memory.StepCost:
         weights=GIB // (1 if config.quantize == "none" else 2), adapter=GIB // 10, gradients=GIB // 10,
         optimizer=GIB // {"adamw": 5}.get(config.optimizer, 20),
         activations=activations // (5 if config.gradient_checkpointing else 1), file_size=10**7, flops=10**12,
-        seconds=1.0, size=size, batch_size=config.batch_size, precision=str(dtype),
+        seconds=1.0, size=size, batch_size=config.batch_size, precision=str(dtype).removeprefix("torch."),
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
 
@@ -68,7 +69,7 @@ FEWEST_BITS = {"gradient_checkpointing": True, "optimizer": "adamw8bit", "quanti
 def test_the_fastest_settings_that_fit_are_taken(quick, gib, changes):
     picked = chosen(gib)
     assert picked.fits and picked.config == Config(steps=100, batch_size=4, **changes)
-    assert len(picked.changes) == len(changes)  # each is told
+    assert len(picked.changes) == len(changes)  # one sentence for each
     told = [value for value in changes.values() if value not in (True, "nf4")]
     assert names("\n".join(picked.changes), *told)
     assert picked.cost.peak <= 0.9 * gib * GIB
@@ -97,7 +98,7 @@ def test_cards_and_bases_are_known_by_name(quick, tmp_path):
     rows = planning.plan_for_cards(bases.known("sd15"), Config(steps=1000), store=tmp_path)
     assert [row.card.name for row in rows][:5] == ["T4", "3060", "3090", "4090", "A100"]
     assert rows[0].minutes > rows[3].minutes > 0
-    assert rows[0].cost.precision == "torch.float16" and "bfloat16" in rows[1].cost.precision
+    assert rows[0].cost.precision == "float16" and "bfloat16" in rows[1].cost.precision
     with pytest.raises(ValueError, match=naming("T5", *cards.CARDS)):
         planning.plan_for_cards(bases.known("sd15"), Config(steps=1), ["T5"], store=tmp_path)
     with pytest.raises(ValueError, match=naming("flux", *bases.KNOWN)):
@@ -168,14 +169,6 @@ def test_apples_devices_get_no_rung_that_needs_bitsandbytes(monkeypatch):
 # ── Does it fit? ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def step_cost(**changes) -> memory.StepCost:
-    facts = dict(
-        weights=2 * GIB, adapter=GIB // 10, gradients=0, optimizer=GIB // 5, activations=2 * GIB, file_size=GIB // 20,
-        flops=2 * 10**12, seconds=3.0, size=(512, 768), batch_size=2, precision="float16", gradient_checkpointing=False,
-    )  # fmt: skip
-    return memory.StepCost(**(facts | changes))
-
-
 def test_the_margin_decides():
     p = step_cost()
     assert planning.verdict(p, int(p.peak / 0.9) + 10).fits is True
@@ -226,17 +219,32 @@ def test_a_run_is_predicted_from_its_config(quick, no_card, monkeypatch):
 def test_a_run_is_predicted_for_another_card(quick, no_card):
     config = lk.preset("style", dataset="demo", epochs=2)
     prediction = lk.plan.predict(config, card="T4")
-    assert (prediction.steps, prediction.cost.precision) == (600, "torch.float16")
+    assert (prediction.steps, prediction.cost.precision) == (600, "float16")
     assert names(str(prediction), "T4", "14.7 GiB", 600, f"{prediction.minutes:.0f} min")
     small = lk.plan.predict(
         config.with_(mixed_precision="no"), card=Card("mine", 3.0, tflops=50), base=bases.known("sd15")
     )
-    assert small.fits and small.changes and small.cost.precision == "torch.float32" and small.requested.peak > 5 * GIB
+    assert small.fits and small.changes and small.cost.precision == "float32" and small.requested.peak > 5 * GIB
     assert TONES["warning"] in small._repr_html_() and TONES["bad"] not in small._repr_html_()
+    assert small.minutes is None and "min (" not in str(small)  # the rate is that of half precision
+    emulated = lk.plan.predict(config.with_(mixed_precision="bf16"), card="T4")
+    assert (emulated.cost.precision, emulated.minutes) == ("bfloat16", None)
     nothing = lk.plan.predict(config, card=Card("mine", 0.5, tflops=50))
     assert nothing.fits is False and TONES["bad"] in nothing._repr_html_()
     with pytest.raises(ValueError, match=naming("T5", *cards.CARDS)):
         lk.plan.predict(config, card="T5")
+
+
+@pytest.mark.parametrize(("allowed", "bits"), [(True, True), (True, False), (False, True)])
+def test_a_run_on_this_machine_is_predicted_with_changes_it_can_make(quick, no_card, monkeypatch, allowed, bits):
+    monkeypatch.setattr(planning.bases, "can_quantize", lambda _: bits)
+    monkeypatch.setattr(cards, "free_memory_bytes", lambda _: int(0.9 * GIB))
+    config = lk.preset("style", dataset="demo", resolution=256, gradient_checkpointing=False, fit_memory=allowed)
+    prediction = lk.plan.predict(config.with_(batch_size=1))
+    own = ["optimizer adamw8bit", "the base held in NF4"] if bits else []
+    expected = ["gradient checkpointing (a third more work)", *own, "resolution 128"] if allowed else []
+    assert (list(prediction.changes), prediction.fits) == (expected, allowed and bits)
+    assert prediction.config in planning.ladder(config.with_(batch_size=1))
 
 
 def test_without_the_dataset_what_is_unknown_is_said(quick, no_card, tmp_path):

@@ -1,5 +1,8 @@
 import json
 import os
+import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from lorakit.plan import cards, memory, planning
 from lorakit.plan import store as stores
 from lorakit.run import checkpoint, finish, preparation, run, run_folder
 from lorakit.run.control import Control
+from lorakit.run.run import Run
 from lorakit.sample import denoise
 from lorakit.storage import files
 from lorakit.train import loop
@@ -123,6 +127,17 @@ def test_other_settings_are_refused_with_both_values(settings, trained, pictures
     before = checkpoint.newest(folder / "checkpoints").settings["dataset"]
     with pytest.raises(ValueError, match=naming("dataset", before)):
         run.start(settings, folder, **QUIET)
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_a_run_from_before_a_setting_was_added_is_resumed(settings, trained):
+    cut_back(trained.folder, 3)
+    saved = checkpoint.newest(trained.folder / "checkpoints")
+    before = {name: value for name, value in saved.settings.items() if name not in ("noise_offset", "tag_dropout")}
+    assert len(before) == len(saved.settings) - 2
+    checkpoint._write(replace(saved, settings=before))
+    result = run.start(settings, trained.folder, **QUIET)
+    assert (result.steps, len(result.losses)) == (6, 3)
 
 
 @pytest.mark.usefixtures("weights_only")
@@ -469,3 +484,44 @@ def test_a_resumed_run_comes_down_by_its_own_rungs(settings, tmp_path, monkeypat
     )
     run.start(settings, tmp_path / "run", **QUIET)
     assert asked == [(), rungs[1:]]
+
+
+# ── A run as an object ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(run_folder.RunFolder(folder).saved())
+
+
+def test_leaving_a_loop_saves_and_another_loop_ends_as_if_it_had_not_been_left(settings, finished, tmp_path):
+    training, numbers = Run(settings, tmp_path / "run", console=Console.quiet()), []
+    for step in training:
+        numbers.append(step.number)
+        if step.number == 2:
+            break
+    assert checkpoints(tmp_path / "run") == [2] and training.result is None
+    assert not [thread for thread in threading.enumerate() if thread.name == "lorakit-backup"]
+    training.export(tmp_path / "two.safetensors")  # the folder is free
+    numbers += [step.number for step in training]
+    assert numbers == [1, 2, 3, 4, 5, 6] and training.result.steps == 6
+    assert training.result.comparison == tmp_path / "run" / "comparison.png" and not training.result.missing
+    whole, parts = load_file(finished[0].lora), load_file(training.result.lora)
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_a_loop_that_an_error_ended_is_saved_before_the_next_begins(settings, tmp_path):
+    training = Run(settings, tmp_path / "run", console=Console.quiet())
+    with pytest.raises(ZeroDivisionError) as raised:  # its traceback keeps the loop alive
+        for step in training:
+            1 / (step.number - 2)
+    assert [step.number for step in training] == [3, 4, 5, 6] and raised.value
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_a_stopped_loop_is_resumed_by_the_next(settings, tmp_path):
+    training = Run(settings.with_(backup=str(tmp_path)), tmp_path / "run", console=Console.quiet())
+    first = [(training.stop(), step.number)[1] for step in training]
+    assert first == [1] and training.result.steps == 1 and "step 1" in str(training)
+    assert [step.number for step in training] == [2, 3, 4, 5, 6] and "thing.safetensors" in str(training)
+    assert not [thread for thread in threading.enumerate() if thread.name == "lorakit-backup"]

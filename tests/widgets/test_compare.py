@@ -280,8 +280,10 @@ def test_files_are_compared_without_their_run(folder, small_bases, tmp_path, mon
     for step in (2, 6):
         write.save(run_folder.lora_of(folder, step), tmp_path / "loras" / f"v{step}.safetensors")
     panel = Compare(
-        tmp_path / "loras", base=str(small_bases["sd15"]), strengths="1", sampling=Sampling(steps=2), seeds=(1, 2)
-    )
+        tmp_path / "loras", base=str(small_bases["sd15"]), strengths="1", seeds=(1, 2),
+        sampling=Sampling(steps=2, clip_skip=2),
+    )  # fmt: skip
+    assert (panel.request().sampling.steps, panel.request().sampling.clip_skip) == (2, 2)
     assert panel.prompts.value == "sks thing" and names(panel.make_button.description, 4)
     panel.run()
     assert counted(panel) == [4, 4] and panel.file.label.value == "v6"

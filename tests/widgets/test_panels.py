@@ -49,6 +49,8 @@ def test_captions_are_edited_by_hand_saved_and_brought_back(panel, pictures):
     file = pictures / "2_sks thing" / "2.txt"
     assert file.read_text() == "sks thing, on a table\n"
     assert said(panel.status, 1) and tone(panel.status.value) == "good"
+    panel.save()
+    assert tone(panel.status.value) == ""  # there is nothing new to save
     panel.undo()
     assert file.read_text() == "sks thing, number 2"
     assert panel.captions["2_sks thing/2.png"] == "sks thing, number 2"
@@ -231,9 +233,8 @@ def test_an_archive_is_uploaded(pictures, tmp_path, release):
     assert Path(panel.source).is_relative_to(tmp_path / "uploads")
 
 
+@pytest.mark.usefixtures("colab_package")
 def test_on_colab_its_own_dialog_uploads(pictures, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "fakes"))
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
     panel = Pictures(uploads=tmp_path / "uploads")
     assert panel.upload.description == "Upload" and not isinstance(panel.upload, widgets.FileUpload)
     panel.upload.click()  # and nothing is chosen

@@ -9,11 +9,11 @@ from panels import tone, words
 from said import names, naming
 
 from lorakit import config as configs
-from lorakit import demo, presets
+from lorakit import demo, plan, presets
 from lorakit.plan import store as stores
 from lorakit.plots import TONES
 from lorakit.widgets.parts import span
-from lorakit.widgets.settings import FIRST, Settings, advice, planned, preset
+from lorakit.widgets.settings import FIRST, Settings, advice, preset
 from lorakit.widgets.training import Curves, Training
 
 
@@ -238,10 +238,10 @@ def test_the_guide_has_something_to_say_of_what_matters():
 def test_a_plan_is_told_before_anything_is_loaded(monkeypatch):
     costs, count = [], stores.step_cost
     monkeypatch.setattr(stores, "step_cost", lambda *a, **k: costs.append(count(*a, **k)) or costs[-1])
-    told = planned(demo.config())._repr_html_()
+    told = plan.predict(demo.config())._repr_html_()
     assert len(costs) == 1 and tone(told) == "good" and TONES["bad"] not in told
     assert names(words(told), "5.6 MB", 400, "cpu")
     monkeypatch.setattr("lorakit.base.open", lambda *_: pytest.fail("it would be asked from the hub"))
     monkeypatch.setattr(stores, "step_cost", lambda *_, **__: costs[0])  # plan/test_planning.py has that of SD 1.5
-    told = planned(presets.preset("style").with_(dataset="demo"))._repr_html_()
+    told = plan.predict(presets.preset("style").with_(dataset="demo"))._repr_html_()
     assert TONES["bad"] in told and names(words(told), "stable-diffusion-v1-5")  # it would take days on a CPU
