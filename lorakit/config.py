@@ -282,8 +282,9 @@ class Config(BaseModel):
     # ── Shown ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _changed(self) -> dict[str, Any]:
-        """The settings that differ from the defaults."""
-        return {name: value for name, value in self if value != type(self).model_fields[name].default}
+        """The base, and the settings that differ from the defaults."""
+        fields = type(self).model_fields
+        return {name: value for name, value in self if name == "base" or value != fields[name].default}
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         yield from self._changed().items()

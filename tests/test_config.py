@@ -42,13 +42,13 @@ def test_a_config_shows_what_differs_from_the_defaults_first():
     changed = preset("style", trigger="<sks>", block_ranks={"mid_block": 8})
     text, html = str(changed), changed._repr_html_()
     names_shown = [line.split()[0] for line in text.splitlines()[:-1]]
-    assert names_shown == ["name", "kind", "trigger", "block_ranks", "steps"]
-    assert names(text, "my_style_v1", "<sks>", "{'mid_block': 8}", 2000, len(Config.model_fields) - 5)
+    assert names_shown == ["base", "name", "kind", "trigger", "block_ranks", "steps"]
+    assert names(text, "my_style_v1", "<sks>", "{'mid_block': 8}", 2000, len(Config.model_fields) - 6)
     assert "&lt;sks&gt;" in html and "<sks>" not in html
     first, folded = html.split("<details>")
     for name in Config.model_fields:
         assert f"{name} " in (first if name in names_shown else folded)
-    assert repr(Config(steps=5, rank=8)) == "Config(rank=8, steps=5)"
+    assert repr(Config(base="demo", steps=5)) == "Config(base='demo', steps=5)"
     assert eval(repr(changed)) == changed
 
 

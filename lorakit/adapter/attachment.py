@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import base as bases
+from lorakit import storage
 from lorakit.adapter import injection, targets
 from lorakit.adapter.algorithms import algorithm_of
 from lorakit.adapter.injection import Adapter
@@ -16,6 +17,7 @@ from lorakit.adapter.specs import LayerSpec
 from lorakit.base import Base
 
 
+@storage.exclusive
 def attach(models: nn.Module | targets.Models, base: Base, lora: Lora | str | Path) -> Adapter:
     """Put a file's LoRA into models (in place), to sample with or to train on. `adapter.eject` is the inverse.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import base as bases
+from lorakit import storage
 from lorakit.adapter.algorithms import ALGORITHMS
 from lorakit.adapter.specs import LayerSpec
 from lorakit.adapter.targets import RESNET, Models, by_name, find, model_of, path_of, within
@@ -92,6 +93,7 @@ class Adapter:
             weight.copy_(state[name])
 
 
+@storage.exclusive
 def inject(models: nn.Module | Models, specs: Mapping[str, LayerSpec], seed: int = 0) -> Adapter:
     """Put fresh adapter layers into models (in place) and freeze everything else. `eject` is the inverse.
 
@@ -134,6 +136,7 @@ def inject(models: nn.Module | Models, specs: Mapping[str, LayerSpec], seed: int
     return Adapter(holders, layers)
 
 
+@storage.exclusive
 def eject(models: nn.Module | Models) -> None:
     """Take every adapter out again (in place): the models are then the very ones they were before `inject`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -148,6 +151,7 @@ def eject(models: nn.Module | Models) -> None:
                 del holder.peft_config
 
 
+@storage.exclusive
 def stack(models: nn.Module | Models, adapters: Sequence[Adapter]) -> Adapter:
     """Put ejected adapters back into models (in place), several at once; `eject` is the inverse.
 

@@ -5,6 +5,7 @@ by the caller. Every size (VAE factor, widths, prediction type) comes from the b
 """
 
 import hashlib
+import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,11 @@ KNOWN = {  # bases whose configs ship with lorakit → hub id
     "sdxl": HUB_BASES["sdxl"],
 }
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+CLASSES = {  # component → its library and class
+    "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+}  # fmt: skip
 SHARDS = ("diffusion_pytorch_model-*.safetensors", "model-*.safetensors", "*.safetensors.index.json")
 
 # On every CPU, bitsandbytes warns about a missing GPU kernel for 4 bits as soon as PEFT imports it.
@@ -72,6 +78,7 @@ class Base:
     def text_encoders(self) -> tuple[str, ...]:
         return ("text_encoder", "text_encoder_2") if self.family == "sdxl" else ("text_encoder",)
 
+    @storage.exclusive
     def alphas_cumprod(self) -> Tensor:
         """The base's noise schedule, shape (1000,), float32."""
         from diffusers import DDPMScheduler
@@ -257,25 +264,36 @@ def fingerprint(base: Base, component: str) -> str:
     return digest.hexdigest()
 
 
-def _load(cls: Any, base: Base, component: str, compute: Compute) -> Any:
-    quiet_libraries()
-    if base.file:
-        model = _load_from_file(cls, base, component, compute)
-    else:
-        # `torch_dtype` works in every release; newer ones call it `dtype` and accept both.
-        folder = component_folder(base, component)
-        model = cls.from_pretrained(folder, torch_dtype=compute.dtype, use_safetensors=True, local_files_only=True)
-    return model.requires_grad_(False).eval().to(compute.device)
+def _class(component: str) -> Any:
+    library, name = CLASSES[component]
+    return getattr(importlib.import_module(library), name)
 
 
-def _load_from_file(cls: Any, base: Base, component: str, compute: Compute) -> Any:
+def _from_config(component: str, config: dict[str, Any]) -> Any:
+    cls = _class(component)
+    return cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class(**config))
+
+
+def _load(base: Base, component: str, compute: Compute) -> Any:
+    folder = None if base.file else component_folder(base, component)  # may download, which others need not wait for
+    with storage.LOADING:
+        quiet_libraries()
+        if folder:
+            # `torch_dtype` works in every release; newer ones call it `dtype` and accept both.
+            options = {"torch_dtype": compute.dtype, "use_safetensors": True, "local_files_only": True}
+            model = _class(component).from_pretrained(folder, **options)
+        else:
+            model = _load_from_file(base, component, compute)
+        return model.requires_grad_(False).eval().to(compute.device)
+
+
+def _load_from_file(base: Base, component: str, compute: Compute) -> Any:
     """Make an empty model, then convert and move its weights one by one; ValueError if they do not fit."""
     from accelerate import init_empty_weights
 
     assert base.file
-    config = base.configs[component]
     with init_empty_weights(include_buffers=False):
-        model = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class(**config))
+        model = _from_config(component, base.configs[component])
     inner = "text_model." if hasattr(model, "text_model") else ""  # newer transformers have no inner text_model
     paths = {name.removeprefix(inner): name for name, _ in model.named_parameters()}
     shapes = {name: model.get_parameter(path).shape for name, path in paths.items()}
@@ -294,23 +312,12 @@ def _load_from_file(cls: Any, base: Base, component: str, compute: Compute) -> A
     return model
 
 
+@storage.exclusive
 def empty(base: Base, component: str) -> torch.nn.Module:
-    """The UNet or a text encoder on the meta device, without weights."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig
-
+    """A component on the meta device, without weights."""
     quiet_libraries()
-    config = base.configs[component]
     with torch.device("meta"):
-        if component == "unet":
-            return UNet2DConditionModel.from_config(config)
-        return _encoder_class(component)(CLIPTextConfig(**config))
-
-
-def _encoder_class(name: str) -> Any:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    return CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+        return _from_config(component, base.configs[component])
 
 
 def load_unet(base: Base, compute: Compute) -> Any:
@@ -319,28 +326,26 @@ def load_unet(base: Base, compute: Compute) -> Any:
     Raises:
         ValueError, ImportError: the UNet cannot be quantized on this machine.
     """
-    from diffusers import UNet2DConditionModel
-
     if compute.quantize == "none":
-        return _load(UNet2DConditionModel, base, "unet", compute)
-    unet = _load(UNet2DConditionModel, base, "unet", replace(compute, device=torch.device("cpu")))
-    return quantization.quantize(unet, compute.quantize, compute.device)
+        return _load(base, "unet", compute)
+    unet = _load(base, "unet", replace(compute, device=torch.device("cpu")))
+    with storage.LOADING:
+        return quantization.quantize(unet, compute.quantize, compute.device)
 
 
 def load_vae(base: Base, compute: Compute) -> Any:
     """Load the frozen autoencoder, in float32 if its config says that it overflows in half precision (SDXL)."""
-    from diffusers import AutoencoderKL
-
     if compute.dtype == torch.float16 and base.configs["vae"].get("force_upcast", True):
         compute = replace(compute, dtype=torch.float32)
-    return _load(AutoencoderKL, base, "vae", compute)
+    return _load(base, "vae", compute)
 
 
 def load_text_encoder(base: Base, compute: Compute, name: str = "text_encoder") -> tuple[Any, Any]:
     """Load a frozen text encoder ("text_encoder", or SDXL's "text_encoder_2") and its tokenizer."""
-    return _load(_encoder_class(name), base, name, compute), load_tokenizer(base, name)
+    return _load(base, name, compute), load_tokenizer(base, name)
 
 
+@storage.exclusive
 def load_tokenizer(base: Base, encoder: str = "text_encoder") -> Any:
     """The tokenizer of one of the base's text encoders."""
     from transformers import CLIPTokenizer

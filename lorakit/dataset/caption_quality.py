@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lorakit import storage
 from lorakit.dataset.captions import split_tags, trigger_pattern
 from lorakit.dataset.folder import Dataset
 from lorakit.dataset.report import Finding, Report, Severity
@@ -80,6 +81,7 @@ def audit_captions(
 
 
 @cache
+@storage.exclusive
 def _tokenizer() -> Any:
     """CLIP's, which ships with lorakit."""
     from transformers import CLIPTokenizer

@@ -180,6 +180,7 @@ def _existing(names: Iterable[str], folder: Path) -> dict[str, str]:
 # ── Models ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@storage.exclusive
 def _open(folder: Path, compute: Compute) -> tuple[Any, Any]:
     """A model that describes pictures, of transformers' own classes, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -103,12 +103,16 @@ def open(name: str = "clip", device: str = "auto") -> VisionModel:
         FileNotFoundError: no such model, or the hub is out of reach.
         ValueError: not a vision model, or its weights are pickles.
     """
-    from transformers import AutoModel, AutoTokenizer
-
     target = choose_device(device)
     if name == "demo":
         return _embedded(target)
-    folder = storage.fetch_model(name, MODELS)
+    return _open(name, storage.fetch_model(name, MODELS), target)
+
+
+@storage.exclusive
+def _open(name: str, folder: Path, target: torch.device) -> VisionModel:
+    from transformers import AutoModel, AutoTokenizer
+
     quiet_libraries()
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"{folder.name} has no .safetensors weights; lorakit reads no pickles. Use another model.")
@@ -213,6 +217,7 @@ class EmbeddedVision(nn.Module):
         return torch.cat(self.read(self.features(input_ids, attention_mask)), 1)
 
 
+@storage.exclusive
 def _embedded(device: torch.device) -> VisionModel:
     encoder, tokenizer = bases.load_text_encoder(bases.open("demo"), Compute(device, torch.float32))
     model = EmbeddedVision(encoder)

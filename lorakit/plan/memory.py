@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lorakit import adapter as adapters
 from lorakit import base as bases
-from lorakit import train
+from lorakit import storage, train
 from lorakit.config import Config
 from lorakit.device import choose_device
 
@@ -153,7 +153,7 @@ def _build(
     unet = models["unet"]
     for model in models.values():
         nn.Module.to(model, dtype)  # diffusers' own `to` warns about what only matters to real weights
-    with torch.device("meta"):
+    with storage.LOADING, torch.device("meta"):
         for name, layer in bases.quantizable_layers(unet, config.quantize) if config.quantize != "none" else ():
             parent, _, child = name.rpartition(".")
             packed = _Packed(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)

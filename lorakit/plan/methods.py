@@ -35,16 +35,12 @@ def compare_methods(base: bases.Base, config: Config, *, dtype: torch.dtype, sto
     Source: Ruiz et al. 2022, arXiv:2208.12242 (DreamBooth); Gal et al. 2022, arXiv:2208.01618 (textual inversion);
     what is trained, and in which dtype, as in diffusers' `train_dreambooth.py` and `textual_inversion.py`.
     """
-    from diffusers import AutoencoderKL
-
     size = (config.resolution, config.resolution)
     lora = plain = stores.step_cost(base, config, size=size, dtype=dtype, device="cuda", store=store)
     if (settings := _plain(config)) != config:
         plain = stores.step_cost(base, settings, size=size, dtype=dtype, device="cuda", store=store)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(base.configs["vae"])
-    models: list[Any] = [bases.empty(base, name) for name in ("unet", *base.text_encoders)]
-    unet, *encoders = models
+    models: list[Any] = [bases.empty(base, name) for name in ("unet", "vae", *base.text_encoders)]
+    unet, vae, *encoders = models
     unet_numbers, vae_numbers, *encoder_numbers = (_numbers(model) for model in (unet, vae, *encoders))
     # DreamBooth: the UNet in float32. The update needs all gradients, the step activations and autocast's copies.
     copies = dtype.itemsize * unet_numbers if dtype != torch.float32 else 0

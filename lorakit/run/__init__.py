@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lorakit.run.models import Shared
     from lorakit.run.preparation import FREE, Prepared, prepare, scan_dataset, settings_digest
     from lorakit.run.resume import OtherSettings, is_finished
-    from lorakit.run.run import Result, Run, start
+    from lorakit.run.run import TRAINING, Result, Run, start
     from lorakit.run.run_folder import RunFolder, is_run, lora_of, read_log, run_of, runs_in
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

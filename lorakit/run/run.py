@@ -44,6 +44,7 @@ from lorakit.sample import Grid, Loaded, Sampling
 from lorakit.train import Step
 
 PATIENCE = 600  # seconds that the end of a run waits for the backup place
+TRAINING: list[str] = []  # names of the runs that train in this process
 LEAST_FACTOR = 1 / 8  # of the learning rate: a run that diverges even then is given up
 
 Listener = Callable[[Step], None]
@@ -270,9 +271,11 @@ class _Training:
         return self.started + time.monotonic() - self.began
 
     def steps(self, listeners: Sequence[Listener]) -> Generator[Step, None, None]:
+        TRAINING.append(self.folder.name)
         try:
             yield from self._steps(listeners)
         finally:
+            TRAINING.remove(self.folder.name)
             if self.copier:
                 self.copier.close(0)  # its thread ends once everything is copied
 

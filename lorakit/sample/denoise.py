@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorakit import base as bases
+from lorakit import storage
 from lorakit.base import Text
 from lorakit.config import Config
 from lorakit.device import autocast, free_memory, out_of_memory
@@ -81,6 +82,7 @@ class Sampling:
         return seeds, (height, width)
 
 
+@storage.exclusive
 def make_scheduler(name: str, base: bases.Base) -> Any:
     """A diffusers scheduler with the base's own noise schedule.
 

@@ -16,6 +16,6 @@ if TYPE_CHECKING:
     from lorakit.storage.models import fetch_from_hub, fetch_model, is_hub_id, locate_model
     from lorakit.storage.tensors import cache_key, digest_tensors, open_safetensors, own_memory, read_cached
     from lorakit.storage.tensors import read_header, write_cached
-    from lorakit.storage.threads import WORKERS, thread_pool
+    from lorakit.storage.threads import LOADING, WORKERS, exclusive, thread_pool
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit import storage
+
 OPTIMIZERS = {  # name → its module and class
     "adamw": ("torch.optim.adamw", "AdamW"),
     "adamw8bit": ("bitsandbytes.optim.adamw", "AdamW8bit"),
@@ -21,6 +23,7 @@ OPTIMIZERS = {  # name → its module and class
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
 
 
+@storage.exclusive
 def optimizer(name: str, parameters: Iterable, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """Make an optimizer.
 

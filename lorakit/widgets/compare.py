@@ -236,6 +236,11 @@ class Compare(widgets.VBox):
             return False
         with reporting(self.progress):
             request = self.request()
+            if running.TRAINING:
+                raise BlockingIOError(
+                    f"{running.TRAINING[0]} is training in this notebook, and both together could fill the card. Stop "
+                    "it or wait for its end, then make the pictures; its own samples show it meanwhile."
+                )
             self._clear()
             self.halt = threading.Event()  # a new one, so that a worker abandoned by a third Interrupt stays stopped
             self.make_button.disabled, self.stop_button.disabled = True, False

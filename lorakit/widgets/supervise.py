@@ -20,6 +20,7 @@ from lorakit import device
 
 EVERY = 0.1  # seconds between two looks
 COMMS = ("comm_open", "comm_msg", "comm_close")
+WATCHED: list[Future] = []  # the work that cells and clicks wait for
 QUESTIONS = ("kernel_info_request", "comm_info_request")  # of a page that was opened again
 T = TypeVar("T")
 
@@ -78,17 +79,21 @@ def _start(work: Callable[[], T]) -> "Future[T]":
 def _watch(outcome: Future, refresh: Callable[[], None], stop: threading.Event) -> None:
     """Refresh and answer clicks until the work is done."""
     interrupts, failed, done = 0, False, False
-    with closing(Pump()) as pump:
-        while not done:
-            try:
-                done = bool(wait([outcome], EVERY).done)
-                pump.poll()
-                failed = _refreshed(refresh, failed)
-            except KeyboardInterrupt:
-                stop.set()
-                interrupts += 1
-            if interrupts == 3:
-                raise KeyboardInterrupt
+    WATCHED.append(outcome)
+    try:
+        with closing(Pump()) as pump:
+            while not done:
+                try:
+                    done = bool(wait([outcome], EVERY).done)
+                    pump.poll()
+                    failed = _refreshed(refresh, failed)
+                except KeyboardInterrupt:
+                    stop.set()
+                    interrupts += 1
+                if interrupts == 3:
+                    raise KeyboardInterrupt
+    finally:
+        WATCHED.remove(outcome)
 
 
 def _refreshed(refresh: Callable[[], None], failed: bool) -> bool:

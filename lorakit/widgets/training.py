@@ -98,6 +98,11 @@ class Training(widgets.VBox):
 
         Args, result and errors are those of `run.Run` and its `train`.
         """
+        if supervise.WATCHED:
+            raise BlockingIOError(
+                "Pictures are being made in this notebook, and both together could fill the card. Stop them or wait "
+                "for their end, then run this cell again."
+            )
         display(self)
         # The panel is lost with the kernel; this figure stays in a saved notebook.
         self.figure = display(HTML(""), display_id=True)

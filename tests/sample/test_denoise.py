@@ -132,6 +132,25 @@ def test_borrowing_leaves_randomness_and_training_mode_alone(small_bases, tmp_pa
     assert (np.random.get_state()[1] == numpy_before).all()
 
 
+def test_threads_load_and_make_pictures_at_once():
+    """While one thread made an empty model, models that others loaded at that moment had no weights either."""
+    sampling, start, pictures = denoise.Sampling(steps=2), threading.Barrier(3), []
+
+    def make():
+        start.wait()
+        for _ in range(3):
+            pictures.extend(
+                placed.picture.tobytes() for placed in sampler.stream(bases.open("demo"), ["a"], sampling=sampling)
+            )
+
+    threads = [threading.Thread(target=make) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pictures) == 9 and len(set(pictures)) == 1
+
+
 def test_generate_gives_a_row_of_strengths(small_bases):
     base = bases.open(small_bases["sd15"])
 

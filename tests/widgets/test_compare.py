@@ -18,6 +18,7 @@ import pytest
 import torch
 from panels import tone, words
 from PIL import Image
+from safetensors.torch import load_file
 from said import QUIET, line, names, naming
 
 from lorakit import page
@@ -273,6 +274,27 @@ def test_a_grid_is_made_and_looked_at(panel, small_bases):
     assert panel.file.label.value == "step 6" and panel.file.name.value == "thing-step-000006"
     panel.make()  # with no kernel it works as well, and takes the place of what was there
     assert counted(panel) == [10, 10] and styles(panel).count("data:image/jpeg") == 10
+
+
+def test_pictures_beside_a_training_are_refused_and_leave_it_alone(panel, trained, tmp_path):
+    """Both at once used to end the training, because models lost their weights, and could fill the card."""
+    config = Config.model_validate_json((trained / "config.json").read_text()).with_(steps=20, save_every=5)
+    plain = run_module.start(config, tmp_path / "plain", **QUIET)
+    answers = []
+
+    def click(_):
+        clicking = threading.Thread(target=panel.make)
+        clicking.start()
+        clicking.join()
+        answers.append(words(panel.progress.value))
+
+    result = Run(config, tmp_path / "disturbed", console=Console(click, False)).train(click)
+    assert len(answers) > 20 and all(names(answer, "disturbed", "training") for answer in answers)
+    assert not panel.grid.pictures
+    for name, weight in load_file(result.lora).items():
+        assert torch.equal(weight, load_file(plain.lora)[name])
+    panel.run()
+    assert len(panel.grid.pictures) == panel.grid.request.total
 
 
 def test_files_are_compared_without_their_run(folder, small_bases, tmp_path, monkeypatch):
