@@ -279,7 +279,9 @@ def _print_methods(methods: Any, as_json: bool) -> None:
 
 @command
 def kohya(
-    file: Annotated[Path, typer.Argument(help="sd-scripts' .toml, the GUI's .json, or a text with a command line")],
+    file: Annotated[
+        Path, typer.Argument(help="sd-scripts' .toml, the GUI's .json, or a script (.sh, .bat, .ps1, .txt)")
+    ],
 ) -> None:
     """Print kohya's settings as lorakit's, as JSON; settings that cannot be converted are named."""
     from lorakit import kohya as converter

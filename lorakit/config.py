@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 Kind = Literal["character", "style", "object", "clothing"]
 BucketRule = Literal["kohya", "no_upscale", "least_crop"]  # explained in `lorakit.dataset.buckets`
+KOHYA = re.compile(r"\b(network_dim|network_module|pretrained_model_name_or_path|LoRA_type)\"?\s*[:=]")  # its own names
 WHOLE = ("loha", "lokr")  # algorithms that cannot train on a quantized base
 
 HUB_BASES: dict[str, str] = {
@@ -89,7 +91,7 @@ class Config(BaseModel):
     targets: Literal["attention", "attention+conv"] = Field(
         "attention", description="kohya's default modules, or also the ResNet convolutions (LoCon)"
     )
-    conv_rank: int | None = Field(None, ge=1, description="rank of convolutions; None: `rank`")
+    conv_rank: int | None = Field(None, ge=1, le=1024, description="rank of convolutions; None: `rank`")
     conv_alpha: float | None = Field(None, gt=0, description="alpha of convolutions; None: `alpha`")
     block_ranks: dict[str, NonNegativeInt] = Field({}, description="ranks by block, {'mid_block': 8}; 0: not trained")
     initialisation: Literal["usual", "orthogonal", "eva"] = Field(
@@ -323,9 +325,15 @@ def load(path: str | Path) -> Config:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file, not validated. ValueError: not a JSON object."""
+    """The settings in a JSON file, not validated. ValueError: not a JSON object, or kohya's settings."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if KOHYA.search(text):
+        raise ValueError(
+            f"{path.name} has settings of kohya's sd-scripts. Convert them, `python -m lorakit kohya {path.name} > "
+            "run.json`, then train with run.json."
+        )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+        settings = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(settings, dict):

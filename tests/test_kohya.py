@@ -6,6 +6,7 @@ import pytest
 from said import line, names, naming
 
 from lorakit import config, kohya
+from lorakit.kohya import tables
 
 TOML = """
 [model]
@@ -97,8 +98,9 @@ def test_the_guis_preset(tmp_path):
     settings = imported.config
     assert (settings.resolution, settings.epochs, settings.optimizer) == (768, 8, "adafactor")
     assert (settings.warmup_steps, settings.weight_decay, settings.min_snr_gamma) == (0.1, 0.02, None)
+    assert (settings.learning_rate, settings.sample_prompts) == (1e-4, ("a cat",))  # its rate has relative steps
     assert (settings.targets, settings.conv_rank) == ("attention+conv", 8)
-    assert [note.split(":")[0] for note in imported.notes] == ["sample_prompts", "xformers"]
+    assert [note.split(":")[0] for note in imported.notes] == ["relative_step", "xformers"]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,10 @@ def test_convolutions_keep_their_rank_in_each_block():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"optimizer_type": "DAdaptation"}, ("optimizer_type", "DAdaptation", "adamw", "prodigy")),
+        ({"optimizer_type": "DAdaptation"}, ("optimizer_type", "DAdaptation", "prodigy")),
+        ({"optimizer_type": "CAME"}, ("optimizer_type", "CAME", "adamw", "prodigy")),
+        ({"optimizer_type": "Lion8bit"}, ("optimizer_type", "Lion8bit", "lion")),
+        ({"optimizer_type": "AdamW", "learning_rate": 1.0}, ("learning_rate", 1.0, "adamw", "1e-4")),
         ({"lr_scheduler": "piecewise_constant"}, ("lr_scheduler", "piecewise_constant", "constant")),
         ({"lr_warmup_steps": 50}, ("lr_warmup_steps", "lr_scheduler", "constant")),
         ({"network_module": "networks.oft"}, ("network_module", "networks.oft", "LoRA", "LoCon", "DoRA")),
@@ -192,7 +197,21 @@ def test_convolutions_keep_their_rank_in_each_block():
         ({"gui_lora_type": "LyCORIS/Diag-OFT"}, ("gui_lora_type", "LyCORIS/Diag-OFT", "LoRA")),
         ({"network_args": ["algo=loha", "dora_wd=True"]}, ("dora_wd", "DoRA", "loha")),
         ({"network_module": "lycoris.kohya", "network_args": ["dora_wd=True"]}, ("dora_wd", "LyCORIS")),
-        ({"optimizer_state": "old.pt"}, ("optimizer_state", "old.pt")),
+        ({"network_dim": 8, "optimizer_state": "old.pt"}, ("optimizer_state", "old.pt")),
+        ({"network_dim": -3}, ("network_dim", -3, 4)),
+        ({"network_dim": 4096}, ("network_dim", 4096, 1024)),
+        ({"bucket_reso_steps": 1}, ("bucket_reso_steps", 1, 8)),
+        ({"clip_skip": 7}, ("clip_skip", 7, 4)),
+        ({"seed": 2**32 + 5}, ("seed", 2**32 + 5, 5)),
+        ({"enable_bucket": True, "resolution": 1024, "max_bucket_reso": 768}, ("max_bucket_reso", 768, 1024)),
+        ({"debiased_estimation_loss": True, "min_snr_gamma": 5}, ("debiased_estimation_loss", "min_snr_gamma")),
+        ({"optimizer_type": "Prodigy", "learning_rate": 1e-4}, ("learning_rate", 0.0001, 1)),
+        ({"optimizer_type": "Prodigy", "unet_lr": 1, "text_encoder_lr": 0.5}, ("text_encoder_lr", 0.5, 1)),
+        ({"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine"}, ("lr_scheduler", "cosine", "constant")),
+        ({"noise_offset": "a lot", "network_dim": 8}, ("noise_offset", "a lot")),
+        ({"max_token_length": 225}, ("max_token_length", 225, 75)),
+        ({"masked_loss": True}, ("masked_loss", "mask")),
+        ({"output_name": "my/lora"}, ("output_name", "my/lora", "my_lora")),
         ({"enable_bucket": False, "bucket_no_upscale": True}, ("enable_bucket", "False")),
     ],
 )
@@ -209,13 +228,20 @@ def test_nothing_is_dropped_in_silence(settings, named):
         ("x.json", "[1]", ("x.json", "list")),
         ("x.json", "{", ("x.json",)),
         ("x.txt", "train_network.py", ()),
-        ("x.toml", "network_dim = -3", ("rank", -3)),
+        ("x.json", "{}", ("sd-scripts", "GUI")),
+        ("x.json", '{"hello": 1}', ("sd-scripts", "GUI")),
+        ("x.json", '{"training_method": "LORA", "base_model_name": "x"}', ("OneTrainer",)),
+        ("x.json", '{"base": "demo", "rank": 8, "steps": 10}', ("x.json", "train")),
+        ("x.json", '{"LoRA_type": "Flux1", "network_dim": 16}', ("Flux",)),
+        ("x.json", '{"sd3_checkbox": true, "network_dim": 16}', ("Stable Diffusion 3",)),
+        ("x.sh", "python flux_train_network.py --network_dim 4", ("Flux",)),
+        ("x.sh", "train_network.py --network_dim 4\ntrain_network.py --network_dim 8", (2,)),
+        ("x.toml", 'optimizer_type = "Sophia"\nlearning_rate = 1.0', ("optimizer_type", "Sophia", "Prodigy")),
         (
             "x.toml",
             "network_train_text_encoder_only = true\nnetwork_train_unet_only = true",
             ("network_train_text_encoder_only", "network_train_unet_only"),
         ),
-        ("x.toml", 'optimizer_type = "Prodigy"\nlearning_rate = 1e-4', ("prodigy", "learning_rate", 0.0001, 1.0)),
     ],
 )
 def test_what_cannot_be_read_is_explained(tmp_path, name, text, named):
@@ -280,3 +306,132 @@ def test_escaped_spaces_hold_a_word_together():
     assert (made.dataset, made.rank) == ("C:\\imgs\\", 8)
     with pytest.raises(ValueError, match="No closing quotation"):
         kohya.from_command("train.py --output_name=it's_me")
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ({"epoch": 12, "max_train_epochs": "", "max_train_steps": ""}, (12, None)),
+        ({"epoch": 1, "max_train_steps": 900}, (None, 900)),
+        ({"epoch": 1, "max_train_epochs": "3", "max_train_steps": 900}, (3, None)),
+        ({"epoch": 0, "max_train_epochs": 0, "max_train_steps": 0, "network_dim": 8}, (None, 1600)),
+    ],
+)
+def test_the_length_is_the_first_that_is_set(settings, length, tmp_path):
+    """12 of 31 presets of the GUI used to become 1600 steps."""
+    (tmp_path / "preset.json").write_text(json.dumps(settings))
+    made = kohya.read(tmp_path / "preset.json").config
+    assert (made.epochs, made.steps) == length
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lr_warmup": 10, "lr_warmup_steps": 0, "lr_scheduler": "cosine"}, {"warmup_steps": 0.1}),
+        ({"lr_warmup": 10, "lr_warmup_steps": 50, "lr_scheduler": "cosine"}, {"warmup_steps": 50}),
+        ({"noise_offset_type": "Original", "noise_offset": 0.1, "multires_noise_iterations": 6},
+         {"noise_offset": 0.1, "multires_noise_iterations": 0}),
+        ({"noise_offset_type": "Multires", "noise_offset": 0.1, "multires_noise_iterations": 6},
+         {"noise_offset": 0, "multires_noise_iterations": 6}),
+        ({"additional_parameters": "--network_train_unet_only --max_grad_norm=0"},
+         {"text_encoder_rate": 0, "max_grad_norm": 0}),
+        ({"network_dim": 16, "network_alpha": 0}, {"alpha": 16}),
+        ({"masked_loss": True, "conditioning_data_dir": "masks"}, {"mask": "masks"}),
+        ({"alpha_mask": True}, {"mask": "alpha"}),
+        ({"validation_split": 0.1, "validate_every_n_steps": 20}, {"validation_share": 0.1, "validate_every": 20}),
+        ({"optimizer": "DAdaptAdam", "learning_rate": 1}, {"optimizer": "prodigy", "learning_rate": 1}),
+        ({"optimizer": "prodigyplus.ProdigyPlusScheduleFree"}, {"optimizer": "prodigy", "learning_rate": 1}),
+        ({"optimizer": "Adafactor", "learning_rate": 1}, {"optimizer": "adafactor", "learning_rate": 1e-4}),
+        ({"optimizer": "Adafactor", "learning_rate": 1e-3, "optimizer_args": "relative_step=False warmup_init=False"},
+         {"learning_rate": 1e-3}),
+    ],
+)  # fmt: skip
+def test_settings_of_the_gui(settings, expected, tmp_path):
+    (tmp_path / "preset.json").write_text(json.dumps(settings))
+    made = kohya.read(tmp_path / "preset.json").config
+    assert {name: getattr(made, name) for name in expected} == expected
+
+
+def test_files_that_a_command_names_are_read(tmp_path):
+    (tmp_path / "a.toml").write_text("network_dim = 8\nnetwork_alpha = 4\nseed = 7")
+    (tmp_path / "b.toml").write_text(
+        "[general]\nshuffle_caption = true\nkeep_tokens = 2\n[[datasets]]\nresolution = 768\nbatch_size = 4\n"
+        "[[datasets.subsets]]\nimage_dir = 'cats'\nflip_aug = true\n"
+    )
+    (tmp_path / "run.txt").write_text("train_network.py --config_file=a --dataset_config=D:\\b.toml --network_dim=64")
+    made = kohya.read(tmp_path / "run.txt").config
+    assert (made.rank, made.alpha, made.seed, made.resolution, made.batch_size) == (64, 4, 7, 768, 4)
+    assert (made.flip, made.shuffle_captions, made.keep_tokens) == (True, True, 2)
+    assert made.dataset == str(tmp_path / "b.toml")
+    with pytest.raises(FileNotFoundError, match=naming("config_file", "c.toml")):
+        kohya.from_command("train_network.py --config_file=c.toml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "# my run\n$dim = 16 # rank\naccelerate launch `\n  --num_cpu_threads_per_process=1 `\n"
+        "  ./train_network.py `\n  --network_dim=$dim `\n  --output_name 'my cat'\nRead-Host",
+        "@echo off\nREM a note\nset dim=16\ncall venv\\scripts\\activate\n"
+        'python train_network.py ^\n --network_dim=%dim% ^\n --output_name="my cat"\npause',
+        '#!/bin/bash\ndim="16"\nname="my cat"\npython "sd-scripts/train_network.py" \\\n  --network_dim=${dim} \\\n'
+        "  --output_name=$name",
+        "\ufefftrain_network.py --network_dim=16 --output_name=my\\ cat",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_scripts_of_every_shell(script, encoding, tmp_path):
+    (tmp_path / "train.txt").write_bytes(script.encode(encoding))
+    imported = kohya.read(tmp_path / "train.txt")
+    assert (imported.config.rank, imported.config.name) == (16, "my cat") and not imported.notes
+
+
+def test_the_files_of_lora_easy_training_scripts(tmp_path):
+    (tmp_path / "easy.toml").write_text(
+        "[[subsets]]\nnum_repeats = 2\nimage_dir = 'cats'\n[general_args.args]\nmax_train_epochs = 4\nseed = 7\n"
+        "[network_args.args]\nnetwork_dim = 16\nnetwork_alpha = 8\n[optimizer_args.args]\nlearning_rate = 2e-4\n"
+    )
+    made = kohya.read(tmp_path / "easy.toml").config
+    assert (made.dataset, made.epochs, made.rank, made.alpha, made.learning_rate) == ("cats", 4, 16, 8, 2e-4)
+
+
+@pytest.mark.parametrize(("name", "text"), [("run.toml", TOML), ("gui.json", '{"LoRA_type": "Standard"}')])
+def test_training_with_a_file_of_kohyas_says_how_to_convert_it(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=naming(name, "lorakit kohya")):
+        config.load(tmp_path / name)
+
+
+def test_no_secret_is_shown():
+    imported = kohya.convert({"network_dim": 8, "huggingface_token": "hf_x", "my_hf_token": "hf_y", "api_key": "z"})
+    assert "api_key" in str(imported.notes) and not any(word in str(imported.notes) for word in ("hf_x", "hf_y", "=z"))
+
+
+# ── Every setting with odd values ───────────────────────────────────────────────────────────────────────────────────
+
+ODD = (None, "", 0, -1, 1, 3, 0.5, 1e9, 1e-9, 2**40, True, False, "0", "true", "None", "1e-4", "1,2", "nonsense",
+       "…" * 99, "nan", float("inf"), [], [1, 2], ["a", {}], {}, {"a": 1})  # fmt: skip
+NAMES = sorted({
+    *tables.SAME, *tables.DEFAULTS, *tables.GUI, *tables.PLAIN, *tables.NOT_NEEDED, *tables.STANDARD_IGNORES, "epoch",
+    "max_train_epochs", "unet_lr", "text_encoder_lr", "network_args", "optimizer_args", "loss_type", "masked_loss",
+    "network_train_unet_only", "bucket_reso_steps", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale",
+    "enable_bucket", "conditioning_data_dir", "alpha_mask", "max_token_length", "block_dims", "down_lr_weight",
+    "block_alphas", "dora_wd", "factor", "loraplus_lr_ratio", "lr_scheduler_type", "sample_prompts", "mixed_precision",
+    "noise_offset_type", "additional_parameters", "v_parameterization", "use_8bit_adam", "scale_weight_norms",
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_values_are_read_or_refused_in_words(name, tmp_path):
+    """No value of any setting ends in a traceback, and no setting of kohya's makes a config that is not valid."""
+    file = tmp_path / "preset.json"
+    for value in ODD:
+        for rest in ({"network_dim": 8}, {"optimizer": "Prodigy", "LoRA_type": "LyCORIS/LoKr", "enable_bucket": True}):
+            file.write_text(json.dumps(rest | {name: value}))
+            try:
+                made = kohya.read(file)
+            except ValueError as error:
+                assert "validation error" not in str(error) and str(error), (name, value)
+                assert "kohya's settings:" not in str(error), (name, value, error)  # in words of lorakit's settings
+            else:
+                assert config.parse(json.loads(made.config.to_json())) == made.config

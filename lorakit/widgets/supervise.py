@@ -8,9 +8,9 @@ does not show the changes of other threads.
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any, TypeVar
 
 import zmq
@@ -79,19 +79,24 @@ def _start(work: Callable[[], T]) -> "Future[T]":
 def _watch(outcome: Future, refresh: Callable[[], None], stop: threading.Event) -> None:
     """Refresh and answer clicks until the work is done."""
     interrupts, failed, done = 0, False, False
+    with _watched(outcome), closing(Pump()) as pump:
+        while not done:
+            try:
+                done = bool(wait([outcome], EVERY).done)
+                pump.poll()
+                failed = _refreshed(refresh, failed)
+            except KeyboardInterrupt:
+                stop.set()
+                interrupts += 1
+            if interrupts == 3:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def _watched(outcome: Future) -> Iterator[None]:
     WATCHED.append(outcome)
     try:
-        with closing(Pump()) as pump:
-            while not done:
-                try:
-                    done = bool(wait([outcome], EVERY).done)
-                    pump.poll()
-                    failed = _refreshed(refresh, failed)
-                except KeyboardInterrupt:
-                    stop.set()
-                    interrupts += 1
-                if interrupts == 3:
-                    raise KeyboardInterrupt
+        yield
     finally:
         WATCHED.remove(outcome)
 
