@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import os
 import sys
@@ -29,6 +30,12 @@ MISSING = 3  # exit status of a run that finished with something missing
 
 def main() -> None:
     """Run a command; an expected error prints its message only (LORAKIT_DEBUG=1 shows the traceback)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed
+            setattr(sys, name, io.StringIO())
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # characters that the terminal lacks
     try:
         app()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -106,9 +113,9 @@ class PictureOptions:
         from lorakit.sample import Sampling
 
         opened = bases.open(base, self.prediction_type)
-        size = (self.height or opened.resolution, self.width or opened.resolution)
+        height, width = (opened.resolution if side is None else side for side in (self.height, self.width))
         return opened, Sampling(
-            self.negative, self.steps, self.guidance, self.scheduler, size, self.clip_skip, self.seed
+            self.negative, self.steps, self.guidance, self.scheduler, (height, width), self.clip_skip, self.seed
         )
 
 

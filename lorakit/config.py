@@ -261,12 +261,12 @@ class Config(BaseModel):
         return self.prior_prediction and not self.regularisation
 
     def with_(self, **changes: Any) -> "Config":
-        """A copy with other settings, validated. `steps` clears `epochs` and the reverse."""
+        """A copy with other settings; `steps` clears `epochs` and the reverse. Errors as `parse`."""
         settings = self.model_dump()
         for name, other in (("steps", "epochs"), ("epochs", "steps")):
             if changes.get(name) is not None and other not in changes:
                 settings[other] = None
-        return Config(**(settings | changes))
+        return parse(settings | changes)
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Optimizer updates of the whole run, counted as kohya does: batches of all epochs, then accumulated.

@@ -31,7 +31,10 @@ class Console:
 
     def say(self, text: str) -> None:
         with suppress(OSError):  # the terminal was closed
-            self.show(text)
+            try:
+                self.show(text)
+            except UnicodeEncodeError as error:  # the terminal lacks a character
+                self.show(text.encode(error.encoding, "replace").decode(error.encoding))
 
     @contextmanager
     def bar(self) -> Iterator[Progress]:

@@ -84,10 +84,10 @@ def home() -> Path:
     if folder := os.environ.get("LORAKIT_HOME"):
         return Path(folder).expanduser()
     if sys.platform == "win32":
-        return Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming") / "lorakit"
+        return Path(os.environ.get("APPDATA") or storage.home() / "AppData" / "Roaming") / "lorakit"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "lorakit"
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "lorakit"
+        return storage.home() / "Library" / "Application Support" / "lorakit"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or storage.home() / ".config") / "lorakit"
 
 
 def own_presets() -> list[str]:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -80,6 +82,14 @@ def test_ctrl_c_saves_and_ends_with_130(settings, tmp_path):
         ("preset landscape", ["landscape", "style", "sdxl"]),
         ("sample cat --base nowhere", ["nowhere", "demo"]),
         ("sample cat --scheduler dpm", ["dpm", "euler_a", "unipc"]),
+        ("sample cat --steps 0", [0]),
+        ("sample cat --width 0", ["0×64"]),
+        ("sample cat --width -64", ["-64×64"]),
+        ("sample cat --guidance nan", ["nan"]),
+        ("sample cat --base {base} --lora {run} --strength nan", ["nan"]),
+        ("sample cat --base {base} --lora {run} --strength 1e30", ["strength", "black"]),
+        ("plan --rank 0", ["rank", 0]),
+        ("plan --card T5", ["T5", "T4"]),
         ("frames none.mp4 out", ["none.mp4"]),
         ("generate cat --name cat --out out --base nowhere", ["nowhere", "demo"]),
         ("export {run} --step 5 --out a.safetensors", [5, 3, 6]),
@@ -91,9 +101,21 @@ def test_ctrl_c_saves_and_ends_with_130(settings, tmp_path):
 )
 def test_mistakes_get_a_message_and_leave_nothing(finished, tmp_path, monkeypatch, arguments, values):
     monkeypatch.chdir(tmp_path)
-    message = refused(*(word.replace("{run}", str(finished[0].folder)) for word in arguments.split()))
-    assert names(message, *values)
-    assert list(tmp_path.iterdir()) == []
+    places = {"{run}": str(finished[0].folder), "{base}": finished[0].config.base}
+    message = refused(*(places.get(word, word) for word in arguments.split()))
+    assert names(message, *values) and "pydantic" not in message
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_terminal_that_lacks_characters_or_is_closed_ends_nothing(finished, stream):
+    """A run's lines, with × and …, used to end it at a terminal of cp1252 or ASCII."""
+    command = [sys.executable, "-m", "lorakit", "info", str(finished[0].folder)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "HOME": "", "XDG_CACHE_HOME": ""}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0 and not done.stderr
+    shell = f"{shlex.join(command)} {'1' if stream == 'stdout' else '2'}>&-"
+    assert subprocess.run(shell, shell=True, capture_output=True).returncode == 0
 
 
 def test_a_preset_is_a_config_to_start_from():

@@ -132,7 +132,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
         "modules": len(modules),
         "text_encoder": sum(targets.model_of(module) != "unet" for module in modules),
         "rank": distinct(lora.ranks.values()),
-        "alpha": sorted({alpha for _, alpha in lora.modules.values()}),
+        "alpha": sorted({float(f"{alpha:.6g}") for _, alpha in lora.modules.values()}),
         "dtype": sorted({str(w.dtype).removeprefix("torch.") for parts in modules.values() for w in parts.values()}),
         "base": lora.metadata.get("ss_sd_model_name"),
         "trigger": lora.metadata.get("modelspec.trigger_phrase"),

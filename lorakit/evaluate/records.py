@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import config as configs
-from lorakit import page, plots, run
+from lorakit import page, plots, run, storage
 from lorakit.config import Config
 from lorakit.evaluate.candidates import read_config
 
@@ -210,4 +210,4 @@ def without_paths(text: str, records: Sequence[RunRecord] = ()) -> str:
         paths |= {Path(value) for value in values if value and configs.is_place(value)}
     for path in sorted(map(str, paths), key=len, reverse=True):
         text = text.replace(path, last_part(path) or path)
-    return PATH.sub(r"\1", text.replace(str(Path.home()), "~"))
+    return PATH.sub(r"\1", text.replace(str(storage.home()), "~"))

@@ -1,5 +1,6 @@
 """Cards, and the memory that is free on this machine."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,10 +45,11 @@ CARDS = {
 
 
 def card(name: str) -> Card:
-    """The card of that name in CARDS. ValueError: unknown name."""
-    if name not in CARDS:
+    """The card of that name in CARDS, however it is written: "t4", "RTX 4090". ValueError: unknown name."""
+    short = re.sub(r"nvidia|geforce|tesla|rtx|[\s_-]", "", name.lower())
+    if not (known := {key.lower(): found for key, found in CARDS.items()}.get(short)):
         raise ValueError(f"There is no card {name!r} in the table. It has {', '.join(CARDS)}.")
-    return CARDS[name]
+    return known
 
 
 def this_machine() -> Card | None:

@@ -3,6 +3,7 @@
 A picture depends on its own prompt and seed only, not on the pictures that are made in the same batch.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,16 +69,24 @@ class Sampling:
         """The seed of each of `count` prompts, and the size (height, width) in pixels.
 
         Raises:
-            ValueError: an unknown scheduler, another number of seeds than prompts, or a size the base cannot make.
+            ValueError: an unknown scheduler, another number of seeds than prompts, or steps, guidance, size or clip
+                skip that the base cannot make a picture with.
         """
         make_scheduler(self.scheduler, base)
+        if not 1 <= self.steps <= 1000:
+            raise ValueError(f"{self.steps} steps make no picture. Give 1 to 1000; 20 to 30 are usual.")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance {self.guidance} makes no picture. Give 0 or more; 5 to 8 are usual.")
+        layers = min(base.configs[name]["num_hidden_layers"] for name in base.text_encoders)
+        if not 1 <= self.clip_skip < layers:
+            raise ValueError(f"clip_skip {self.clip_skip} leaves no layer of a text encoder with {layers}. Use 1 or 2.")
         seeds = [self.seeds + i for i in range(count)] if isinstance(self.seeds, int) else list(self.seeds)
         if len(seeds) != count:
             raise ValueError(
                 f"{len(seeds)} seeds were given for {count} prompts. Give one for each, or a single number."
             )
         height, width = self.size or (base.resolution, base.resolution)
-        if height % base.step or width % base.step:
+        if min(height, width) < 1 or height % base.step or width % base.step:
             raise ValueError(f"Sample size {width}×{height} must be multiples of {base.step} pixels for {base.name}.")
         return seeds, (height, width)
 
@@ -196,12 +205,27 @@ class Denoiser:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
-    """Decode latents (N, C, h, w) to RGB pictures, in tiles where whole ones do not fit into memory."""
+    """Decode latents (N, C, h, w) to RGB pictures, in tiles where whole ones do not fit into memory.
+
+    Raises:
+        FloatingPointError: a picture is not finite, and would be black.
+    """
     pictures = []
     for x in latents:
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(
+                "The picture has values that are not finite, and would be black. Use a lower strength or guidance; if "
+                "the base does this without a LoRA too, use mixed_precision 'bf16' or 'no'."
+            )
         x = x[None].to(vae.device, vae.dtype) / vae.config.scaling_factor
         x = x + (getattr(vae.config, "shift_factor", None) or 0.0)
-        y = (_decode(vae, x).float().clamp(-1, 1) + 1) * 127.5
+        y = _decode(vae, x).float()
+        if not torch.isfinite(y).all():
+            raise FloatingPointError(
+                f"The base's VAE overflows in {vae.dtype}, and the picture would be black. Use mixed_precision 'bf16' "
+                "or 'no', or a base with a VAE for half precision."
+            )
+        y = (y.clamp(-1, 1) + 1) * 127.5
         pictures.append(Image.fromarray(y.permute(1, 2, 0).round().byte().cpu().numpy()))
     return pictures
 

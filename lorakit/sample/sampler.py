@@ -1,5 +1,6 @@
 """Make pictures from prompts, with adapters at several strengths."""
 
+import math
 import tempfile
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -77,6 +78,8 @@ def stream(
         ValueError: settings that do not suit the base; raised before anything is loaded.
     """
     for variant in variants:
+        if not math.isfinite(variant.strength):
+            raise ValueError(f"strength {variant.strength} makes no picture. Give a number; 0 to 1 are usual.")
         if variant.attach and not {"unet", *base.text_encoders} & set(variant.adapts):
             raise ValueError(
                 f"The LoRA adapts {', '.join(variant.adapts) or 'nothing'}, and {base.name} has no such part to adapt."

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,9 +17,17 @@ UNLOCKED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def home() -> Path:
+    """The user's home; the folder of temporary files where the user has none, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
+
+
 def user_cache() -> Path:
     """The folder of lorakit's caches for this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorakit")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache", "lorakit")
 
 
 @contextmanager

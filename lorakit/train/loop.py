@@ -166,7 +166,8 @@ def steps(unet: Any, base: Base, state: State, examples: Examples, team: Team = 
         A Step for each update from `state.step` to the end, after updating `state`.
 
     Raises:
-        Diverged: TOO_MANY steps in a row were not finite. The state is that after the last finite one.
+        Diverged: TOO_MANY steps in a row were not finite, or all of a shorter run. The state is that after the last
+            finite one.
     """
     config, total = examples.config, examples.total_steps
     alphas_cumprod = base.alphas_cumprod().to(unet.device)
@@ -198,6 +199,8 @@ def steps(unet: Any, base: Base, state: State, examples: Examples, team: Team = 
         state.updating = False
         epoch = (state.step - 1) // examples.steps_per_epoch + 1
         yield Step(state.step, total, epoch, loss, rate, tuple(chain(*group)), finite)
+    if int(state.skipped[1]) >= min(TOO_MANY, total):
+        raise Diverged(f"{int(state.skipped[1])} steps in a row up to step {state.step}, the last, were not finite.")
 
 
 def _prefetch(make: Callable[[int], Item], numbers: Iterable[int]) -> Iterator[Item]:

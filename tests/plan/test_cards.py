@@ -12,6 +12,8 @@ def test_a_card_is_known_by_name():
     assert cards.card("A100").dtype("no") == torch.float32 and cards.card("A100").dtype("fp16") == torch.float16
     with pytest.raises(ValueError, match=naming("T5", *cards.CARDS)):
         cards.card("T5")
+    for name in ("t4", "Tesla T4", "RTX 4090", "rtx-4090", "NVIDIA GeForce RTX 3060", "a100"):
+        assert cards.card(name) in cards.CARDS.values()
 
 
 def test_the_device_that_trains_here(monkeypatch):

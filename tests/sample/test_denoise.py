@@ -90,6 +90,32 @@ def test_sizes_and_schedulers_that_do_not_suit_are_refused(small_bases, tmp_path
         denoise.make_scheduler("plms", base)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"steps": 0}, 0), ({"guidance": float("nan")}, "nan"), ({"guidance": -1.0}, -1.0), ({"clip_skip": 40}, 40),
+        ({"clip_skip": 0}, 0), ({"size": (0, 32)}, "32×0"), ({"size": (-32, 32)}, "32×-32"),
+    ],
+)  # fmt: skip
+def test_settings_without_a_picture_are_refused_in_words(changes, named):
+    with pytest.raises(ValueError, match=naming(named)):
+        sampler.stream(bases.open("demo"), ["a"], sampling=denoise.Sampling(**changes))
+
+
+def test_a_picture_that_is_not_finite_is_refused(small_bases):
+    """It used to be written as a black picture."""
+    base = bases.open(small_bases["sd15"])
+    vae = bases.load_vae(base, Compute(CPU, torch.float32))
+    latents = torch.zeros(1, base.latent_channels, 4, 4)
+    denoise.decode_latents(vae, latents)
+    with pytest.raises(FloatingPointError, match="strength"):
+        denoise.decode_latents(vae, latents / 0)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += torch.nan
+    with pytest.raises(FloatingPointError, match="VAE"):
+        denoise.decode_latents(vae, latents)
+
+
 def test_a_picture_without_room_is_decoded_in_tiles(small_bases, monkeypatch):
     base = bases.open(small_bases["sd15"])
     vae, sizes = bases.load_vae(base, Compute(CPU, torch.float32)), []

@@ -287,6 +287,17 @@ def test_three_in_a_row_end_the_loop_with_the_last_good_weights(settings, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(first, state.adapter.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_a_run_that_skips_its_last_steps_is_not_done(settings, tmp_path, steps):
+    """Skipped steps were looked at every ten steps only: shorter runs ended as if they had trained."""
+    ready = prepared(settings, tmp_path)
+    for index in range(6):
+        poison(ready, index)
+    _, _, loop = begin(settings.with_(steps=steps), ready)
+    with pytest.raises(loop_module.Diverged, match=naming(steps)):
+        loop_module.drain(loop)
+
+
 # ── Masks and prior preservation ────────────────────────────────────────────────────────────────────────────────────
 
 
