@@ -1,7 +1,6 @@
 """Charts of losses, and sheets of labelled pictures.
 
-A `Chart` describes curves; it is drawn as a matplotlib figure for files and notebooks, or as SVG text for pages and
-live panels. Nothing here touches pyplot, its open figures or a notebook's backend.
+Nothing here touches pyplot, its open figures or a notebook's backend.
 """
 
 import html
@@ -10,7 +9,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +29,6 @@ TONES = {"good": "#2e9e5b", "warning": "#c77d00", "bad": "#d64545", "": "inherit
 COLOURS = (  # of runs in one chart: distinct from each other, on white and on black
     ACCENT, JUDGED, TONES["good"], TONES["bad"], "#8d6fd1", "#1b9aaa", "#b8860b", "#c2569b",
 )  # fmt: skip
-COLUMNS = 400  # points across an SVG: a longer curve is reduced to the range of values in each column
 WIDEST = 2400  # pixels of a sheet
 SMALLEST = 128  # pixels of a cell's shorter side
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 cannot hold
@@ -75,14 +73,14 @@ class Series:
     name: str
     x: np.ndarray  # steps, (N,)
     y: np.ndarray  # values, (N,); NaN leaves a gap
-    colour: str = ""  # "" is a faint line in the colour of the page's text, as wide as the values' range
+    colour: str = ""  # "" is a faint line in the colour of the page's text
     marked: bool = False  # with a dot at each point
     dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on common axes; values outside `low` and `high` are drawn at the edge."""
+    """Curves on common axes; values outside `low` and `high` are cut off."""
 
     name: str
     series: list[Series]
@@ -100,19 +98,22 @@ class Chart:
     """Curves over the steps of training. Shows itself in a notebook."""
 
     panels: list[Panel] = field(repr=False)
-    title: str | None = None  # None heads each panel of an SVG with the panel's name
-    status: Sequence[tuple[str, str]] = ()  # texts and colours, at an SVG's top right; else curves' names stand below
-    end: int | None = None  # the last step of an SVG's axis; None ends it at the last point
+    title: str = ""
+    status: str = ""  # a line below the title
+    end: int | None = None  # the last step of the axis; None ends it at the last point
 
-    def figure(self) -> "Figure":
-        """The chart as a figure of matplotlib."""
+    def figure(self, width: float = 8, height: float = 3) -> "Figure":
+        """The chart as a figure of matplotlib: inches of its width and of each panel's height."""
         from matplotlib import style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
+        names = self.panels[0].series if self.panels else []
+        columns = 1 if any(len(series.name) > 20 for series in names) else 3
+        head = textwrap.wrap(_plain(self.title), int(10 * width), max_lines=3, placeholder=" …")
+        head += [self.status] if self.status else []
         with style.context("default"):  # whatever style the user has set
-            figure = Figure(figsize=(8, 1 + 3 * len(self.panels)), dpi=120, layout="constrained")
-            FigureCanvasAgg(figure)
+            tall = height * len(self.panels) + 0.2 * (len(head) + math.ceil(len(names) / columns))
+            figure = Figure(figsize=(width, tall), dpi=120, layout="constrained")
             rows = figure.subplots(len(self.panels), sharex=True, squeeze=False)[:, 0]
             for axes, panel in zip(rows, self.panels, strict=True):
                 for series in panel.series:
@@ -122,22 +123,20 @@ class Chart:
                 axes.set_ylabel(panel.name)
                 axes.grid(alpha=0.25)
                 axes.spines[["top", "right"]].set_visible(False)
-            if self.panels[0].series:
-                for text in rows[0].legend(loc="upper right", framealpha=0.85, edgecolor="none").get_texts():
+            if len(names) > 1:
+                legend = figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower left", ncols=columns,
+                                       frameon=False)  # fmt: skip
+                for text in legend.get_texts():
                     text.set_parse_math(False)  # a name may contain a $
-            if self.title:
-                lines = textwrap.wrap(_plain(self.title), 80, max_lines=3, placeholder=" …")
-                rows[0].set_title("\n".join(lines), loc="left", parse_math=False)
+            rows[0].set_title("\n".join(head), loc="left", size=10, parse_math=False)
             rows[-1].set_xlabel("step")
             rows[-1].xaxis.get_major_locator().set_params(integer=True)
+            if self.end:
+                rows[-1].set_xlim(right=max(self.end, rows[-1].get_xlim()[1]))
         return figure
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # the letter is drawn as a box
-            self.figure().savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
-        return buffer.getvalue()
+        return _drawn(self.figure(), format="png", facecolor="white", metadata={"Software": None})
 
     def save(self, path: Path) -> None:
         """Write the figure as PNG."""
@@ -145,46 +144,18 @@ class Chart:
             partial.write_bytes(self._repr_png_())
 
     def svg(self, width: int = 640, height: int = 240) -> str:
-        """The chart as one self-contained `<svg>`, drawn in milliseconds, for a page of any colour.
+        """The chart as one self-contained `<svg>`, for a page of any colour.
 
         Args:
             width: pixels.
             height: pixels of each panel.
         """
-        every = [series.x for panel in self.panels for series in panel.series if len(series.x)] or [np.zeros(1)]
-        first, last = min(x.min() for x in every), max(*(x.max() for x in every), self.end or 0)
-        last = max(last, first + 1)
-        across = _ticks(first, last, max(2, width // 90), smallest=1)
-        ups = [_ticks(panel.low, panel.high, max(2, height // 30)) for panel in self.panels]
-        left = 10 + 7 * max(len(label) for up in ups for _, label in up)
-        right = width - 6 - 4 * max(len(label) for _, label in across)
-        names = self.panels[0].series[: 0 if self.status or len(self.panels[0].series) < 2 else None]
-        below = len(self.panels) * height
-        tall = below + (18 * len(names) + 6 if names else 0)
-        status = "".join(text for text, _ in self.status)
-        title = _plain(", ".join(panel.name for panel in self.panels) if self.title is None else self.title)
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" width="{width}" height="{tall}"'
-            f' role="img" aria-label="{html.escape(title)} {status}" style="max-width:100%;height:auto"'
-            f' fill="currentColor" font-family="system-ui,sans-serif" font-size="12">'
-        ]
-        for place, (panel, up) in enumerate(zip(self.panels, ups, strict=True)):
-            axes = _Axes(left, right, place * height + 28, (place + 1) * height - 40, (first, last), panel)
-            heading = panel.name if self.title is None else title
-            fits = max(0, (right - left) // 8 - len(status))  # letters are about 8 pixels wide
-            heading = html.escape(heading if len(heading) <= fits else heading[:fits] + "…")
-            parts.append(f'<text x="{left}" y="{axes.top - 12}" font-weight="600">{heading}</text>')
-            parts += [*axes.frame(across, up), '<g fill="none" stroke-linecap="round" stroke-linejoin="round">']
-            parts += [text for series in panel.series for text in axes.curve(series)] + ["</g>"]
-        if self.status:
-            first_text, *others = [html.escape(text) for text, _ in self.status]
-            spans = [f'<tspan fill="{c}">{t}</tspan>' for t, (_, c) in zip(others, self.status[1:], strict=True)]
-            parts.append(f'<text x="{right}" y="16" text-anchor="end">{first_text}{"".join(spans)}</text>')
-        for y, series in enumerate(names):
-            y = below + 18 * y + 12
-            parts.append(f'<path d="M10 {y - 4}h24" {_stroke(series, 3)}/>')
-            parts.append(f'<text x="42" y="{y}">{html.escape(_plain(series.name))}</text>')
-        return "".join([*parts, "</svg>"])
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        text = _drawn(self.figure(width / 96, height / 96), format="svg", transparent=True, metadata=nothing).decode()
+        text = re.sub("<style.*?</style>|<!--.*?-->", "", text[text.index("<svg ") :], flags=re.DOTALL)
+        label = html.escape(f"{_plain(self.title)} {self.status}".strip() or self.panels[0].name)
+        look = f'role="img" aria-label="{label}" fill="currentColor" style="max-width:100%;height:auto"'
+        return f"<svg {look} " + re.sub("(?<=: )#(000000|555555)", "currentColor", text.removeprefix("<svg "))
 
 
 def _plot(axes: Any, series: Series) -> None:
@@ -197,78 +168,19 @@ def _plot(axes: Any, series: Series) -> None:
     axes.plot(series.x, series.y, marker=marker, label=label, **(look if series.colour else faint))
 
 
-@dataclass(frozen=True)
-class _Axes:
-    """Axes in an SVG: their pixels, and the steps and values that they span."""
+def _drawn(figure: "Figure", **options: Any) -> bytes:
+    """The bytes of a figure's file, the same each time."""
+    import matplotlib
 
-    left: int
-    right: int
-    top: int
-    bottom: int
-    steps: tuple[float, float]
-    panel: Panel
-
-    def x(self, step: Any) -> Any:
-        first, last = self.steps
-        return self.left + (step - first) * ((self.right - self.left) / (last - first))
-
-    def y(self, value: Any) -> Any:
-        low, high = self.panel.low, self.panel.high
-        return self.bottom - (np.clip(value, low, high) - low) * ((self.bottom - self.top) / (high - low))
-
-    def frame(self, across: Sequence[tuple[float, str]], up: Sequence[tuple[float, str]]) -> Iterator[str]:
-        """The axes with their ticks: (number, label)."""
-        for step, label in across:
-            x, y = self.x(step), self.bottom + 16
-            yield f'<text x="{x:.1f}" y="{y}" text-anchor="middle" opacity=".75">{label}</text>'
-        for value, label in up:
-            y = self.y(value)
-            yield f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end" opacity=".75">{label}</text>'
-            yield f'<path d="M{self.left} {y:.1f}H{self.right}" stroke="currentColor" opacity=".15"/>'
-        yield f'<path d="M{self.left} {self.bottom}H{self.right}" stroke="currentColor" opacity=".6"/>'
-        middle = (self.left + self.right) / 2
-        yield f'<text x="{middle:.0f}" y="{self.bottom + 34}" text-anchor="middle" opacity=".75">step</text>'
-
-    def curve(self, series: Series) -> Iterator[str]:
-        """A group with a line for each stretch without NaN; many points are reduced to the range in each column."""
-        x, y = series.x, series.y
-        first, last = self.steps
-        columns = ((x - first) * ((min(COLUMNS, self.right - self.left) - 1) / (last - first))).astype(int)
-        starts = np.flatnonzero(np.diff(columns, prepend=-1))
-        if not series.marked and len(starts) < len(x) / 2:
-            low, high = np.fmin.reduceat(y, starts), np.fmax.reduceat(y, starts)
-            # The lowest and the highest value of each column keep the true width of noise.
-            y = (low + high) / 2 if series.colour else np.stack([low, high], 1).ravel()
-            x = x[starts] if series.colour else np.repeat(x[starts], 2)
-        x, y = self.x(x), self.y(y)
-        yield f"<g {_stroke(series, 2)}>"
-        breaks = np.flatnonzero(np.diff(np.isnan(y))) + 1
-        for xs, ys in zip(np.split(x, breaks), np.split(y, breaks), strict=True):
-            if len(ys) and not math.isnan(ys[0]):
-                points = [f"{a:.1f},{b:.1f}" for a, b in zip(xs.tolist(), ys.tolist(), strict=True)]
-                points = points * 2 if len(points) == 1 else points  # a line of one point would not be drawn
-                yield f'<polyline points="{" ".join(points)}"/>'
-        for cx, cy in zip(x, y, strict=True) if series.marked else ():
-            if not math.isnan(cy):
-                yield f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2"/>'
-        yield "</g>"
-
-
-def _stroke(series: Series, width: int) -> str:
-    """The attributes of a curve's line in an SVG."""
-    if not series.colour:
-        return 'stroke="currentColor" opacity=".35"'
-    return f'stroke="{series.colour}" stroke-width="{width}"' + ' stroke-dasharray="6 4"' * series.dashed
-
-
-def _ticks(low: float, high: float, about: int, smallest: float = 0.0) -> list[tuple[float, str]]:
-    """About so many round numbers from low to high, at least one, and their labels."""
-    rough = max((high - low) / about, smallest)
-    power = math.floor(math.log10(rough))
-    step = next(m * 10.0**power for m in (1, 2, 5, 10) if m * 10.0**power >= rough * 0.999)
-    numbers = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)] or [low]
-    decimals = max(0, -math.floor(math.log10(step)))
-    return [(n, f"{n:.{decimals}f}" if decimals < 6 and abs(n) < 1e7 else f"{n:.3g}") for n in numbers]
+    buffer = io.BytesIO()
+    settings = {
+        "svg.fonttype": "none", "svg.hashsalt": "lorakit", "path.simplify_threshold": 1.0,
+        "font.sans-serif": ["DejaVu Sans"],
+    }  # fmt: skip
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the letter is drawn as a box
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
 def _limits(values: np.ndarray, highest: float = 1.0) -> tuple[float, float]:
@@ -310,7 +222,7 @@ def loss(
         validation: (step, loss on held-out pictures).
         learning_rates: one for each step, drawn below.
         half_life: as for `smooth`.
-        total: steps of the whole run, which an SVG's axis then shows; None ends it at the last step.
+        total: steps of the whole run, which the axis then shows; None ends it at the last step.
 
     Raises:
         ValueError: not as many losses or learning rates as steps.
@@ -325,15 +237,13 @@ def loss(
     # A few extreme batches must not flatten the curve.
     low, high = _limits(np.concatenate([np.quantile(counted, (0.01, 0.99)), average]) if len(counted) else raw)
     series = [Series("each step", x, raw), Series("smoothed", x, average, ACCENT)]
-    status = [
-        (f"step {steps[-1]}{f' of {total}' if total else ''}, loss {average[-1]:#.3g}" if len(x) else "no step yet", "")
-    ]
+    status = f"step {steps[-1]}{f' of {total}' if total else ''}, loss {average[-1]:#.3g}" if len(x) else "no step yet"
     if len(judged.y):
         margin = 0.03 * (max(high, judged.y.max()) - min(low, judged.y.min()))
         low = low if low <= judged.y.min() else judged.y.min() - margin
         high = high if high >= judged.y.max() else judged.y.max() + margin
         series.append(judged)
-        status.append((f", validation {judged.y[-1]:#.3g}", JUDGED))
+        status += f", validation {judged.y[-1]:#.3g}"
     panels = [Panel("loss", series, low, high)]
     if learning_rates is not None:
         rates = np.array(learning_rates, float)
