@@ -35,17 +35,11 @@ UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def smooth(losses: Sequence[float], half_life: float | None = None) -> list[float]:
-    """Exponential moving average, without the usual pull towards zero at the start.
+    """Exponential moving average, without the usual pull towards zero at the start; as many values as losses.
 
     Args:
-        losses: NaN, infinity and None do not count.
-        half_life: entries after which a loss weighs half; None takes a 25th of the length.
-
-    Returns:
-        As many averages; NaN where the loss does not count.
-
-    Raises:
-        ValueError: half_life is not above 0.
+        losses: NaN, infinity and None do not count; their average is NaN.
+        half_life: entries after which a loss weighs half, above 0; None takes a 25th of the length.
 
     Source: Kingma & Ba 2014, arXiv:1412.6980, section 3 (bias correction).
     """
@@ -61,9 +55,6 @@ def smooth(losses: Sequence[float], half_life: float | None = None) -> list[floa
         else:
             averages.append(math.nan)
     return averages
-
-
-# ── Charts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -170,14 +161,14 @@ def _plot(axes: Any, series: Series) -> None:
 
 def _drawn(figure: "Figure", **options: Any) -> bytes:
     """The bytes of a figure's file, the same each time."""
-    import matplotlib
+    from matplotlib import style
 
     buffer = io.BytesIO()
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": "lorakit", "path.simplify_threshold": 1.0,
         "font.sans-serif": ["DejaVu Sans"],
     }  # fmt: skip
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with style.context(["default", settings]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the letter is drawn as a box
         figure.savefig(buffer, **options)
     return buffer.getvalue()
@@ -313,21 +304,17 @@ def grid(
     cell = max(1, int(width * factor)), max(1, int(height * factor))
     sheet_width = left + (cell[0] + gap) * len(column_labels)
 
-    head = _labels([title] if title else [], sheet_width - 2 * gap, size + 4, 0)
-    above = _labels(column_labels, cell[0], size, 0.5)
-    row_images = _labels(row_labels, label_width, size, 1, cell[1])
-    top = gap + sum(label.height + gap // 2 for label in head) + max(label.height for label in above) + gap // 2
-    heights = [max(cell[1], label.height) for label in row_images]
-    sheet = Image.new("RGB", (sheet_width, top + sum(heights) + gap * len(rows)), "white")
-    for label in head:
-        sheet.paste(label, (gap, gap))
-    lefts = [left + column * (cell[0] + gap) for column in range(len(column_labels))]
-    for label, x in zip(above, lefts, strict=True):
-        sheet.paste(label, (x, top - gap // 2 - label.height))
-    for row, label, room in zip(rows, row_images, heights, strict=True):
-        sheet.paste(label, (gap, top + (room - label.height) // 2))
-        for picture, x in zip(row, lefts, strict=True):
-            sheet.paste(_cell(picture, cell, factor), (x, top + (room - cell[1]) // 2))
+    above = _labels(["", *column_labels], cell[0], size, 0.5)
+    lines = [_labels([title], sheet_width - 2 * gap, size + 4, 0), above] if title else [above]
+    for label, row in zip(_labels(row_labels, label_width, size, 1, cell[1]), rows, strict=True):
+        lines.append([label, *(_cell(picture, cell, factor) for picture in row)])
+    heights = [max(image.height for image in line) for line in lines]
+    sheet = Image.new("RGB", (sheet_width, sum(heights) + gap * (len(lines) + 1)), "white")
+    top = gap
+    for line, room in zip(lines, heights, strict=True):
+        for place, image in enumerate(line):
+            x = left + (place - 1) * (cell[0] + gap) if place else gap
+            sheet.paste(image, (x, top + (room - image.height) // 2))
         top += room + gap
     if path is not None:
         with storage.write_file(Path(path)) as partial:

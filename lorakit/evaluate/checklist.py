@@ -1,8 +1,4 @@
-"""Fill in the training guide's checklist for a LoRA: make pictures with it and without, measure and judge them.
-
-Each check is a figure, how it was measured, a verdict, and, where that is bad, the guide's cure. What needs a vision
-model is left open where there is none, and the report says so.
-"""
+"""Fill in the training guide's checklist for a LoRA: make pictures with it and without, measure and judge them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -71,7 +67,7 @@ CHECKS = {  # figure → the guide's aspect, meaning, method, and the fault whos
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the checklist."""
+    """A line of the checklist."""
 
     aspect: str
     what: str
@@ -170,13 +166,8 @@ class Report(page.Page):
 def _row(check: Check) -> list[str]:
     """A check's cells in the page's table."""
     mark = f'<span style="color:{page.TONES[check.verdict]}">{MARKS[check.verdict]} {check.verdict}</span>'
-    cure = f"<br>→ {escape(check.cure)}" if check.cure else ""
-    return [
-        mark,
-        escape(check.aspect),
-        check.number,
-        f"{escape(check.what)}<br><small>{escape(check.method)}</small>{cure}",
-    ]
+    meaning = f"{escape(check.what)}<br><small>{escape(check.method)}</small>"
+    return [mark, escape(check.aspect), check.number, meaning + (f"<br>→ {escape(check.cure)}" if check.cure else "")]
 
 
 def _curves(checkpoints: Sequence[Checkpoint]) -> plots.Chart:
@@ -206,7 +197,6 @@ def report(
             checkpoints compared; a checkpoint or the finished file is judged with its run's settings.
         base: as for `base.open`; None takes the run's, or that of the file's family.
         pictures: the training pictures; None takes the run's. Without any, what needs them is left open.
-        device: as for `device.choose_device`.
         known: the bare base's pictures from reports with the same base and sampler; they are not made again, and new
             ones are added.
         console: its `stop` ends the report with a KeyboardInterrupt; None prints.
@@ -231,10 +221,8 @@ def _open_vision(
     model: str | VisionModel | None, embedded: bool, device: str, console: Console
 ) -> tuple[VisionModel | None, list[str]]:
     """The vision model, or None and what is missing without it."""
-    if isinstance(model, VisionModel):
-        return model, []
-    if model is None:
-        return None, ["what needs a vision model: none was wanted"]
+    if model is None or isinstance(model, VisionModel):
+        return model, [] if model else ["what needs a vision model: none was wanted"]
     try:
         return vision.open(("demo" if embedded else "clip") if model == "auto" else model, device), []
     except (FileNotFoundError, ValueError) as error:
@@ -243,10 +231,9 @@ def _open_vision(
 
 
 def judge(pictures: PictureSet, model: VisionModel | None, missing: Sequence[str] = ()) -> Report:
-    """Measure pictures and draw the conclusions.
+    """Measure pictures and draw the conclusions; without a model, what needs one is left open.
 
     Args:
-        model: None leaves open what needs a vision model.
         missing: what is left open already, and why.
     """
     vectors = Vectors.of(pictures, model) if model else None
@@ -259,9 +246,7 @@ def judge(pictures: PictureSet, model: VisionModel | None, missing: Sequence[str
     if len(pictures.training) < FEWEST:
         missing.append(f"likeness, copies and variety: give the run, or at least {FEWEST} of its pictures")
     elif vectors and not vectors.has_likeness:
-        missing.append(
-            "likeness: the bare base's pictures are as like the training pictures as these are to each other"
-        )
+        missing.append("likeness: the base's pictures are as like the training pictures as these are to each other")
     if model and model.reads_texts and vectors and vectors.texts is None:
         missing.append("adherence: by this vision model, the bare base follows no prompt")
     if not pictures.trigger:
@@ -272,18 +257,16 @@ def judge(pictures: PictureSet, model: VisionModel | None, missing: Sequence[str
 
 
 def _measure_checkpoints(pictures: PictureSet, vectors: Vectors | None) -> tuple[Checkpoint, ...]:
-    gains: dict[int, float] = {}
-    adherences: dict[int, float] = {}
-    if vectors and vectors.has_likeness:
-        within, base = vectors.within, vectors.likeness(vectors.strengths[0])
-        for step, column in vectors.checkpoints.items():
-            gains[step] = metrics.gain(vectors.likeness(column), base, within)
-    if vectors and vectors.texts is not None:
-        adherences = {step: vectors.adherence(column) for step, column in vectors.checkpoints.items()}
-    return tuple(
-        Checkpoint(f"step {step}", step, pictures.losses.get(step), gains.get(step), adherences.get(step))
-        for step in pictures.checkpoints
-    )
+    checkpoints = []
+    for step in pictures.checkpoints:
+        gain = adherence = None
+        if vectors and vectors.has_likeness:
+            likeness, base = map(vectors.likeness, (vectors.checkpoints[step], vectors.strengths[0]))
+            gain = metrics.gain(likeness, base, vectors.within)
+        if vectors and vectors.texts is not None:
+            adherence = vectors.adherence(vectors.checkpoints[step])
+        checkpoints.append(Checkpoint(f"step {step}", step, pictures.losses.get(step), gain, adherence))
+    return tuple(checkpoints)
 
 
 def _substitutes(vectors: Vectors | None) -> dict[str, tuple[str, str]]:
@@ -329,19 +312,16 @@ def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
     those that look like them and do not follow it are overfitted. Then undertraining does not count. Where likeness was
     not measured, it is open whether enough was learned to leak.
     """
-
-    def bad(name: str) -> bool:
-        return name in figures and _verdict(name, figures[name]) == "bad"
-
-    faults, unlike = [], bad("gain") or bad("hits")
-    if any(map(bad, ARTIFACTS)) or (bad("adherence") and unlike):
+    bad = {name for name in LIMITS.keys() & figures.keys() if _verdict(name, figures[name]) == "bad"}
+    faults, unlike = [], bad & {"gain", "hits"}
+    if bad & {*ARTIFACTS} or (unlike and "adherence" in bad):
         faults.append("learning rate")
-    if bad("copied") or (bad("adherence") and not faults):
+    if "copied" in bad or ("adherence" in bad and not faults):
         faults.append("overfitted")
     if unlike and not faults:
         faults.append("wrong trigger" if figures.get("called", 1) < LEAST_TRIGGER_SHARE else "undertrained")
     learned = "gain" in figures and not unlike  # what little was learned shows without the trigger as well
-    if learned and (bad("leak") or bad("unrelated")):
+    if learned and bad & {"leak", "unrelated"}:
         faults.append("leaking")
     return tuple(faults)
 
@@ -349,11 +329,7 @@ def diagnose(figures: Mapping[str, float]) -> tuple[str, ...]:
 def fill_in(
     figures: Mapping[str, float], faults: Sequence[str], substitutes: Mapping[str, tuple[str, str]] | None = None
 ) -> tuple[Check, ...]:
-    """The checklist with its figures and verdicts.
-
-    Args:
-        substitutes: figure → its meaning and method, where they are not those of CHECKS.
-    """
+    """The checklist; `substitutes` are meanings and methods of figures where they are not those of CHECKS."""
     checks = []
     for name, (aspect, *usual, fault) in CHECKS.items():
         what, method = (substitutes or {}).get(name, usual)

@@ -1,7 +1,8 @@
 """Compute a report's figures from its pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -74,7 +75,6 @@ class Vectors:
         return metrics.likeness_within(self.training)
 
     def likeness(self, vectors: np.ndarray) -> np.ndarray:
-        """Likeness of pictures to the training pictures, (N,)."""
         assert self.training is not None
         return metrics.likeness(vectors, self.training)
 
@@ -86,12 +86,12 @@ class Vectors:
 
 def measure(pictures: PictureSet, vectors: Vectors | None) -> tuple[dict[str, float], tuple[Copy, ...]]:
     """Figures by name, and the pictures that repeat a training picture; None leaves out what needs vectors."""
-    figures = _by_pixels(pictures)
+    figures = _artifacts(pictures) | _by_change(pictures, metrics.difference)
     known = {"gap": pictures.gap, "called": pictures.prompts.trigger_share}
     figures |= {name: value for name, value in known.items() if value is not None}
     copies: tuple[Copy, ...] = ()
     if vectors:
-        figures |= _by_change(vectors)
+        figures |= _by_change(vectors, metrics.change)
         if vectors.texts is not None:
             columns = zip(STRENGTHS, vectors.strengths, strict=True)
             figures |= {f"adherence {strength:g}": vectors.adherence(column) for strength, column in columns}
@@ -105,13 +105,14 @@ def measure(pictures: PictureSet, vectors: Vectors | None) -> tuple[dict[str, fl
     return figures, copies
 
 
-def _by_pixels(pictures: PictureSet) -> dict[str, float]:
-    """Figures that need no vision model; those of artifacts also at each strength ("shift 0.5")."""
+def _artifacts(pictures: PictureSet) -> dict[str, float]:
+    """The figures of artifacts, also at each strength ("shift 0.5")."""
     base, training = pictures.strengths[0], pictures.training
+    references = [base, training] if training else [base]
     training_colours = metrics.colours(training) if training else None
-    base_colours, base_clipped = metrics.colours(base + pictures.reseeded[0]), metrics.clipped(base)
-    base_residue = max(metrics.residue(base), metrics.residue(training) if training else 0, 1e-6)
-    base_clipped = max(base_clipped, metrics.clipped(training) if training else 0)
+    base_colours = metrics.colours(base + pictures.reseeded[0])
+    base_clipped = max(map(metrics.clipped, references))
+    base_residue = max(*map(metrics.residue, references), 1e-6)
     figures: dict[str, float] = {}
     for strength, column in zip(STRENGTHS, pictures.strengths, strict=True):
         column = column + pictures.reseeded[1] if strength == 1 else column
@@ -121,24 +122,17 @@ def _by_pixels(pictures: PictureSet) -> dict[str, float]:
             f"clipped {strength:g}": metrics.clipped(column) - base_clipped,
             f"residue {strength:g}": metrics.residue(column) / base_residue,
         }
-    figures |= {name: figures[f"{name} 1"] for name in ARTIFACTS}
-    changes = [metrics.difference(column, base) for column in pictures.strengths]
-    figures["rises"] = metrics.rises(changes)
-    if pictures.prompts.untriggered:
-        by_seed = max(metrics.difference(base, pictures.reseeded[0]), 1e-6)
-        figures["leak"] = metrics.difference(*pictures.untriggered) / max(changes[-1], 1e-6)
-        figures["unrelated"] = metrics.difference(*pictures.unrelated) / by_seed
-    return figures
+    return figures | {name: figures[f"{name} 1"] for name in ARTIFACTS}
 
 
-def _by_change(vectors: Vectors) -> dict[str, float]:
-    """Figures that need vectors, but no training pictures."""
-    base, last = vectors.strengths[0], vectors.strengths[-1]
-    figures = {"rises": metrics.rises([metrics.change(column, base) for column in vectors.strengths])}
-    if vectors.untriggered:
-        by_seed = max(metrics.change(base, vectors.reseeded[0]), 1e-6)
-        figures["leak"] = metrics.change(*vectors.untriggered) / max(metrics.change(last, base), 1e-6)
-        figures["unrelated"] = metrics.change(*vectors.unrelated) / by_seed
+def _by_change(shown: PictureSet | Vectors, change: Callable[..., float]) -> dict[str, float]:
+    """Figures that need no training pictures, from a measure of change between pictures or between their vectors."""
+    columns: Any = shown.strengths
+    changes = [change(column, columns[0]) for column in columns]
+    figures = {"rises": metrics.rises(changes)}
+    if any(map(len, shown.untriggered)):
+        figures["leak"] = change(*shown.untriggered) / max(changes[-1], 1e-6)
+        figures["unrelated"] = change(*shown.unrelated) / max(change(columns[0], shown.reseeded[0]), 1e-6)
     return figures
 
 

@@ -14,9 +14,6 @@ TWINS = 0.99  # cosine above which two training pictures are the same one
 DARK, LIGHT = 4, 251  # levels of 255 from which a colour counts as clipped
 
 
-# ── Vectors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def likeness(pictures: np.ndarray, training: np.ndarray) -> np.ndarray:
     """How like the training pictures each picture is, (N,): mean cosine to the nearest third of them.
 
@@ -27,9 +24,8 @@ def likeness(pictures: np.ndarray, training: np.ndarray) -> np.ndarray:
 
 def likeness_within(training: np.ndarray) -> np.ndarray:
     """`likeness` of each training picture to the others, (M,): what a perfect LoRA reaches."""
-    cosines = training @ training.T
-    others = cosines[~np.eye(len(training), dtype=bool)].reshape(len(training), -1)
-    return _nearest(others)
+    others = ~np.eye(len(training), dtype=bool)
+    return _nearest((training @ training.T)[others].reshape(len(training), -1))
 
 
 def _nearest(cosines: np.ndarray) -> np.ndarray:
@@ -51,9 +47,6 @@ def chance(lora: np.ndarray, base: np.ndarray, draws: int = 4999) -> float:
     """How probable the gain in likeness is if the LoRA does nothing: a paired permutation test.
 
     Each draw chooses at random, in every pair, which of the two pictures counts as made with the LoRA.
-
-    Args:
-        lora, base: likeness of the same prompts and seeds, (N,).
     """
     differences = lora - base
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (draws, len(differences)))
@@ -76,12 +69,7 @@ def leak(
 ) -> float:
     """Gain in likeness without the trigger, as a share of the gain with it: 0 none, 1 as much.
 
-    The gain with it counts at least a quarter of the way to the training pictures' own likeness.
-
-    Args:
-        lora, base: likeness with the trigger, (N,).
-        untriggered_lora, untriggered_base: the same without it, (N,).
-        within: likeness of the training pictures among themselves, (M,).
+    All are likenesses. The gain with the trigger counts at least a quarter of the way to the training pictures' own.
     """
     whole = max(lora.mean() - base.mean(), (within.mean() - base.mean()) / 4, 1e-6)
     return float((untriggered_lora.mean() - untriggered_base.mean()) / whole)
@@ -127,9 +115,6 @@ def rises(values: Sequence[float]) -> float:
     return float(np.mean(pairs)) if pairs else 0.0
 
 
-# ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def arrays(pictures: Sequence[Image.Image]) -> Iterator[np.ndarray]:
     """RGB in [0, 255], (H, W, 3), float32, one at a time."""
     return (np.asarray(picture.convert("RGB"), np.float32) for picture in pictures)
@@ -151,11 +136,9 @@ def colours(pictures: Sequence[Image.Image]) -> np.ndarray:
 
 
 def colour_shift(lora: np.ndarray, base: np.ndarray, training: np.ndarray | None) -> float:
-    """How far colours lie beyond both the base's and the training pictures', in the greater of their deviations.
+    """How far `colours` lie beyond both the base's and the training pictures', in the greater of their deviations.
 
-    Args:
-        lora, base, training: `colours` of each. Colours between base and training are intended; None compares with the
-            base only.
+    Those between base and training pictures are intended. Without training pictures, only the base's count.
     """
     reference = base if training is None else training
     low, high = (pick(base.mean(0), reference.mean(0)) for pick in (np.minimum, np.maximum))

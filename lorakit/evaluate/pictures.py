@@ -48,10 +48,7 @@ Pictures = list[Image.Image]
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report measures, and on which pictures.
-
-    What needs a vision model is left open without one (None), and where it cannot be loaded.
-    """
+    """What a report measures, and on which pictures; without a vision model, what needs one is left open."""
 
     trigger: str = ""  # "" takes the run's or the file's; without any, leakage is not measured
     kind: str = ""  # one of CONTEXTS; "" takes the run's, or "character"
@@ -60,10 +57,7 @@ class ReportOptions:
     steps: int | None = None  # of the sampler, like guidance; None takes the run's
     guidance: float | None = None
     checkpoints: int = 6  # of a run, how many are compared at most
-    vision: str | VisionModel | None = "auto"  # open or for `vision.open`; "auto" is "demo" for its base, else "clip"
-
-
-# ── Prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    vision: str | VisionModel | None = "auto"  # open or for `vision.open`; "auto": "demo" for its base, else "clip"
 
 
 @dataclass(frozen=True)
@@ -95,24 +89,18 @@ class Prompts:
     def rows(self, seed: int) -> list[tuple[str, str, int]]:
         """Set, prompt and seed of each picture. Untriggered prompts have the seeds of the triggered ones."""
         first = [("triggered", prompt, seed + i) for i, prompt in enumerate(self.triggered)]
-        bare = [("untriggered", prompt, row[2]) for prompt, row in zip(self.untriggered, first, strict=False)]
-        rest = [("reseeded", prompt) for prompt in self.triggered] + [
-            ("unrelated", prompt) for prompt in self.unrelated
-        ]
-        return [*first, *bare, *((part, prompt, seed + len(first) + i) for i, (part, prompt) in enumerate(rest))]
+        bare = [("untriggered", prompt, seed + i) for i, prompt in enumerate(self.untriggered)]
+        rest = [("reseeded", prompt) for prompt in self.triggered]
+        rest += [("unrelated", prompt) for prompt in self.unrelated]
+        return first + bare + [(*row, seed + i) for i, row in enumerate(rest, len(first))]
 
 
 def _phrase(captions: Sequence[str], trigger: str) -> str:
     """The part of a caption that has the trigger and occurs most often, such as "a photo of sks person"."""
-    if not trigger:
-        return ""
     pattern = datasets.trigger_pattern(trigger)
     parts = Counter(part for caption in captions for part in datasets.split_tags(caption) if pattern.search(part))
     part, times = parts.most_common(1)[0] if parts else ("", 0)
     return part if times > len(captions) / 3 else trigger  # a part of few captions describes their pictures only
-
-
-# ── What is judged ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -205,9 +193,6 @@ def open_subject(
     skip = metadata.get("ss_clip_skip", "")
     clip_skip = config.clip_skip if config else int(skip) if skip in ("1", "2", "3", "4") else 1
     return Subject(source, found, list(loras), base, kind, trigger, clip_skip, dataset, tuple(missing))
-
-
-# ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -308,7 +293,5 @@ def _as_trained(picture: datasets.Picture, height: int, width: int) -> Image.Ima
     """A training picture, reduced to about the area of the made ones, so that fine detail can be compared."""
     image = datasets.open_picture(picture)
     share = (width * height / (image.width * image.height)) ** 0.5
-    if share >= 1:
-        return image
-    smaller = (max(1, round(image.width * share)), max(1, round(image.height * share)))
-    return image.resize(smaller, Image.Resampling.LANCZOS)
+    smaller = [max(1, round(side * share)) for side in image.size]
+    return image if share >= 1 else image.resize(smaller, Image.Resampling.LANCZOS)

@@ -152,9 +152,6 @@ def _reported(file: Path) -> tuple[str | None, float | None, tuple[str, ...] | N
         return None, None, None
 
 
-# ── Differences ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def differences(records: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
     """Setting that decides the result → its value in each run. Folders and files are compared by content."""
     table = {}

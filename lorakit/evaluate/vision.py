@@ -1,7 +1,4 @@
-"""Vision models, which turn pictures and texts into vectors: CLIP, DINOv2, or a small one for the embedded base.
-
-They measure pictures for the report and take no part in training.
-"""
+"""Vision models for the report, which turn pictures and texts into vectors: CLIP, DINOv2, the embedded base's own."""
 
 import json
 from collections.abc import Sequence
@@ -55,7 +52,7 @@ class VisionModel:
             arrays = [
                 (np.asarray(self._square(p), np.float32) / 255 - mean) / std for p in pictures[start:][: self.batch]
             ]
-            x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.model.device, self.model.dtype)
+            x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(next(self.model.parameters()))
             if hasattr(self.model, "get_image_features"):
                 outputs.append(vectors(self.model.get_image_features(pixel_values=x)))
             else:
@@ -64,33 +61,25 @@ class VisionModel:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of texts, (N, D), float32, in the space of the pictures'.
-
-        Raises:
-            ValueError: this model reads no texts.
-        """
-        if not self.reads_texts:
-            raise ValueError(f"{self.name} reads no texts: use clip for that.")
+        """Unit vectors of texts, (N, D), float32, in the space of the pictures'; only where the model reads texts."""
         limit, outputs = min(TOKENS, getattr(self.tokenizer, "model_max_length", TOKENS)), []
         for start in range(0, len(texts), self.batch):
             tokens = self.tokenizer(
                 list(texts[start : start + self.batch]), padding=True, truncation=True, max_length=limit,
                 return_tensors="pt",
             )  # fmt: skip
-            inputs = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+            device = next(self.model.parameters()).device
+            inputs = {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}
             outputs.append(vectors(self.model.get_text_features(**inputs)))
         return _unit(outputs)
 
     def _square(self, picture: Image.Image) -> Image.Image:
         """The whole picture, centred on a square of its mean colour."""
         picture = picture.convert("RGB")
-        side = max(picture.size)
-        if picture.width != picture.height:
-            colour = tuple(int(value) for value in np.asarray(picture).mean((0, 1)))
-            square = Image.new("RGB", (side, side), colour)
-            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-            picture = square
-        return picture if side == self.size else picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        side, colour = max(picture.size), tuple(np.asarray(picture).mean((0, 1)).astype(int).tolist())
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        return square if side == self.size else square.resize((self.size, self.size), Image.Resampling.BICUBIC)
 
 
 def open(name: str = "clip", device: str = "auto") -> VisionModel:
@@ -132,9 +121,6 @@ def _open(name: str, folder: Path, target: torch.device) -> VisionModel:
             f"Use one of {', '.join(MODELS)}."
         ) from error
     return VisionModel(name, model.eval().to(target, dtype), tokenizer, int(side), mean, std)
-
-
-# ── The embedded base's own ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Residual(nn.Module):
@@ -179,14 +165,6 @@ class EmbeddedVision(nn.Module):
         self.words = nn.Sequential(nn.Linear(wide, 384), nn.GELU(), nn.Linear(384, self.SUBJECT + self.STYLE))
         object.__setattr__(self, "text_encoder", text_encoder)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.words.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.words.parameters()).dtype
-
     def see(self, x: Tensor, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pictures (N, 3, 64, 64) in [-1, 1] → unit vectors of subject (N, 128) and style (N, 64).
 
@@ -210,7 +188,7 @@ class EmbeddedVision(nn.Module):
 
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """`features` → unit vectors of subject (N, 128), and of style (N, 64), shorter where the text names none."""
-        subject, style = self.words(features.to(self.dtype)).float().split([self.SUBJECT, self.STYLE], 1)
+        subject, style = self.words(features).float().split([self.SUBJECT, self.STYLE], 1)
         return F.normalize(subject, dim=1), style / style.norm(dim=1, keepdim=True).clamp(min=1)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

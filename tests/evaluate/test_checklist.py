@@ -273,7 +273,7 @@ def test_a_phrase_is_what_captions_share_and_not_a_whole_caption():
     assert (
         pictures_module._phrase([f"a photo of sks man, on bench {n}" for n in range(6)], "sks") == "a photo of sks man"
     )
-    assert pictures_module._phrase([], "sks") == "sks" and pictures_module._phrase(["a cat"], "") == ""
+    assert pictures_module._phrase([], "sks") == "sks"
 
 
 def test_a_checkpoint_that_is_damaged_is_left_out_and_one_of_another_family_is_refused(trained, small_bases, tmp_path):
