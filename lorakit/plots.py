@@ -203,44 +203,34 @@ def _validation(marks: Sequence[tuple[int, float]], name: str = "validation", **
 
 def loss(
     steps: Sequence[int], losses: Sequence[float], *, validation: Sequence[tuple[int, float]] = (),
-    learning_rates: Sequence[float] | None = None, half_life: float | None = None, title: str = "",
-    total: int | None = None,
+    title: str = "", total: int | None = None,
 ) -> Chart:  # fmt: skip
     """A chart of a run's loss, raw and smoothed.
 
     Args:
         losses: NaN, infinity and None leave a gap.
         validation: (step, loss on held-out pictures).
-        learning_rates: one for each step, drawn below.
-        half_life: as for `smooth`.
         total: steps of the whole run, which the axis then shows; None ends it at the last step.
 
     Raises:
-        ValueError: not as many losses or learning rates as steps.
+        ValueError: not as many losses as steps.
     """
-    for name, values in (("losses", losses), ("learning rates", learning_rates)):
-        if values is not None and len(values) != len(steps):
-            raise ValueError(f"There are {len(steps)} steps and {len(values)} {name}. Give one for each step.")
+    if len(losses) != len(steps):
+        raise ValueError(f"There are {len(steps)} steps and {len(losses)} losses. Give one for each step.")
     x, raw = np.array(steps, float), np.array(losses, float)
     raw[~np.isfinite(raw)] = np.nan
-    average, judged = np.array(smooth(losses, half_life), float), _validation(validation, colour=JUDGED)
+    average, judged = np.array(smooth(losses), float), _validation(validation, colour=JUDGED)
     counted = raw[np.isfinite(raw)]
     # A few extreme batches must not flatten the curve.
     low, high = _limits(np.concatenate([np.quantile(counted, (0.01, 0.99)), average]) if len(counted) else raw)
     series = [Series("each step", x, raw), Series("smoothed", x, average, ACCENT)]
     status = f"step {steps[-1]}{f' of {total}' if total else ''}, loss {average[-1]:#.3g}" if len(x) else "no step yet"
     if len(judged.y):
-        margin = 0.03 * (max(high, judged.y.max()) - min(low, judged.y.min()))
-        low = low if low <= judged.y.min() else judged.y.min() - margin
-        high = high if high >= judged.y.max() else judged.y.max() + margin
+        margin = 0.03 * np.ptp([low, high, *judged.y])
+        low, high = min(low, judged.y.min() - margin), max(high, judged.y.max() + margin)
         series.append(judged)
         status += f", validation {judged.y[-1]:#.3g}"
-    panels = [Panel("loss", series, low, high)]
-    if learning_rates is not None:
-        rates = np.array(learning_rates, float)
-        top = _limits(rates)[1]
-        panels.append(Panel("learning rate", [Series("learning rate", x, rates)], 0.0, top))
-    return Chart(panels, title, status, total)
+    return Chart([Panel("loss", series, float(low), float(high))], title, status, total)
 
 
 def losses(curves: Sequence[Curve]) -> Chart:
@@ -271,15 +261,16 @@ def strength_labels(strengths: Sequence[float]) -> list[str]:
 
 def grid(
     rows: Sequence[Sequence[Image.Image | None]], *, row_labels: Sequence[str], column_labels: Sequence[str],
-    path: Path | None = None, scale: float | None = None, title: str = "",
+    path: Path | None = None,
 ) -> Image.Image:  # fmt: skip
     """Pictures on one white sheet with a label for each row and column; labels are wrapped or shrunk, never cut.
+
+    Small pictures are enlarged by a whole factor until a cell has 128 pixels; large ones are reduced until the sheet is
+    at most 2400 pixels wide.
 
     Args:
         rows: None leaves a grey cell.
         path: also write the sheet to this file, as PNG.
-        scale: how much larger pictures are shown. None enlarges small ones by a whole factor until a cell has 128
-            pixels, and shrinks large ones until the sheet is at most 2400 pixels wide.
 
     Raises:
         ValueError: no pictures, or not as many as there are labels.
@@ -295,21 +286,19 @@ def grid(
 
     def fitting(taken: float) -> float:
         room = (WIDEST - taken) / len(column_labels) / width
-        return scale or min(room, max(1, min(math.ceil(SMALLEST / min(width, height)), math.floor(room))))
+        return min(room, max(1, min(math.ceil(SMALLEST / min(width, height)), math.floor(room))))
 
     size = int(min(max(width * fitting(0) / 14, 16), 32))
     gap, font = size // 2, _font(size)
     label_width = min(15 * size, math.ceil(max(font.getlength(_plain(label)) for label in row_labels)))
     left, factor = label_width + 2 * gap, fitting(label_width + gap * (len(column_labels) + 2))
     cell = max(1, int(width * factor)), max(1, int(height * factor))
-    sheet_width = left + (cell[0] + gap) * len(column_labels)
-
-    above = _labels(["", *column_labels], cell[0], size, 0.5)
-    lines = [_labels([title], sheet_width - 2 * gap, size + 4, 0), above] if title else [above]
+    lines = [_labels(["", *column_labels], cell[0], size, 0.5)]
     for label, row in zip(_labels(row_labels, label_width, size, 1, cell[1]), rows, strict=True):
         lines.append([label, *(_cell(picture, cell, factor) for picture in row)])
     heights = [max(image.height for image in line) for line in lines]
-    sheet = Image.new("RGB", (sheet_width, sum(heights) + gap * (len(lines) + 1)), "white")
+    sheet_size = left + (cell[0] + gap) * len(column_labels), sum(heights) + gap * (len(lines) + 1)
+    sheet = Image.new("RGB", sheet_size, "white")
     top = gap
     for line, room in zip(lines, heights, strict=True):
         for place, image in enumerate(line):

@@ -116,7 +116,7 @@ def test_smoothing_nothing_and_with_nonsense():
 @pytest.mark.parametrize("n", [0, 1, 2, 30, 1000, 10_000])
 @pytest.mark.parametrize("size", [(640, 240), (320, 160), (1600, 400)])
 def test_an_svg_is_small_self_contained_and_the_same_each_time(n, size):
-    chart = plots.loss(*noisy(n), total=20_000, title="a run", learning_rates=[1e-4] * n)
+    chart = plots.loss(*noisy(n), total=20_000, title="a run")
     svg = chart.svg(*size)
     assert len(svg.encode()) <= 100 * 1024 and svg == chart.svg(*size)
     root = ElementTree.fromstring(svg)
@@ -172,17 +172,16 @@ def test_validation_losses_are_drawn_within_the_plot():
 def test_the_figure_is_saved_and_shows_itself(tmp_path):
     steps, losses = noisy(300)
     path = tmp_path / "run" / "loss.png"
-    chart = plots.loss(steps, losses, learning_rates=[1e-4] * 300, title="my_character_v1")
+    chart = plots.loss(steps, losses, title="my_character_v1")
     chart.save(path)
     assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.width >= 800
         assert not {k: v for k, v in picture.info.items() if k != "dpi"}  # above all, no path
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-    above, below = chart.figure().axes
-    assert (above.get_ylabel(), below.get_xlabel()) == ("loss", "step")
-    assert below.get_ylabel() and below.lines[0].get_ydata().tolist() == [1e-4] * 300
-    raw, smoothed = above.lines
+    (axes,) = chart.figure().axes
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("loss", "step")
+    raw, smoothed = axes.lines
     assert raw.get_ydata().tolist() == losses and smoothed.get_ydata().tolist() == plots.smooth(losses)
     assert chart._repr_png_().startswith(b"\x89PNG")
 
@@ -222,8 +221,6 @@ def test_a_figure_with_missing_losses_has_a_gap():
 def test_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match=naming(2, 1)):
         plots.loss([1, 2], [0.5])
-    with pytest.raises(ValueError, match=naming(2, 3)):
-        plots.loss([1, 2], [0.5, 0.4], learning_rates=[1e-4] * 3)
 
 
 # ── sheet ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -258,7 +255,7 @@ def assert_clear_edges(sheet: Image.Image) -> None:
     [((64, 64), (128, 128)), ((64, 48), (192, 144)), ((128, 128), (128, 128)), ((300, 200), (300, 200))],
 )
 def test_cells_are_enlarged_by_a_whole_factor_and_stand_in_rows_and_columns(size, cell):
-    sheet = plots.grid(coloured(size), row_labels=["cat", "dog"], column_labels=["0", "0.5", "1.0"], title="strengths")
+    sheet = plots.grid(coloured(size), row_labels=["cat", "dog"], column_labels=["0", "0.5", "1.0"])
     found = boxes(sheet)
     assert (found[..., 2] - found[..., 0] == cell[0]).all() and (found[..., 3] - found[..., 1] == cell[1]).all()
     for column in range(3):
@@ -284,12 +281,6 @@ def test_a_sheet_is_never_too_wide(size, columns):
     assert 2000 < sheet.width <= plots.WIDEST
 
 
-@pytest.mark.parametrize("scale", [0.5, 1, 1.5, 3])
-def test_a_scale_is_obeyed(scale):
-    found = boxes(plots.grid(coloured((64, 64)), row_labels="ab", column_labels="xyz", scale=scale))
-    assert (found[..., 2] - found[..., 0] == 64 * scale).all()
-
-
 def test_missing_transparent_and_unequal_pictures():
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     small = Image.new("L", (32, 64), 100)
@@ -308,7 +299,7 @@ LONG = "a photo of sks person, smiling, in a snowy forest, soft evening light, 8
 
 @pytest.mark.parametrize("label", [LONG, *SCRIPTS])
 def test_labels_of_any_script_and_length_fit(label):
-    sheet = plots.grid(coloured((64, 64)), row_labels=[label, "b"], column_labels=[label, "y", "z"], title=label)
+    sheet = plots.grid(coloured((64, 64)), row_labels=[label, "b"], column_labels=[label, "y", "z"])
     assert_clear_edges(sheet)
     boxes(sheet)  # none of the pictures is written over
 

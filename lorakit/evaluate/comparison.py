@@ -71,7 +71,7 @@ class Comparison(page.Page):
     def facts(self) -> dict[str, Any]:
         names, grid = [result.name for result in self.runs], self.pictures
         return {
-            "runs": [result.facts() for result in self.runs],
+            "runs": [{name: value for name, value in vars(one).items() if name != "curve"} for one in self.runs],
             "differing": {name: dict(zip(names, values, strict=True)) for name, values in self.differing.items()},
             "pictures": {"made": grid.settings, "asked": list(map(list, grid.prompts)), "columns": list(grid.columns)},
             "told": list(self.notes),
@@ -81,9 +81,8 @@ class Comparison(page.Page):
         parts = []
         for title, rows in self.tables().items():
             lines = [[title, *(result.name for result in self.runs)], *(rows or [["none", *[""] * len(self.runs)]])]
-            widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-            cells = [[f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)] for line in lines]
-            parts += ["  ".join(line).rstrip() for line in cells] + [""]
+            columns = [[f"{cell:<{max(map(len, column))}}" for cell in column] for column in zip(*lines, strict=True)]
+            parts += ["  ".join(line).rstrip() for line in zip(*columns, strict=True)] + [""]
         return "\n".join([*parts, *(f"note: {text}" for text in self.notes)]).rstrip()
 
     def body(self) -> str:
@@ -93,9 +92,8 @@ class Comparison(page.Page):
         ]
         parts = []
         for title, rows in self.tables().items():
-            parts.append(f"<h2>{escape(title.capitalize())}</h2>")
-            cells = [[escape(cell) for cell in row] for row in rows]
-            parts.append(page.table(cells, "", *dots) if rows else "<p>None.</p>")
+            table = page.table([[*map(escape, row)] for row in rows], "", *dots) if rows else "<p>None.</p>"
+            parts.append(f"<h2>{escape(title.capitalize())}</h2>{table}")
         parts += [f"<p>{escape(text[:1].upper() + text[1:])}.</p>" for text in self.notes]
         parts.append(f"<h2>Curves</h2>{self.curves.svg(height=200)}")
         if grid := self.pictures.rows and self.pictures:

@@ -42,9 +42,6 @@ class RunResult:
     faults: tuple[str, ...] | None
     curve: plots.Curve = field(repr=False)
 
-    def facts(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "curve"}
-
     def figures(self) -> dict[str, str]:
         """Name → figure, as texts for a table."""
         at = "" if self.lowest_at is None else f" at step {self.lowest_at}"
