@@ -354,14 +354,11 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Matplotlib's DejaVu Sans, which has more scripts than Pillow's own font; else that one."""
-    import matplotlib
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and has more scripts than Pillow's own font."""
+    from matplotlib import font_manager
 
-    try:
-        return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
-    except OSError:
-        return ImageFont.load_default(size)
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
 def _plain(text: str) -> str:

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 from said import names, naming
 
 from lorakit import plots
@@ -317,23 +317,6 @@ def test_a_word_shrinks_before_it_breaks():
     (shrunk,) = plots._labels(["step-00000500"], 100, 16, 0)
     (broken,) = plots._labels(["step-00000500"], 50, 16, 0)
     assert shrunk.height < 2 * 10 < broken.height
-
-
-def test_labels_without_the_usual_font(monkeypatch):
-    truetype = ImageFont.truetype
-
-    def refuse(font, *args, **options):
-        if isinstance(font, str):
-            raise OSError("cannot open resource")
-        return truetype(font, *args, **options)
-
-    plots._font.cache_clear()
-    monkeypatch.setattr(ImageFont, "truetype", refuse)
-    try:
-        for label in SCRIPTS:
-            assert_clear_edges(plots.grid([[Image.new("L", (64, 64))]], row_labels=[label], column_labels=[label]))
-    finally:
-        plots._font.cache_clear()
 
 
 def test_a_sheet_is_saved(tmp_path):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,7 @@ class Subject:
     base: bases.Base
     kind: str
     trigger: str
-    clip_skip: int
+    sampling: Sampling
     dataset: datasets.Dataset | None
     missing: tuple[str, ...]  # what could not be read
 
@@ -122,29 +122,11 @@ class Subject:
         return run.is_run(self.source)
 
     @property
-    def embedded(self) -> bool:
-        return self.base.name == candidates.DEMO
-
-    @property
     def name(self) -> str:
         config, stem = self.found.config, self.source.stem
         if self.of_run:
             return config.name if config else self.source.name
         return f"{config.name}-{stem}" if config and stem.startswith("step-") else stem
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the pictures, in pixels."""
-        side = self.found.config.resolution if self.found.config else self.base.resolution
-        return side, side
-
-    def sampling(self, options: ReportOptions) -> Sampling:
-        config = self.found.config
-        return Sampling(
-            steps=options.steps or (config.sample_steps if config else 25),
-            guidance=options.guidance or (config.sample_guidance if config else 7.0),
-            size=self.size, clip_skip=self.clip_skip,
-        )  # fmt: skip
 
     def checkpoints(self, most: int) -> list[str]:
         """Up to `most` checkpoints of a run, spread over it; the last and the best among them."""
@@ -191,8 +173,9 @@ def open_subject(
     metadata = list(loras.values())[-1]
     trigger = options.trigger or (config.trigger if config else metadata.get("modelspec.trigger_phrase", ""))
     skip = metadata.get("ss_clip_skip", "")
-    clip_skip = config.clip_skip if config else int(skip) if skip in ("1", "2", "3", "4") else 1
-    return Subject(source, found, list(loras), base, kind, trigger, clip_skip, dataset, tuple(missing))
+    usual = Sampling.of(config) if config else Sampling(clip_skip=int(skip) if skip in ("1", "2", "3", "4") else 1)
+    sampling = replace(usual, steps=options.steps or usual.steps, guidance=options.guidance or usual.guidance)
+    return Subject(source, found, list(loras), base, kind, trigger, sampling, dataset, tuple(missing))
 
 
 @dataclass(frozen=True)
@@ -232,11 +215,10 @@ def make_pictures(
     options, console = options or ReportOptions(), console or Console()
     known = {} if known is None else known
     subject = open_subject(Path(source).expanduser(), options, base, pictures, console)
-    config, newest = subject.found.config, subject.labels[-1]
-    contexts = options.contexts or (SUBJECTS if subject.embedded else CONTEXTS[subject.kind])
-    prompts = Prompts.of(
-        subject.dataset, subject.trigger, subject.kind, contexts, subject.embedded, config.class_word if config else ""
-    )
+    config, newest, embedded = subject.found.config, subject.labels[-1], subject.base.name == candidates.DEMO
+    contexts = options.contexts or (SUBJECTS if embedded else CONTEXTS[subject.kind])
+    class_word = config.class_word if config else ""
+    prompts = Prompts.of(subject.dataset, subject.trigger, subject.kind, contexts, embedded, class_word)
     chosen = subject.checkpoints(options.checkpoints)
     strengths: list[Column] = [BARE, *((newest, value) for value in STRENGTHS[1:])]
     ends = (BARE, strengths[-1])
@@ -255,8 +237,7 @@ def make_pictures(
     )
     compute = Compute.choose(device, *((config.mixed_precision, config.quantize) if config else ()))
     grid |= make_grid(
-        subject.base, keys, variants, subject.sampling(options), compute=compute,
-        cells=cells - grid.keys(), console=console,
+        subject.base, keys, variants, subject.sampling, compute=compute, cells=cells - grid.keys(), console=console,
     )  # fmt: skip
     known |= {keys[i]: picture for (i, column), picture in grid.items() if column == BARE}
     if console.stop.is_set():
@@ -276,7 +257,7 @@ def make_pictures(
     best = subject.found.best
     why = (best, str(run.RunFolder(subject.source).best()[1])) if best in subject.labels else None
     trained = subject.dataset.pictures if subject.dataset else []
-    training = [_as_trained(trained[i], *subject.size) for i in _spread(len(trained), MOST)]
+    training = [_as_trained(trained[i], by_strength[0][0]) for i in _spread(len(trained), MOST)]
     gap = next(reversed(subject.log("overfit_gap").values()), None)
     return PictureSet(
         subject.name, subject.trigger, subject.kind, subject.base.name, prompts, by_strength, reseeded, untriggered,
@@ -289,9 +270,9 @@ def _spread(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
 
 
-def _as_trained(picture: datasets.Picture, height: int, width: int) -> Image.Image:
-    """A training picture, reduced to about the area of the made ones, so that fine detail can be compared."""
+def _as_trained(picture: datasets.Picture, like: Image.Image) -> Image.Image:
+    """A training picture, reduced to about the area of a made one, so that fine detail can be compared."""
     image = datasets.open_picture(picture)
-    share = (width * height / (image.width * image.height)) ** 0.5
+    share = (like.width * like.height / (image.width * image.height)) ** 0.5
     smaller = [max(1, round(side * share)) for side in image.size]
     return image if share >= 1 else image.resize(smaller, Image.Resampling.LANCZOS)

@@ -20,20 +20,16 @@ def sweep(
     config: Config, setting: str, values: Sequence[Any], folder: str | Path,
     pictures: PictureOptions | bool = True, *, console: Console | None = None,
 ) -> Comparison:  # fmt: skip
-    """Train one run after the other that differ in one setting, and compare them.
+    """Train one run after the other that differ in one setting; compare them and write the comparison into the folder.
 
     Each run has a folder, such as `rank=8`, and ends in the weights that it would have without the others. The runs
-    share encoded pictures and texts, and the loaded base. Called again, it resumes; finished runs are kept.
+    share encoded pictures and texts, and the loaded base. Called again, it resumes; finished runs are kept. A stopped
+    sweep returns the comparison of its runs so far, without pictures.
 
     Args:
-        config: of all runs.
         folder: for the runs, the cache and the comparison; new, empty, or that of the same sweep.
         pictures: as for `compare_runs`; by default, with the prompts of the first run's samples.
         console: its `stop` ends the sweep after the current step, as Ctrl-C does; a stopped sweep sets it.
-
-    Returns:
-        The comparison, which is also written into the folder; of a stopped sweep, that of its runs so far, without
-        pictures.
 
     Raises:
         ValueError: an unknown setting, or values that cannot be used; raised before training.
@@ -48,11 +44,7 @@ def sweep(
 
 
 def variations(config: Config, setting: str, values: Sequence[Any]) -> dict[str, Config]:
-    """The runs of a sweep by name, such as `rank=8`.
-
-    Raises:
-        ValueError: no such setting, one that does not change the result, or unusable values; lists all that is wrong.
-    """
+    """The runs of a sweep by name, such as `rank=8`; a ValueError lists all that is wrong with setting and values."""
     if setting not in Config.model_fields:
         configs.parse(config.model_dump() | {setting: None}, where="The sweep cannot begin")
     without_effect = run.FREE - {"decisions"} - ({"trigger"} if config.asks_class else set())
@@ -89,11 +81,7 @@ def _name(setting: str, value: Any) -> str:
 
 
 def _claim(folder: Path) -> None:
-    """Make the sweep's folder, or check that it is one.
-
-    Raises:
-        ValueError: it contains something else.
-    """
+    """Make the sweep's folder; a ValueError where it contains something else."""
     if folder.is_file() or run.is_run(folder):
         raise ValueError(f"{folder.name} is a {'file' if folder.is_file() else 'run'}. Name a folder for the sweep.")
     known = {"cache", "comparison.html", "comparison.json", "curves.png"}

@@ -32,7 +32,6 @@ def make_variants(
     """Columns as `sample.stream` takes them. Each LoRA is read again when it is used: one at a time is in memory.
 
     Args:
-        paths: label → the candidate's file.
         others: LoRAs used together with each candidate, and at strength 0 without it, at strengths of their own.
         warn: called with a message for each candidate that cannot be used with this base; it is left out.
 
@@ -61,14 +60,11 @@ def make_grid(
     compute: Compute, cells: Collection[tuple[int, Column]] | None = None, loaded: Loaded | None = None,
     console: Console | None = None,
 ) -> dict[tuple[int, Column], Image.Image]:  # fmt: skip
-    """Make pictures of prompts with variants; those made so far where the console's `stop` was set.
+    """Pictures of prompts with variants, by (row, column); those made so far where the console's `stop` was set.
 
     Args:
         rows: prompts and their seeds.
-        cells: the pictures to make, as (row, column); None makes all.
-
-    Returns:
-        (row, column) → picture.
+        cells: the pictures to make; None makes all.
     """
     prompts, seeds = zip(*rows, strict=True)
     order = list(variants)
@@ -89,8 +85,7 @@ def variant(base: Base, parts: Sequence[tuple[str | Path, float]], known: Known 
 
     Args:
         parts: what `run.lora_of` reads, and its strength.
-        known: adapters of earlier calls, to which this one is added, so that a single LoRA is loaded once for all
-            its strengths.
+        known: adapters of earlier calls, to which this one is added: a single LoRA is loaded once for all strengths.
 
     Raises:
         ValueError, OSError, FloatingPointError: one cannot be read, or is for another family.
