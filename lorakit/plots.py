@@ -242,12 +242,9 @@ def losses(curves: Sequence[Curve]) -> Chart:
         average = np.array(smooth(curve.losses, half_life), float)
         trained.append(Series(curve.name, np.array(curve.steps, float), average, **look))
         judged.append(_validation(curve.validation, curve.name, **look))
-    panels = [
-        # A curve's first loss is not averaged with others and may lie far off.
-        Panel.around(name, series, 0.995)
-        for name, series in (("training loss, smoothed", trained), ("validation loss", judged))
-        if series is trained or any(len(one.y) for one in series)
-    ]
+    panels = [Panel.around("training loss, smoothed", trained, 0.995)]  # a first loss, not averaged, may lie far off
+    if any(len(one.y) for one in judged):
+        panels.append(Panel.around("validation loss", judged, 0.995))
     return Chart(panels)
 
 
@@ -326,8 +323,8 @@ def _labels(texts: Sequence[str], width: int, size: int, align: float, height: f
     """Pictures of texts, `width` pixels wide, all in the largest font up to `size` that breaks no word and keeps to
     `height`; where even a font of 10 pixels cannot, words break and pictures get higher."""
     texts = [_plain(text) for text in texts]
-    for size in range(size, 9, -1):  # noqa: B020 - down from the given size
-        font, line = _font(size), math.ceil(size * 1.3)
+    for points in range(size, 9, -1):
+        font, line = _font(points), math.ceil(points * 1.3)
         blocks = [_wrapped(text, font, width) for text in texts]
         whole = all(" ".join(block) == text for block, text in zip(blocks, texts, strict=True))
         if whole and all(len(block) * line <= height for block in blocks):
@@ -342,15 +339,11 @@ def _labels(texts: Sequence[str], width: int, size: int, align: float, height: f
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
     """Lines no wider than `width` pixels, broken between words, or inside a word that is wider than a line."""
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-        while len(lines[-1]) > 1 and font.getlength(lines[-1]) > width:
-            n = next(n for n in range(1, len(lines[-1])) if font.getlength(lines[-1][: n + 1]) > width)
-            lines[-1:] = [lines[-1][:n], lines[-1][n:]]
-    return lines
+    for letters in range(len(text), 1, -1):
+        lines = textwrap.wrap(text, letters, break_on_hyphens=False)
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return list(text.replace(" ", "")) or [""]
 
 
 @lru_cache

@@ -123,9 +123,8 @@ def starting_point(candidates: Candidates) -> tuple[str, list[str]]:
         except (OSError, ValueError, FloatingPointError):
             continue
         demo = lora.metadata.get("ss_sd_model_name") == DEMO
-        return "demo" if demo else HUB_BASES.get(lora.family or "", ""), [
-            lora.metadata.get("modelspec.trigger_phrase", "")
-        ]
+        base = "demo" if demo else HUB_BASES.get(lora.family or "", "")
+        return base, [lora.metadata.get("modelspec.trigger_phrase", "")]
     return "", []
 
 

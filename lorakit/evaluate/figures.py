@@ -40,10 +40,8 @@ class Vectors:
     def of(cls, pictures: PictureSet, model: VisionModel) -> "Vectors":
         embed, last = model.embed_pictures, pictures.strengths[-1]
         strengths = [embed(column) for column in pictures.strengths]
-        reseeded, untriggered, unrelated = (
-            [embed(column) for column in pair if column]
-            for pair in (pictures.reseeded, pictures.untriggered, pictures.unrelated)
-        )
+        pairs = pictures.reseeded, pictures.untriggered, pictures.unrelated
+        reseeded, untriggered, unrelated = ([embed(column) for column in pair if column] for pair in pairs)
         checkpoints = {
             step: strengths[-1] if column is last else embed(column) for step, column in pictures.checkpoints.items()
         }

@@ -25,7 +25,7 @@ PATH = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?(?:[/\\][^\s'\"/\\:;,]+)+[/\\]([
 
 @dataclass(frozen=True)
 class RunResult:
-    """The figures of a run that is compared with others; None where one is not known."""
+    """The figures of a run; None where one is not known."""
 
     name: str
     steps: int  # done so far
@@ -186,9 +186,7 @@ def remarks(records: Sequence[RunRecord], differing: dict[str, tuple[Any, ...]])
     """What must be known to compare these runs rightly."""
     lines = [f"{one.name} has no checkpoint yet" for one in records if not one.decided and not one.file]
     if names := [name for name in differing if name in DECIDE_LOSS]:
-        lines.append(
-            f"the runs differ in {', '.join(names)}, which change how losses are measured: do not compare losses"
-        )
+        lines.append(f"the runs differ in {', '.join(names)}, which change the loss itself: do not compare losses")
     if len({one.decided["held_out"] for one in records if "held_out" in one.decided}) > 1:
         lines.append("the runs held out different pictures: do not compare validation losses")
     if "rank" in differing and "alpha" not in differing:

@@ -116,10 +116,9 @@ class _Sweep:
                 options = PictureOptions() if pictures is True else pictures
                 pictures = replace(options, prompts=options.prompts or self.prompts)
             comparison = compare_runs(folders, pictures, console=self.console, shared=self.shared)
-            missing = [without_paths(text) for text in self.missing]
-            comparison = replace(
-                comparison, notes=(*comparison.notes, *missing), missing=(*missing, *comparison.missing)
-            )
+            missing = tuple(without_paths(text) for text in self.missing)
+            notes = comparison.notes + missing
+            comparison = replace(comparison, notes=notes, missing=missing + comparison.missing)
             page, _ = save_comparison(comparison, self.folder)
             self.console.say(f"look      {page.name}: settings, curves, figures and pictures side by side")
             return comparison

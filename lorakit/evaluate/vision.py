@@ -49,10 +49,8 @@ class VisionModel:
         mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
         outputs = []
         for start in range(0, len(pictures), self.batch):
-            arrays = [
-                (np.asarray(self._square(p), np.float32) / 255 - mean) / std for p in pictures[start:][: self.batch]
-            ]
-            x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(next(self.model.parameters()))
+            squares = np.stack([np.asarray(self._square(p), np.float32) for p in pictures[start : start + self.batch]])
+            x = torch.from_numpy((squares / 255 - mean) / std).permute(0, 3, 1, 2).to(next(self.model.parameters()))
             if hasattr(self.model, "get_image_features"):
                 outputs.append(vectors(self.model.get_image_features(pixel_values=x)))
             else:
