@@ -29,6 +29,8 @@ TONES = {"good": "#2e9e5b", "warning": "#c77d00", "bad": "#d64545", "": "inherit
 COLOURS = (  # of runs in one chart: distinct from each other, on white and on black
     ACCENT, JUDGED, TONES["good"], TONES["bad"], "#8d6fd1", "#1b9aaa", "#b8860b", "#c2569b",
 )  # fmt: skip
+FAINT = {"color": "#555555", "alpha": 0.4, "linewidth": 0.8}  # in an SVG, the colour of the page's text
+DOTS = {"marker": "o"}
 WIDEST = 2400  # pixels of a sheet
 SMALLEST = 128  # pixels of a cell's shorter side
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 cannot hold
@@ -57,31 +59,22 @@ def smooth(losses: Sequence[float], half_life: float | None = None) -> list[floa
     return averages
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One curve."""
 
     name: str
     x: np.ndarray  # steps, (N,)
     y: np.ndarray  # values, (N,); NaN leaves a gap
-    colour: str = ""  # "" is a faint line in the colour of the page's text
-    marked: bool = False  # with a dot at each point
-    dashed: bool = False
+    look: dict[str, Any]  # of the line, in matplotlib's words
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """Curves on common axes; values outside `low` and `high` are cut off."""
 
     name: str
     series: list[Series]
-    low: float
-    high: float
-
-    @classmethod
-    def around(cls, name: str, series: list[Series], highest: float = 1.0) -> "Panel":
-        """A panel that shows all values up to the quantile `highest`."""
-        return cls(name, series, *_limits(np.concatenate([one.y for one in series] or [np.empty(0)]), highest))
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +100,9 @@ class Chart:
             figure = Figure(figsize=(width, tall), dpi=120, layout="constrained")
             rows = figure.subplots(len(self.panels), sharex=True, squeeze=False)[:, 0]
             for axes, panel in zip(rows, self.panels, strict=True):
-                for series in panel.series:
-                    _plot(axes, series)
+                for name, x, y, look in panel.series:
+                    marker = "." if len(x) < 50 else ""  # a single step makes no line
+                    axes.plot(x, y, label=_label(name), **{"marker": marker, "linewidth": 2} | look)
                 axes.margins(x=0.02)
                 axes.set_ylim(panel.low, panel.high)
                 axes.set_ylabel(panel.name)
@@ -149,14 +143,9 @@ class Chart:
         return f"<svg {look} " + re.sub("(?<=: )#(000000|555555)", "currentColor", text.removeprefix("<svg "))
 
 
-def _plot(axes: Any, series: Series) -> None:
-    """Draw a curve on the axes of a matplotlib figure."""
-    faint = {"color": "#555555", "alpha": 0.4, "linewidth": 0.8}
-    look = {"color": series.colour, "linestyle": "--" if series.dashed else "-", "linewidth": 2}
-    marker = "o" if series.marked else "." if len(series.x) < 50 else ""  # a single step makes no line
-    name = textwrap.shorten(_plain(series.name), 60, placeholder=" …")
-    label = f" {name}" if name.startswith("_") else name  # matplotlib hides names that begin with _
-    axes.plot(series.x, series.y, marker=marker, label=label, **(look if series.colour else faint))
+def _label(name: str) -> str:
+    short = textwrap.shorten(_plain(name), 60, placeholder=" …")
+    return f" {short}" if short.startswith("_") else short  # matplotlib hides names that begin with _
 
 
 def _drawn(figure: "Figure", **options: Any) -> bytes:
@@ -184,9 +173,6 @@ def _limits(values: np.ndarray, highest: float = 1.0) -> tuple[float, float]:
     return float(low - margin), float(high + margin)
 
 
-# ── Losses ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Curve(NamedTuple):
     """The losses of a run that is drawn with others."""
 
@@ -196,9 +182,9 @@ class Curve(NamedTuple):
     validation: Sequence[tuple[int, float]] = ()  # (step, loss on held-out pictures)
 
 
-def _validation(marks: Sequence[tuple[int, float]], name: str = "validation", **look: Any) -> Series:
+def _validation(name: str, marks: Sequence[tuple[int, float]], look: dict[str, Any]) -> Series:
     finite = np.array([mark for mark in marks if math.isfinite(mark[1])], float).reshape(-1, 2)
-    return Series(name, finite[:, 0], finite[:, 1], marked=True, **look)
+    return Series(name, finite[:, 0], finite[:, 1], look | DOTS)
 
 
 def loss(
@@ -219,11 +205,11 @@ def loss(
         raise ValueError(f"There are {len(steps)} steps and {len(losses)} losses. Give one for each step.")
     x, raw = np.array(steps, float), np.array(losses, float)
     raw[~np.isfinite(raw)] = np.nan
-    average, judged = np.array(smooth(losses), float), _validation(validation, colour=JUDGED)
+    average, judged = np.array(smooth(losses), float), _validation("validation", validation, {"color": JUDGED})
     counted = raw[np.isfinite(raw)]
     # A few extreme batches must not flatten the curve.
     low, high = _limits(np.concatenate([np.quantile(counted, (0.01, 0.99)), average]) if len(counted) else raw)
-    series = [Series("each step", x, raw), Series("smoothed", x, average, ACCENT)]
+    series = [Series("each step", x, raw, FAINT), Series("smoothed", x, average, {"color": ACCENT})]
     status = f"step {steps[-1]}{f' of {total}' if total else ''}, loss {average[-1]:#.3g}" if len(x) else "no step yet"
     if len(judged.y):
         margin = 0.03 * np.ptp([low, high, *judged.y])
@@ -238,13 +224,15 @@ def losses(curves: Sequence[Curve]) -> Chart:
     half_life = max(1.0, max((len(curve.losses) for curve in curves), default=0) / 25)
     trained, judged = [], []
     for place, curve in enumerate(curves):
-        look: dict[str, Any] = {"colour": COLOURS[place % len(COLOURS)], "dashed": place >= len(COLOURS)}
+        look = {"color": COLOURS[place % len(COLOURS)], "linestyle": "--" if place >= len(COLOURS) else "-"}
         average = np.array(smooth(curve.losses, half_life), float)
-        trained.append(Series(curve.name, np.array(curve.steps, float), average, **look))
-        judged.append(_validation(curve.validation, curve.name, **look))
-    panels = [Panel.around("training loss, smoothed", trained, 0.995)]  # a first loss, not averaged, may lie far off
-    if any(len(one.y) for one in judged):
-        panels.append(Panel.around("validation loss", judged, 0.995))
+        trained.append(Series(curve.name, np.array(curve.steps, float), average, look))
+        judged.append(_validation(curve.name, curve.validation, look))
+    panels = []
+    for name, series in (("training loss, smoothed", trained), ("validation loss", judged)):
+        values = np.concatenate([one.y for one in series] or [np.empty(0)])
+        if len(values) or series is trained:
+            panels.append(Panel(name, series, *_limits(values, 0.995)))  # a first loss, no average yet, may lie far off
     return Chart(panels)
 
 

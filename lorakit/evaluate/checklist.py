@@ -178,7 +178,7 @@ def _curves(checkpoints: Sequence[Checkpoint]) -> plots.Chart:
         points = [(c.step, value) for c in checkpoints if (value := getattr(c, key)) is not None]
         if len(points) > 1:
             x, y = np.array(points, float).T
-            panels.append(plots.Panel.around(name, [plots.Series(name, x, y, colour, marked=True)]))
+            panels.append(plots.Panel(name, [plots.Series(name, x, y, {"color": colour} | plots.DOTS)]))
     return plots.Chart(panels)
 
 
