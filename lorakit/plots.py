@@ -91,12 +91,12 @@ class Chart:
         from matplotlib import style
         from matplotlib.figure import Figure
 
-        names = self.panels[0].series if self.panels else []
-        columns = 1 if any(len(series.name) > 20 for series in names) else 3
+        curves = self.panels[0].series
+        columns = 1 if any(len(series.name) > 20 for series in curves) else 3
         head = textwrap.wrap(_plain(self.title), int(10 * width), max_lines=3, placeholder=" …")
         head += [self.status] if self.status else []
         with style.context("default"):  # whatever style the user has set
-            tall = height * len(self.panels) + 0.2 * (len(head) + math.ceil(len(names) / columns))
+            tall = height * len(self.panels) + 0.2 * (len(head) + math.ceil(len(curves) / columns))
             figure = Figure(figsize=(width, tall), dpi=120, layout="constrained")
             rows = figure.subplots(len(self.panels), sharex=True, squeeze=False)[:, 0]
             for axes, panel in zip(rows, self.panels, strict=True):
@@ -108,7 +108,7 @@ class Chart:
                 axes.set_ylabel(panel.name)
                 axes.grid(alpha=0.25)
                 axes.spines[["top", "right"]].set_visible(False)
-            if len(names) > 1:
+            if len(curves) > 1:
                 legend = figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower left", ncols=columns,
                                        frameon=False)  # fmt: skip
                 for text in legend.get_texts():

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ def sweep(
         ValueError: an unknown setting, or values that cannot be used; raised before training.
         BlockingIOError: the folder is in use.
     """
-    work = _Sweep(variations(config, setting, values), Path(folder).absolute(), console or Console())
+    runs, folder = variations(config, setting, values), Path(folder).absolute()
     if train.join_team(config.device).size > 1:
         raise ValueError("A sweep runs in one process: start it without accelerate, or train its runs one by one.")
-    _claim(work.folder)
-    with storage.claim_folder(work.folder):
-        return work.result(pictures)
+    _claim(folder)
+    with storage.claim_folder(folder):
+        return _Sweep(runs, folder, console or Console(), run.Shared(cache=folder / "cache")).result(pictures)
 
 
 def variations(config: Config, setting: str, values: Sequence[Any]) -> dict[str, Config]:
@@ -98,11 +98,9 @@ class _Sweep:
     runs: dict[str, Config]
     folder: Path
     console: Console
-
-    def __post_init__(self) -> None:
-        self.shared = run.Shared(cache=self.folder / "cache")
-        self.prompts: list[str] = []  # of the first run's samples
-        self.missing: list[str] = []  # what the runs could not make
+    shared: run.Shared
+    prompts: list[str] = field(default_factory=list)  # of the first run's samples
+    missing: list[str] = field(default_factory=list)  # what the runs could not make
 
     def result(self, pictures: PictureOptions | bool) -> Comparison:
         """Train what is not finished, compare the runs and write the comparison."""
