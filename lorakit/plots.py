@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,11 @@ COLOURS = (  # of runs in one chart: distinct from each other, on white and on b
 )  # fmt: skip
 FAINT = {"color": "#555555", "alpha": 0.4, "linewidth": 0.8}  # in an SVG, the colour of the page's text
 DOTS = {"marker": "o"}
+SETTINGS: dict[Any, Any] = {  # of matplotlib
+    "svg.fonttype": "none", "svg.hashsalt": "lorakit", "font.sans-serif": ["DejaVu Sans"],
+    "path.simplify_threshold": 1.0,
+}  # fmt: skip
+DRAWING = Lock()  # matplotlib's settings belong to all threads: a panel draws while the run saves its chart
 WIDEST = 2400  # pixels of a sheet
 SMALLEST = 128  # pixels of a cell's shorter side
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 cannot hold
@@ -120,8 +126,18 @@ class Chart:
                 rows[-1].set_xlim(right=max(self.end, rows[-1].get_xlim()[1]))
         return figure
 
+    def _drawn(self, *size: float, **options: Any) -> bytes:
+        """The figure as a file's bytes, the same each time."""
+        from matplotlib import style
+
+        buffer = io.BytesIO()
+        with DRAWING, style.context(["default", SETTINGS]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # the letter is drawn as a box
+            self.figure(*size).savefig(buffer, **options)
+        return buffer.getvalue()
+
     def _repr_png_(self) -> bytes:
-        return _drawn(self.figure(), format="png", facecolor="white", metadata={"Software": None})
+        return self._drawn(format="png", facecolor="white", metadata={"Software": None})
 
     def save(self, path: Path) -> None:
         """Write the figure as PNG."""
@@ -136,7 +152,7 @@ class Chart:
             height: pixels of each panel.
         """
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        text = _drawn(self.figure(width / 96, height / 96), format="svg", transparent=True, metadata=nothing).decode()
+        text = self._drawn(width / 96, height / 96, format="svg", transparent=True, metadata=nothing).decode()
         text = re.sub("<style.*?</style>|<!--.*?-->", "", text[text.index("<svg ") :], flags=re.DOTALL)
         label = html.escape(f"{_plain(self.title)} {self.status}".strip() or self.panels[0].name)
         look = f'role="img" aria-label="{label}" fill="currentColor" style="max-width:100%;height:auto"'
@@ -146,21 +162,6 @@ class Chart:
 def _label(name: str) -> str:
     short = textwrap.shorten(_plain(name), 60, placeholder=" …")
     return f" {short}" if short.startswith("_") else short  # matplotlib hides names that begin with _
-
-
-def _drawn(figure: "Figure", **options: Any) -> bytes:
-    """The bytes of a figure's file, the same each time."""
-    from matplotlib import style
-
-    buffer = io.BytesIO()
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": "lorakit", "path.simplify_threshold": 1.0,
-        "font.sans-serif": ["DejaVu Sans"],
-    }  # fmt: skip
-    with style.context(["default", settings]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the letter is drawn as a box
-        figure.savefig(buffer, **options)
-    return buffer.getvalue()
 
 
 def _limits(values: np.ndarray, highest: float = 1.0) -> tuple[float, float]:

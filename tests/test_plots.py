@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -151,6 +152,16 @@ def test_an_svg_takes_the_pages_colour():
     svg = plots.loss(*noisy(50)).svg()
     assert set(re.findall(r"(?:fill|stroke): ([^\";]+)", svg)) == {"currentColor", "none", plots.ACCENT, "#b0b0b0"}
     assert 'fill="currentColor"' in svg
+
+
+def test_threads_draw_the_same_and_leave_matplotlibs_settings():
+    import matplotlib
+
+    chart, settings = plots.loss(*noisy(200)), [key for key in matplotlib.rcParams if key != "backend"]
+    before = [matplotlib.rcParams[key] for key in settings]
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda _: chart.svg(), range(12)))
+    assert set(drawn) == {chart.svg()} and [matplotlib.rcParams[key] for key in settings] == before
 
 
 def test_the_status_and_what_is_to_come_are_shown():
