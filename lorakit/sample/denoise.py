@@ -78,7 +78,7 @@ class Sampling:
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance {self.guidance} makes no picture. Give 0 or more; 5 to 8 are usual.")
         layers = min(base.configs[name]["num_hidden_layers"] for name in base.text_encoders)
-        if not 1 <= self.clip_skip < layers:
+        if not 1 <= self.clip_skip <= layers:
             raise ValueError(f"clip_skip {self.clip_skip} leaves no layer of a text encoder with {layers}. Use 1 or 2.")
         seeds = [self.seeds + i for i in range(count)] if isinstance(self.seeds, int) else list(self.seeds)
         if len(seeds) != count:

@@ -27,7 +27,8 @@ from lorakit.sample import prompt_of
 from lorakit.widgets import supervise
 from lorakit.widgets.parts import across, button, line, note, span
 
-EVERY = 0.5  # seconds between two drawings
+EVERY = 0.5  # seconds between two updates
+PAUSE = 50  # times as long as it took to draw, the chart stays as it is
 KEEP_EVERY = 10  # seconds between two copies of the curve in the notebook file
 SIDE = 160  # pixels of a sample
 LINES = 200  # of the run's output
@@ -50,6 +51,7 @@ class Training(widgets.VBox):
         self.stage = ("", 0, 0)  # before the first step: what is done, how many are done, how many there are
         self.sampled: tuple[Path, int] | None = None  # the samples shown: their folder and number
         self.drawn, self.stored, self.figure = 0.0, 0.0, None
+        self.chart_due, self.stale = 0.0, False
         self.bar = widgets.FloatProgress(max=1, layout=widgets.Layout(width="100%", height="20px"))
         self.head, self.figures, self.advice, self.samples, self.lines = (widgets.HTML() for _ in range(5))
         self.plot = widgets.HTML(layout=widgets.Layout(width="100%"))
@@ -157,18 +159,20 @@ class Training(widgets.VBox):
     # ── Display ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def refresh(self) -> None:
-        """Draw, at most twice a second."""
+        """Update the panel, at most twice a second; the chart so seldom that drawing it takes 2 % of the time."""
         if time.monotonic() - self.drawn >= EVERY:
-            self.draw()
+            self.draw(time.monotonic() >= self.chart_due)
             self.drawn = time.monotonic()
 
-    def draw(self) -> None:
+    def draw(self, chart: bool = True) -> None:
         """Update the panel. Unchanged parts are not sent again."""
         control, curves = self.control, self.curves
-        new = curves.read(self.folder.log_file, control.step) if control.total else False
+        self.stale |= bool(control.total) and curves.read(self.folder.log_file, control.step)
         self._draw_progress()
-        if new:
+        if self.stale and chart:
+            start = time.monotonic()
             self.plot.value = curves.chart(self.config.name, control.total).svg(700, 230)
+            self.stale, self.chart_due = False, time.monotonic() + PAUSE * (time.monotonic() - start)
             if self.figure and time.monotonic() - self.stored >= KEEP_EVERY:
                 self.stored = time.monotonic()
                 summary = f"loss until step {curves.steps[-1]}, kept in the notebook without the panel"

@@ -90,13 +90,8 @@ def made(tmp_path_factory):
 
 
 def models_of(base: bases.Base) -> dict[str, torch.nn.Module]:
-    encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-    import transformers
-
-    found = {"unet": bases.load_unet(base, Compute(CPU, torch.float32))}
-    for which in base.text_encoders:
-        found[which] = bases._load(getattr(transformers, encoders[which]), base, which, Compute(CPU, torch.float32))
-    return found
+    compute = Compute(CPU, torch.float32)
+    return {which: bases._load(base, which, compute) for which in ("unet", *base.text_encoders)}
 
 
 @pytest.fixture(scope="module")
