@@ -31,6 +31,8 @@ from lorakit.dataset.picture import FOREIGN, PICTURES, RAW, Mask, Picture, has_a
 METADATA = ("metadata.jsonl", "metadata.csv")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
 REPEATS = re.compile(r"(\d{1,3})_(.*)")  # more digits are a date: nobody means 2024_holiday 2024 times
+MASK = "-masklabel"  # what OneTrainer adds to a picture's name for its mask
+PROJECT = ("reg", "model", "models", "log", "logs", "sample", "samples")  # next to img/ in projects of kohya's GUI
 MOUNTS = Path("/proc/mounts")
 
 
@@ -198,8 +200,10 @@ def _mask_files(
     """The mask's file of each picture, errors as `find_masks`."""
     if not folder.is_dir():
         raise FileNotFoundError(printable(_missing(folder)))
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name))
-    by_name = {(f.parent.relative_to(folder).as_posix(), captions.stem(f)[1]): f for f in files}
+    own = {picture.known_as for picture in pictures}
+    files = [f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name) and f not in own]
+    files.sort(key=lambda file: (file.stem.endswith(MASK), file))  # OneTrainer's names last: they are used
+    by_name = {(f.parent.relative_to(folder).as_posix(), captions.stem(f)[1].removesuffix(MASK)): f for f in files}
     local, failed = folder, dict[Path, str]()
     if copy:  # not among the copies of datasets: a folder may be both
         local, failed = storage.mirror_folder(files, folder, Path(cache or storage.user_cache()) / "masks")
@@ -318,8 +322,9 @@ class _Reader:
             except OSError as error:
                 self._leave_out(folder, f"cannot be listed ({error.strerror}): check its permissions")
                 continue
+            project = folder == part.folder and any(entry.name == "img" and entry.is_dir() for entry in entries)
             for entry in entries:
-                if reason := _unread(entry, part):
+                if reason := _unread(entry, part, project):
                     self._leave_out(Path(entry.path), reason)
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(Path(entry.path))
@@ -457,18 +462,26 @@ class _Reader:
         return rows
 
 
-def _unread(entry: os.DirEntry[str], part: _Part) -> str:
-    """Why a file or folder is not read; "" if it is."""
+def _unread(entry: os.DirEntry[str], part: _Part, project: bool) -> str:
+    """Why a file or folder is not read; "" if it is.
+
+    Args:
+        project: the entry is in the main folder of a project of kohya's GUI.
+    """
     path, linked = Path(entry.path), entry.is_symlink()
     kind = path if linked else entry  # an entry knows its kind without a request to the drive
     if linked and not Path(os.path.realpath(path)).is_relative_to(part.folder):
         return f"a link out of the folder, to {os.readlink(path)}: copy the file here"
     if linked and path.is_dir():
         return "a link to a folder that is read anyway: remove it"
+    if kind.is_dir() and project and path.name.lower() in PROJECT:
+        return "not read: in a project of kohya's GUI, img/ has the pictures to learn"
     if kind.is_dir():
         return "" if part.nested else "a folder in a subset, not read by sd-scripts: make it a subset itself"
     if not kind.is_file():
         return "a broken link, a pipe or a device, not a file: remove it"
+    if path.stem.lower().endswith(MASK):
+        return "a mask of OneTrainer's, not learned: set `mask` to its folder to use it"
     if path.suffix.lower() in ARCHIVES:
         return "an archive in the folder is not read: unpack it, or scan the archive"
     return ""

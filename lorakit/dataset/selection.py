@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorakit import storage
 from lorakit.config import Config
-from lorakit.dataset.folder import Dataset, Problem, is_remote, scan
+from lorakit.dataset.folder import Dataset, Problem, is_remote, picture_name, scan
 from lorakit.dataset.picture import open_picture
 
 DEMO = Path(__file__).parents[1] / "demo" / "pictures"
@@ -101,14 +101,40 @@ def apply_decisions(dataset: Dataset, decisions: Decisions) -> Dataset:
 def scan_dataset(config: Config) -> Dataset:
     """The run's pictures after the user's decisions; pictures on Google Drive are copied to local disk once.
 
+    Masks and regularisation pictures in a folder inside the dataset are not learned as pictures of it.
+
     Raises:
         ValueError, FileNotFoundError: as `scan`, `load_decisions` and `apply_decisions`.
     """
     path = DEMO if config.dataset == "demo" else config.dataset
     pictures = scan(path, repeats=config.repeats, copy=is_remote(path))
+    for name in ("mask", "regularisation"):
+        pictures = _without(pictures, Path(path).expanduser().resolve(), getattr(config, name), name)
     if not config.decisions:
         return pictures
     decisions = load_decisions(config.decisions, path)
     names = pictures.by_name.keys()
     present = tuple(name for name in decisions.leave_out if name in names)  # missing ones are left out anyway
     return apply_decisions(pictures, replace(decisions, leave_out=present))
+
+
+def _without(dataset: Dataset, source: Path, folder: str | None, setting: str) -> Dataset:
+    """The dataset without a folder in it that a setting names.
+
+    Args:
+        source: the dataset's folder, of which `dataset` may be a copy.
+
+    Raises:
+        ValueError: no picture is left.
+    """
+    inner = Path(folder or "").expanduser().resolve()
+    if not folder or inner == source or not inner.is_relative_to(source):
+        return dataset
+    start = f"{inner.relative_to(source).as_posix()}/"
+    kept = tuple(p for p in dataset.pictures if not picture_name(p.known_as, dataset).startswith(start))
+    if not kept:
+        raise ValueError(f"all pictures of the dataset are in {start}, which is the setting `{setting}`: move them")
+    problems = [p for p in dataset.problems if not picture_name(p.path, dataset).startswith(start)]
+    count = len(dataset) - len(kept)
+    problems.append(Problem(dataset.root / start, f"{count} pictures of the setting `{setting}`: not learned", True))
+    return replace(dataset, pictures=kept, problems=tuple(problems))

@@ -82,6 +82,7 @@ def prepare(
             keep_tokens=config.keep_tokens, tag_dropout=config.tag_dropout, seed=config.seed,
         )  # fmt: skip
         pictures[place] = replace(picture, variants=variants, prior=place >= len(selection.dataset))
+    selection.contents["base"] = bases.identity(base)
     texts = bases.encode_texts(base, train.captions_of(pictures, config), cache, compute, config.clip_skip, console)
     prompt_texts = bases.encode_prompts(base, [*prompts, ""], cache, compute, config.clip_skip, console)
     if console.stop.is_set():
@@ -290,4 +291,4 @@ def settings(config: Config, prepared: Prepared) -> dict:
     pictures = settings_digest([[p.digest, p.caption, p.repeats] for p in prepared.dataset.pictures])
     free = FREE - {"trigger"} if config.asks_class else FREE  # the trigger is replaced by the class word there
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in free}
-    return values | {"base": prepared.base.name, "dataset": pictures} | prepared.contents
+    return values | {"dataset": pictures} | prepared.contents

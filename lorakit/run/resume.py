@@ -125,6 +125,10 @@ def check_settings(saved: Checkpoint, config: Config, folder: RunFolder, prepare
         now = preparation.settings(prepared.config, prepared)
         names = sorted(before.keys() | now.keys())
         changed = {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+        if "base" in changed:
+            name = ((saved.about or {}).get("metadata") or {}).get("ss_sd_model_name", "another one")
+            now_name = prepared.base.name
+            changed["base"] = name, f"{now_name} with other weights" if name == now_name else now_name
         if changed:
             raise OtherSettings(folder.name, changed)
 

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 from said import line, names, naming
 
+from lorakit.config import Config
 from lorakit.dataset import folder as folders
-from lorakit.dataset import gallery
+from lorakit.dataset import gallery, selection
 from lorakit.dataset import picture as picture_module
 from lorakit.storage import index
 
@@ -123,6 +124,25 @@ def test_a_regularisation_folder_is_a_second_scan(tmp_path):
     for folder, caption, repeats in (("learn", "sks cat", 5), ("reg", "cat", 1)):
         (picture,) = folders.scan(tmp_path / folder, regularisation=True).pictures
         assert (picture.caption, picture.repeats) == (caption, repeats)
+
+
+def test_masks_and_class_pictures_in_the_dataset_are_not_learned(tmp_path):
+    for name in ("x.png", "5_cat/y.png", "masks/x.png", "reg/1_cat/z.png", "x-masklabel.png"):
+        draw(tmp_path / name, (len(name), 0, 0))
+    config = Config(dataset=str(tmp_path), mask=str(tmp_path / "masks"), regularisation=str(tmp_path / "reg"), steps=1)
+    learned = selection.scan_dataset(config)
+    assert sorted(learned.by_name) == ["5_cat/y.png", "x.png"]
+    assert {p.path.name for p in learned.problems if p.left_out} == {"masks", "reg", "x-masklabel.png"}
+    (mask, other) = folders.find_masks([learned.by_name["x.png"], learned.by_name["5_cat/y.png"]], tmp_path, tmp_path)
+    assert mask.path.name == "x-masklabel.png" and other is None
+
+
+def test_a_project_of_kohyas_gui_has_its_pictures_in_img(tmp_path):
+    for name in ("img/5_cat/x.png", "reg/1_cat/y.png", "sample/z.png", "model/w.png"):
+        draw(tmp_path / name, (len(name), 0, 0))
+    scanned = folders.scan(tmp_path)
+    assert list(scanned.by_name) == ["img/5_cat/x.png"] and scanned.pictures[0].repeats == 5
+    assert {problem.path.name for problem in scanned.problems} == {"reg", "sample", "model"}
 
 
 def test_a_very_deep_tree(tmp_path):

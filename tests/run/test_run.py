@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from said import QUIET, line, names, naming
 
 from lorakit.adapter import proof, read, targets, write
@@ -127,6 +128,25 @@ def test_other_settings_are_refused_with_both_values(settings, trained, pictures
     before = checkpoint.newest(folder / "checkpoints").settings["dataset"]
     with pytest.raises(ValueError, match=naming("dataset", before)):
         run.start(settings, folder, **QUIET)
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_a_runs_base_is_its_weights_wherever_they_are(settings, trained, tmp_path):
+    """By its name, another base of the same folder name was taken, and the same base under another name was not."""
+    cut_back(trained.folder, 3)
+    renamed = Path(shutil.copytree(settings.base, tmp_path / "renamed"))
+    assert run.start(settings.with_(base=str(renamed)), trained.folder, **QUIET).steps == 6
+    (file,) = (renamed / "unet").glob("*.safetensors")
+    tensors = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=naming("base", "renamed", "renamed with other weights")):
+        run.start(settings.with_(base=str(renamed)), trained.folder, **QUIET)
+
+
+def test_a_folder_with_one_slash_is_no_hub_id(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(settings.base, tmp_path / "owner" / "mybase")
+    assert model.open("owner/mybase").name == "mybase"
 
 
 @pytest.mark.usefixtures("weights_only")
