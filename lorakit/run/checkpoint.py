@@ -366,6 +366,28 @@ def tidy(folder: Path, states: int, keep: int | None = None, spare: Collection[i
                 thin(read(path))
 
 
+def make_room(folder: Path) -> None:
+    """On a full disk, keep only the newest state that can be read, and the weights of the other regular checkpoints.
+
+    A state is removed before its weights are written again: there may be no room for both.
+
+    Raises:
+        OSError: the drive does not answer, or there is no right to write.
+    """
+    verified = newest(folder, lambda _: None)
+    kept = verified and verified.path
+    del verified
+    for path in reversed(checkpoint_paths(folder)) if kept else ():
+        try:
+            saved = read(path) if path != kept else None
+        except ValueError:  # damaged: reported when it is read
+            continue
+        if saved and (saved.whole or not saved.regular):
+            path.unlink()
+            if saved.regular:
+                thin(saved)
+
+
 def every(
     steps: int, minutes: float, save: Callable[[bool], None], clock: Callable[[], float] = time.monotonic
 ) -> Callable[[Step], None]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorakit import adapter as adapters
-from lorakit import plots, sample
+from lorakit import plots, sample, storage
 from lorakit.adapter import Lora
 from lorakit.base import Base
 from lorakit.config import Config
 from lorakit.console import Console
 from lorakit.device import Compute
-from lorakit.run import run_folder
+from lorakit.run import checkpoint, run_folder
 from lorakit.run.run_folder import RunFolder
 from lorakit.run.session import Session
 from lorakit.sample import Loaded, Sampling, Source
@@ -77,11 +77,21 @@ def draw_comparison(
 
 
 def export(session: Session) -> Path:
-    """Write the finished file, read it back and compare it with the adapter."""
-    base, adapter = session.prepared.base, session.state.adapter
+    """Write the finished file, read it back and compare it with the adapter. Older states make room for it.
+
+    Raises:
+        OSError: there is no room even then, or no right to write.
+    """
+    base, adapter, file = session.prepared.base, session.state.adapter, session.folder.lora_file(session.config)
     metadata = session.metadata(session.total) | run_folder.thumbnail(session.folder.samples(session.total))
     with session.state.evaluated():
-        path = adapters.save_adapter(adapter, base, session.folder.lora_file(session.config), metadata=metadata)
+        try:
+            path = adapters.save_adapter(adapter, base, file, metadata=metadata)
+        except OSError as error:
+            if error.errno not in storage.DISK_FULL:
+                raise
+            checkpoint.make_room(session.folder.checkpoints)
+            path = adapters.save_adapter(adapter, base, file, metadata=metadata)
         proof = adapters.prove(path, adapter, base)
     size = path.stat().st_size / 1e6
     session.console.say(f"export    {path.name}, {size:.1f} MB, kohya's format (A1111, Forge, ComfyUI, Civitai)")

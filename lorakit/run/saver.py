@@ -31,7 +31,7 @@ class Saver:
         self.report_copies()
 
     def save(self, regular: bool) -> None:
-        """Save the current state. On a full disk, the optimizer states of older checkpoints make room.
+        """Save the current state. On a full disk, the states of older checkpoints make room.
 
         Raises:
             OSError: there is still no room, or no right to write.
@@ -46,7 +46,7 @@ class Saver:
         except OSError as error:
             if error.errno not in storage.DISK_FULL:
                 raise
-            self.tidy(1)
+            self.make_room()
             checkpoint.save(path, session.state, session.settings, regular=regular, about=about)
         self.saved = step
         self.tidy(session.config.keep_states)
@@ -57,6 +57,12 @@ class Saver:
         try:
             folder, keep = self.session.folder.checkpoints, self.session.config.keep_checkpoints
             checkpoint.tidy(folder, states, keep, self.spared())
+        except OSError as error:
+            self.console.say(f"save      older checkpoints stay as they are: {error}")
+
+    def make_room(self) -> None:
+        try:
+            checkpoint.make_room(self.session.folder.checkpoints)
         except OSError as error:
             self.console.say(f"save      older checkpoints stay as they are: {error}")
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import killing
@@ -131,6 +132,29 @@ def test_a_disk_that_fills_up_at_any_write_loses_nothing(settings, tmp_path, mon
             assert not run_folder.RunFolder(folder).describe()["problems"]
         if not (folder / "thing.safetensors").exists():
             assert killing.same_weights(run.start(settings, folder, **QUIET).lora, whole.lora)
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_older_states_make_room_on_a_full_disk(settings, tmp_path, monkeypatch):
+    """Old whole states stayed, because reducing them needs room too: all steps after that were lost."""
+    settings, write_file = settings.with_(steps=10, save_every=2, keep_states=3), files.write_file
+    whole = run.start(settings, tmp_path / "whole", **QUIET)
+    states, room = tmp_path / "full" / "checkpoints", [0.0]
+
+    @contextmanager
+    def limited(path, size=None):
+        with write_file(path, size) as partial:
+            yield partial
+            if sum(file.stat().st_size for file in (*states.glob("*"), *states.parent.glob("*.saf*"))) > room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    state = checkpoint.checkpoint_paths(tmp_path / "whole" / "checkpoints")[0].stat().st_size
+    monkeypatch.setattr(files, "write_file", limited)
+    room[0] = 3.2 * state
+    result = run.start(settings, tmp_path / "full", **QUIET)
+    assert not result.missing and killing.same_weights(result.lora, whole.lora)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoint_paths(states)] == [10, 8, 6, 4, 2]
+    assert checkpoint.newest(states).step == 10
 
 
 @pytest.mark.usefixtures("weights_only")
