@@ -24,6 +24,10 @@ SUFFIXES = (".txt", ".caption")  # of caption files: if a picture has both, the 
 # Faces among the booru tags, whose underscores are not spaces.
 KAOMOJI = {"0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9", ">_o", "@_@", "^_^"}
 KAOMOJI |= {"o_o", "u_u", "x_x", "|_|", "||_||"}
+CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f]")  # no text has these
+WESTERN = re.compile(  # letters with accents come single or in pairs; other encodings have longer runs of such bytes
+    rb"(?:[\t\n\r\f -~]|[\xc0-\xd6\xd8-\xf6\xf8-\xff\x85\x91-\x97\xa0\xa1\xa9\xab\xb0\xbb\xbf]{1,2}(?![\x80-\xff]))*"
+)
 LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # of scripts that separate words by spaces
 
 
@@ -292,14 +296,16 @@ def caption_files(names: Iterable[str], folder: Path) -> dict[str, Path]:
         ValueError: two pictures share a file.
     """
     pictures = {name: Path(folder, name) for name in names}
-    existing = {}
+    existing: dict[tuple[tuple[Path, str], str], Path] = {}
     for parent in {picture.parent for picture in pictures.values()}:
-        for file in parent.iterdir() if parent.is_dir() else ():
+        for file in sorted(parent.iterdir()) if parent.is_dir() else ():
             existing[stem(file), file.suffix.lower()] = file
+            existing.setdefault((folded(file.parent, file.stem), file.suffix.lower()), file)
     files: dict[str, Path] = {}
     owner: dict[Path, str] = {}
     for name, picture in pictures.items():
-        keys = [(stem(picture), suffix) for suffix in SUFFIXES if (stem(picture), suffix) in existing]
+        own = (stem(picture), folded(picture.parent, picture.stem), folded(picture.parent, picture.name))
+        keys = [(key, suffix) for key in own for suffix in SUFFIXES if (key, suffix) in existing]
         files[name] = existing[keys[0]] if keys else picture.with_suffix(".txt")
         if owner.setdefault(files[name], name) != name:
             raise ValueError(f"{owner[files[name]]} and {name} share the caption {files[name].name}: rename one.")
@@ -311,18 +317,37 @@ def stem(file: Path) -> tuple[Path, str]:
     return file.parent, unicodedata.normalize("NFC", file.stem)
 
 
+def folded(folder: Path, name: str) -> tuple[Path, str]:
+    """A folder, and a name in it whatever its case; a character that no file name has keeps it apart from `stem`."""
+    return folder, "/" + unicodedata.normalize("NFC", name).casefold()
+
+
 def decode(raw: bytes) -> tuple[str, str]:
-    """A caption file's text and encoding: UTF-8, UTF-16 by its byte order mark (Notepad's "Unicode"), else cp1252."""
-    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return raw.decode(encoding), encoding
-    except UnicodeDecodeError:
-        return raw.decode("cp1252", "replace"), "cp1252"
+    """A caption file's text and encoding: UTF-8; UTF-16 and UTF-32, with their mark or without; Western European.
+
+    For others (Shift-JIS, GBK …), and for files that are no text, the encoding is "unknown" and the text empty: a wrong
+    guess would be learned.
+    """
+    marks = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    marked = [encoding for mark, encoding in marks.items() if raw.startswith(mark)][:1]
+    order = (
+        "be" if raw[::2].count(0) > raw[1::2].count(0) else "le"
+    )  # letters of Latin text have a NUL in front, or after
+    for encoding in marked or ["utf-8-sig", "utf-32-le", "utf-32-be", f"utf-16-{order}"]:
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        certain = marked or encoding == "utf-8-sig" or b"\0" in raw  # else any two letters would be a Chinese one
+        if certain and not CONTROL.search(text):
+            return text, encoding
+    return (raw.decode("cp1252"), "cp1252") if WESTERN.fullmatch(raw) else ("", "unknown")
 
 
 def one_line(text: str, first_line: bool = False) -> str:
-    """A text, or only its first line, with single spaces."""
-    return " ".join((text.strip().partition("\n")[0] if first_line else text).split())
+    """A text, or only its first line, with single spaces; "" if it has nothing but commas."""
+    line = " ".join((text.strip().partition("\n")[0] if first_line else text).split())
+    return line if line.strip(" ,") else ""
 
 
 def caption_text(raw: bytes, first_line: bool = False) -> str:

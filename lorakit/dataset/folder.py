@@ -149,6 +149,7 @@ def scan(
     if copy and parts and not root.is_relative_to(reader.cache.resolve()):  # else unpacked there
         root, parts = reader.copied(root, parts)
     pictures = reader.pictures(root, parts, fresh)
+    reader.report_kinds(root, parts)
     problems = sorted(dict.fromkeys(reader.problems), key=lambda problem: _natural(_name(problem.path, root)))
     if not pictures:
         files = [file for part in parts for file in part.files]
@@ -347,6 +348,18 @@ class _Reader:
         folders = [local / part.folder.relative_to(root) for part in parts]
         return local, [replace(p, folder=at, files=f) for p, at, f in zip(parts, folders, files, strict=True)]
 
+    def report_kinds(self, root: Path, parts: list[_Part]) -> None:
+        """Report the files that are neither pictures nor captions, in a line for each kind."""
+        kinds = defaultdict(list)
+        for part in parts:
+            for file in part.files:
+                if file.suffix.lower() not in PICTURES | FOREIGN | {*part.suffixes} and file.name not in METADATA:
+                    kinds[file.suffix.lower()].append(file)
+        for suffix, files in kinds.items():
+            what = f"{suffix} is no kind of picture or caption" if suffix else "without a suffix"
+            more = f", and {len(files) - 1} more like it" if len(files) > 1 else ""
+            self._report(files[0], f"not read, {what}{more}")
+
     def pictures(self, root: Path, parts: list[_Part], fresh: bool) -> list[Picture]:
         """The pictures that can be used."""
         chosen: dict[Path, tuple[_Part, str, str]] = {}  # file → part, caption source, caption
@@ -377,8 +390,13 @@ class _Reader:
     def captions(self, part: _Part) -> dict[Path, tuple[str, str]]:
         """(source, text) for each picture to read."""
         by_stem, texts, described = defaultdict(list), {}, self._described(part.files)
+        pictures_of = _pictures_by_name(part.files)
         for file in part.files:
             by_stem[captions.stem(file)].append(file)
+        for key, same in list(by_stem.items()):  # a caption of A.PNG may be a.txt or A.PNG.txt
+            owner = pictures_of.get(captions.folded(key[0], same[0].stem))
+            if owner and owner != key and not any(file.suffix.lower() in PICTURES | FOREIGN for file in same):
+                by_stem[owner] += by_stem.pop(key)
         for same in by_stem.values():
             pictures = [file for file in same if file.suffix.lower() in PICTURES | FOREIGN]
             files = [file for suffix in part.suffixes for file in same if file.suffix.lower() == suffix]
@@ -426,6 +444,9 @@ class _Reader:
             self._report(file, f"cannot be read ({error.strerror}): check its permissions")
             return None
         text, encoding = captions.decode(raw)
+        if encoding == "unknown":
+            self._report(file, "not a text in a known encoding (Shift-JIS, GBK …?), so not used: save it as UTF-8")
+            return None
         if encoding == "cp1252":
             start = one_line(text)[:40]
             self._report(file, f"not UTF-8, so read as Western European, {start!r}: if that is wrong, save it as UTF-8")
@@ -439,13 +460,22 @@ class _Reader:
         for source in sources:
             for row in self._rows(source):
                 name = str(row.get("file_name"))
-                text = printable(one_line(str(row.get("text") or row.get("caption") or "")))
+                text = self._row_text(source, row, name)
                 picture = by_name.get(unicodedata.normalize("NFC", str(source.parent / name)))
                 if picture is None or ".." in PurePosixPath(name).parts:
                     self._report(source, f"describes {name!r}, which is not in its folder: it is ignored")
                 elif texts.setdefault(picture, (source.name, text))[1] != text:
                     self._report(picture, f"described twice: {texts[picture][0]} of the nearest folder is used")
         return texts
+
+    def _row_text(self, source: Path, row: dict, name: str) -> str:
+        """The text of a row, in its column text or caption; another kind of value, and neither column, are reported."""
+        text = row.get("text") or row.get("caption") or ""
+        if isinstance(text, str) and {"text", "caption"} & row.keys():
+            return printable(one_line(text))
+        what = f"a {type(text).__name__} as text of {name!r}" if text else f"no text of {name!r}"
+        self._report(source, f"{what}: the column text or caption is read, and it has {', '.join(map(str, row))}")
+        return ""
 
     def _rows(self, file: Path) -> list[dict]:
         """The rows of a metadata file, up to the first that cannot be read, which is reported."""
@@ -460,6 +490,13 @@ class _Reader:
             read = _count(len(rows), "row")
             self._report(file, f"cannot be read after {read} ({error}): correct it, or save it as UTF-8")
         return rows
+
+
+def _pictures_by_name(files: Iterable[Path]) -> dict[tuple[Path, str], tuple[Path, str]]:
+    """A picture's name, with suffix or without and whatever its case → its stem."""
+    pictures = [file for file in files if file.suffix.lower() in PICTURES | FOREIGN]
+    stems = {captions.folded(file.parent, file.stem): captions.stem(file) for file in pictures}
+    return stems | {captions.folded(file.parent, file.name): captions.stem(file) for file in pictures}
 
 
 def _unread(entry: os.DirEntry[str], part: _Part, project: bool) -> str:

@@ -16,11 +16,14 @@ from PIL import Image, ImageCms
 HEIF = {".heic", ".heif", ".hif"}
 RAW = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}
 PICTURES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+PICTURES |= {".pjpeg", ".pjp", ".mpo", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".jp2", ".j2k", ".jpx", ".tga", ".qoi"}
 PICTURES |= HEIF | RAW
-FOREIGN = {".jxl", ".jp2", ".svg", ".psd", ".xcf", ".kra", ".eps", ".exr", ".hdr", ".tga"}
+FOREIGN = {".jxl", ".svg", ".psd", ".xcf", ".kra", ".eps", ".exr", ".hdr"}
 
 # Only these decoders see people's files: Pillow has dozens, and one of them starts Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF", "MPO", "PPM", "ICO", "JPEG2000", "TGA", "QOI",
+)  # fmt: skip
 CERTAIN = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # conversion from these modes to RGB never fails
 STAND_INS = ("given", "folder", "none")  # caption sources that are not the picture's own
 

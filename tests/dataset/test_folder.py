@@ -19,8 +19,8 @@ from PIL import Image, ImageCms, ImageOps
 from said import line, names, naming
 
 from lorakit.config import Config
+from lorakit.dataset import captions, gallery, selection
 from lorakit.dataset import folder as folders
-from lorakit.dataset import gallery, selection
 from lorakit.dataset import picture as picture_module
 from lorakit.storage import index
 
@@ -143,6 +143,68 @@ def test_a_project_of_kohyas_gui_has_its_pictures_in_img(tmp_path):
     scanned = folders.scan(tmp_path)
     assert list(scanned.by_name) == ["img/5_cat/x.png"] and scanned.pictures[0].repeats == 5
     assert {problem.path.name for problem in scanned.problems} == {"reg", "sample", "model"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("sks cat".encode("utf-16-le"), "sks cat"), ("sks cat".encode("utf-16-be"), "sks cat"),
+        ("sks cat".encode("utf-32"), "sks cat"), ("sks cat".encode("utf-32-le"), "sks cat"),
+        ("sks, ネコ".encode("utf-16"), "sks, ネコ"), ("été, Mädchen".encode("cp1252"), "été, Mädchen"),
+        ("女の子、笑顔".encode("cp932"), ""), ("一个女孩，微笑".encode("gbk"), ""),
+        (b"sks\0\0\0cat", ""), (b"\x89PNG\r\n\x1a\n\0", ""), (b" , ,, ", ""),
+    ],
+)  # fmt: skip
+def test_encodings_are_read_right_or_named_and_never_learned_wrong(tmp_path, raw, text):
+    draw(tmp_path / "a.png")
+    write(tmp_path / "a.txt", raw)
+    scanned = folders.scan(tmp_path)
+    assert scanned.pictures[0].caption == text
+    assert text in ("sks cat", "sks, ネコ") or "a.txt" in reasons(scanned, False)
+
+
+def test_a_caption_is_found_whatever_the_case_and_with_the_pictures_suffix(tmp_path):
+    for name in ("A.PNG", "b.png", "c.png"):
+        draw(tmp_path / name, (ord(name[0]), 0, 0))
+    for name in ("a.txt", "b.png.txt", "C.TXT"):
+        write(tmp_path / name, f"caption {name[0].lower()}")
+    scanned = folders.scan(tmp_path)
+    assert [picture.caption[-1] for picture in scanned.pictures] == ["a", "b", "c"] and not scanned.problems
+    files = captions.caption_files(scanned.by_name, tmp_path)
+    assert [file.name for file in files.values()] == ["a.txt", "b.png.txt", "C.TXT"]  # so that edits reach them
+
+
+def test_files_that_are_not_read_are_named_by_their_kind(tmp_path):
+    draw(tmp_path / "a.png")
+    for name in ("a.jpg_large", "b.jpg_large", "c", "d.download", "captions.csv", "a.json"):
+        write(tmp_path / name, "x")
+    shown = reasons(folders.scan(tmp_path), False)
+    assert set(shown) == {"a.jpg_large", "c", "d.download", "captions.csv", "a.json"}
+    assert names(shown["a.jpg_large"], ".jpg_large", 1)
+
+
+@pytest.mark.parametrize("suffix", ["pjpeg", "mpo", "ppm", "ico", "jp2", "tga", "qoi"])
+def test_formats_that_pillow_reads_safely(tmp_path, suffix):
+    Image.new("RGB", (32, 32), RED).save(tmp_path / f"a.{suffix}", "JPEG" if suffix == "pjpeg" else None)
+    (scanned,) = folders.scan(tmp_path).pictures
+    red, green, _ = picture_module.open_picture(scanned).getpixel((8, 8))
+    assert red > 240 and green < 20
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"text": ["a", "b"]}, "list"),
+        ({"text": {"en": "a"}}, "dict"),
+        ({"text": True}, "bool"),
+        ({"prompt": "a"}, "prompt"),
+    ],
+)
+def test_a_text_that_is_none_is_named_with_its_file(tmp_path, row, named):
+    draw(tmp_path / "a.png")
+    write(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png"} | row))
+    scanned = folders.scan(tmp_path)
+    assert scanned.pictures[0].caption == "" and names(reasons(scanned, False)["metadata.jsonl"], named, "a.png")
 
 
 def test_a_very_deep_tree(tmp_path):
