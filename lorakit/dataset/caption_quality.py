@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import storage
-from lorakit.dataset.captions import split_tags, trigger_pattern
+from lorakit.dataset.captions import LITERAL, markup, split_tags, trigger_pattern
 from lorakit.dataset.folder import Dataset
 from lorakit.dataset.report import Finding, Report, Severity
 
@@ -65,6 +65,7 @@ def audit_captions(
         *(check_trigger(trigger) if trigger else ()),
         *_placed(captions, trigger),
         *_too_long(captions),
+        *(Finding("markup", "warning", f"Has {sign}, {LITERAL}", found) for sign, found in markup(captions).items()),
         *(_repeated(captions) if kind != "style" else ()),  # a style's captions may be nearly empty
         *_constant(captions, parts, words, trigger),
         *_detail(words, trigger, kind),

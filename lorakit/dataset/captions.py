@@ -14,6 +14,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,14 @@ SUFFIXES = (".txt", ".caption")  # of caption files: if a picture has both, the 
 # Faces among the booru tags, whose underscores are not spaces.
 KAOMOJI = {"0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9", ">_o", "@_@", "^_^"}
 KAOMOJI |= {"o_o", "u_u", "x_x", "|_|", "||_||"}
+LITERAL = "which is learned to the letter: a caption is plain text"
+MARKUP = {  # signs of other programs, which a text encoder reads as they stand
+    "choices": re.compile(r"\{[^{}]*\|[^{}]*\}"),
+    "a tag of A1111": re.compile(r"<(?:lora|lyco|hypernet):[^>]*>"),
+    "a weight": re.compile(r"\([^()]+:\d*\.?\d+\)"),
+    "an HTML escape": re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d+);"),
+    "JSON": re.compile(r"\s*(?:\{\s*\"|\[\s*[\[{\"]).*[\]}]\s*", re.DOTALL),
+}
 CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f]")  # no text has these
 WESTERN = re.compile(  # letters with accents come single or in pairs; other encodings have longer runs of such bytes
     rb"(?:[\t\n\r\f -~]|[\xc0-\xd6\xd8-\xf6\xf8-\xff\x85\x91-\x97\xa0\xa1\xa9\xab\xb0\xbb\xbf]{1,2}(?![\x80-\xff]))*"
@@ -34,6 +44,17 @@ LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # of scripts that sepa
 def split_tags(caption: str) -> list[str]:
     """The comma-separated parts of a caption, without empty ones."""
     return [tag for tag in (part.strip() for part in caption.split(",")) if tag]
+
+
+def markup(captions: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Signs of other programs that would be learned to the letter, as "a weight, '(red:1.3)'" → names of captions."""
+    names: dict[str, list[str]] = {}
+    for name, caption in captions.items():
+        for kind, pattern in MARKUP.items():
+            match = pattern.fullmatch(caption) if kind == "JSON" else pattern.search(caption)
+            if match:
+                names.setdefault(f"{kind}, {match[0][:40]!r}", []).append(name)
+    return {sign: tuple(found) for sign, found in names.items()}
 
 
 def caption_variants(
@@ -209,7 +230,7 @@ def write_captions(
     stale = [change.name for change in changes if not texts[places[change.name]] & {change.before, change.after, ""}]
     if stale:
         raise ValueError(f"Captions were edited meanwhile: {', '.join(stale[:10])}. None is written; scan again.")
-    new = {places[change.name]: change.after + "\n" for change in changes}
+    new = {path: _in_lines(old[path] or b"", change) + "\n" for change in changes for path in [places[change.name]]}
     kept = {str(p): [None if raw is None else base64.b64encode(raw).decode(), new[p]] for p, raw in old.items()}
     history = history or _history(root)
     history.parent.mkdir(parents=True, exist_ok=True)
@@ -221,6 +242,22 @@ def write_captions(
         _take_back(history, 1)
         raise
     return list(new)
+
+
+def _in_lines(raw: bytes, change: Change) -> str:
+    """A changed caption in lines as the file has them: a line ends after the same words as before."""
+    lines = [line for line in map(one_line, decode(raw)[0].splitlines()) if line]
+    if len(lines) > 1 and change.before == lines[0]:  # only the first one is used
+        return "\n".join([change.after, *lines[1:]])
+    words, after = change.before.split(), change.after.split()
+    if len(lines) < 2 or " ".join(lines) != change.before or not after:
+        return change.after
+    ends, steps = [], SequenceMatcher(None, words, after, autojunk=False).get_opcodes()
+    for end in accumulate(len(line.split()) for line in lines[:-1]):
+        kind, start, _, new_start, new_end = next(step for step in steps if step[1] < end <= step[2])
+        ends.append(new_start + end - start if kind == "equal" else new_end)
+    pieces = [after[a:b] for a, b in pairwise([0, *ends, len(after)])]
+    return "\n".join(" ".join(piece) for piece in pieces if piece)
 
 
 def undo_captions(root: Path, *, history: Path | None = None) -> list[Path]:

@@ -430,6 +430,9 @@ def _captions(dataset: Dataset, trigger: str) -> tuple[dict, list[Finding]]:
         elif trigger and not word.search(text):
             message = f"its caption lacks the trigger {trigger!r}: {text[:60]!r}"
             findings.append(Finding("caption", "warning", message, (name,)))
+    lacking = len(findings)
+    for sign, found in captions.markup(dataset.captions).items():
+        findings += [Finding("caption", "warning", f"has {sign}, {captions.LITERAL}", (name,)) for name in found]
     words = [len(text.split()) for text in texts if text] or [0]
     counts = {
         "with": len(texts) - often[""], "without": often[""],
@@ -437,7 +440,7 @@ def _captions(dataset: Dataset, trigger: str) -> tuple[dict, list[Finding]]:
         "shared": sum(often[text] > 1 for text in texts if text),
         "words": {"least": min(words), "median": statistics.median(words), "most": max(words)},
     }  # fmt: skip
-    return counts | ({"without_trigger": len(findings)} if trigger else {}), findings
+    return counts | ({"without_trigger": lacking} if trigger else {}), findings
 
 
 def _count(kind: str, count: int, doubles: int) -> list[Finding]:

@@ -192,3 +192,17 @@ def test_unknown_kinds_and_families_are_refused():
         caption_quality.audit_captions({}, kind="person")
     with pytest.raises(ValueError, match=naming("flux", *caption_quality.FAMILIES)):
         caption_quality.audit_captions({}, family="flux")
+
+
+def test_signs_of_other_programs_are_named():
+    """They would be learned to the letter."""
+    signs = {
+        "a": "a {red|blue} cat",
+        "b": "cat <lora:x:1>",
+        "c": "(cat:1.3)",
+        "d": "cat &amp; dog",
+        "e": '{"tags": "cat"}',
+    }
+    plain = {"f": "a cat (sitting), 3:2, {", "g": "a < b", "h": "cats & dogs", "i": "[cat]"}
+    named = found(signs | plain)["markup"]
+    assert {name for finding in named for name in finding.pictures} == set(signs)

@@ -172,7 +172,7 @@ def test_a_hand_edit_is_neither_overwritten_nor_undone(odd):
 def test_captions_of_which_the_first_line_counts_are_no_hand_edits(odd):
     old = folders.scan(odd, first_line=True).captions
     captions.write_captions([captions.Change("5_dog/crlf.png", old["5_dog/crlf.png"], "a cat")], odd)
-    assert old["5_dog/crlf.png"] == "a dog," and contents(odd)["crlf.txt"] == b"a cat\n"
+    assert old["5_dog/crlf.png"] == "a dog," and contents(odd)["crlf.txt"] == b"a cat\non grass\n"
 
 
 def test_captions_are_written_all_or_none(odd, monkeypatch):
@@ -219,3 +219,22 @@ def test_the_caption_file_that_is_there_is_used(tmp_path):
     assert [path.name for path in found.values()] == ["a.TXT", "b.caption", "e\u0301.txt", "new.txt"]
     with pytest.raises(ValueError, match=naming("a.png", "a.jpg", "a.TXT")):
         captions.caption_files(["a.png", "a.jpg"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("after", "lines"),
+    [
+        ("sks, red cat on a mat the end", "sks, red cat\non a mat\nthe end\n"),
+        ("a dog on a mat the end", "a dog\non a mat\nthe end\n"),
+        ("red cat the end", "red cat\nthe end\n"),
+        ("red cat on a mat the end, best quality", "red cat\non a mat\nthe end, best quality\n"),
+        ("something else", "something else\n"),
+    ],
+)
+def test_an_edit_keeps_the_lines_of_a_caption(tmp_path, after, lines):
+    (tmp_path / "a.txt").write_text("red cat\non a mat\nthe end\n")
+    change = captions.Change("a.png", "red cat on a mat the end", after)
+    captions.write_captions([change], tmp_path, history=tmp_path / "history")
+    assert (tmp_path / "a.txt").read_text() == lines
+    captions.undo_captions(tmp_path, history=tmp_path / "history")
+    assert (tmp_path / "a.txt").read_text() == "red cat\non a mat\nthe end\n"
