@@ -312,7 +312,7 @@ class _Reader:
         return list(parts.values())
 
     def walk(self, part: _Part) -> tuple[Path, ...]:
-        """The files of a part that are not hidden, in natural order; others and links out of it are reported."""
+        """The files of a part that are not hidden, in natural order; others are reported."""
         files, folders = [], [part.folder]
         while folders:
             folder = folders.pop()
@@ -507,10 +507,10 @@ def _unread(entry: os.DirEntry[str], part: _Part, project: bool) -> str:
     """
     path, linked = Path(entry.path), entry.is_symlink()
     kind = path if linked else entry  # an entry knows its kind without a request to the drive
-    if linked and not Path(os.path.realpath(path)).is_relative_to(part.folder):
-        return f"a link out of the folder, to {os.readlink(path)}: copy the file here"
-    if linked and path.is_dir():
-        return "a link to a folder that is read anyway: remove it"
+    if linked and path.is_dir():  # a link to a file is followed; archives are unpacked without links
+        if Path(os.path.realpath(path)).is_relative_to(part.folder):
+            return "a link to a folder that is read anyway: remove it"
+        return f"a link to a folder outside, {os.readlink(path)}: copy its pictures here"
     if kind.is_dir() and project and path.name.lower() in PROJECT:
         return "not read: in a project of kohya's GUI, img/ has the pictures to learn"
     if kind.is_dir():

@@ -90,6 +90,10 @@ def prepare(
     seconds = time.monotonic() - began
     console.say(f"cache     {len(pictures)} pictures and {len(texts)} texts ready in {seconds:.1f} s")
     examples = Examples([pictures[i] for i in selection.trained], selection.repeats, texts, config)
+    if config.warmup_steps >= examples.total_steps:
+        console.say(
+            f"warm-up   {config.warmup_steps:g} steps, but the run has {examples.total_steps}: the rate stays low"
+        )
     names = [selection.pictures[i].known_as.name for i in selection.trained]
     return Prepared(
         config, base, selection.dataset, examples, [pictures[i] for i in selection.held_out], names, prompt_texts,

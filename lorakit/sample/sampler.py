@@ -20,6 +20,7 @@ from lorakit.console import Console
 from lorakit.device import Compute, free_memory
 from lorakit.sample.denoise import Denoiser, Sampling, decode_latents
 
+HIGH = 3  # strength above which pictures lose their meaning
 Attach = Callable[[adapters.Models], Adapter]  # puts an adapter into models by name, and returns it
 
 
@@ -84,11 +85,13 @@ def stream(
             raise ValueError(
                 f"The LoRA adapts {', '.join(variant.adapts) or 'nothing'}, and {base.name} has no such part to adapt."
             )
-    sampling = sampling or Sampling()
+    sampling, console = sampling or Sampling(), console or Console()
+    if (highest := max((abs(variant.strength) for variant in variants), default=0)) > HIGH:
+        console.say(f"strength  {highest:g} is far above the usual 0 to 1: expect pictures without meaning")
     seeds, size = sampling.resolve(len(prompts), base)
     work = _Stream(
         base, list(prompts), variants, sampling, seeds, size, compute or Compute.choose(), loaded or Loaded(), cells,
-        console or Console(),
+        console,
     )  # fmt: skip
     return work.pictures()
 
