@@ -88,7 +88,10 @@ class RunRecord:
             problems.append("it has no log yet")
         notes += [f"{name}: {problem}" for problem in problems]
         metadata = (saved.get("about") or {}).get("metadata") or {}
-        return cls(folder, name, config, saved.get("settings") or {}, metadata, saved.get("step", 0), log)
+        decided = dict(saved.get("settings") or {})
+        if "base" in decided:  # a digest, which says nothing to a reader
+            decided["base"] = metadata.get("ss_sd_model_name", decided["base"])
+        return cls(folder, name, config, decided, metadata, saved.get("step", 0), log)
 
     @property
     def file(self) -> Path | None:
