@@ -352,6 +352,13 @@ def test_settings_of_the_gui(settings, expected, tmp_path):
     assert {name: getattr(made, name) for name in expected} == expected
 
 
+def test_variables_that_are_not_set_are_noted_and_change_no_setting():
+    script = "dim=8\npython train_network.py --network_dim=$dim --shuffle_caption ${extArgs[@]}"
+    imported = kohya.from_command(script)
+    assert imported.config.shuffle_captions and imported.config.rank == 8
+    assert line(imported.notes, "${extArgs[@]}")
+
+
 def test_files_that_a_command_names_are_read(tmp_path):
     (tmp_path / "a.toml").write_text("network_dim = 8\nnetwork_alpha = 4\nseed = 7")
     (tmp_path / "b.toml").write_text(

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lorakit import storage
+from lorakit.dataset.picture import PICTURES
 
 SUFFIXES = (".txt", ".caption")  # of caption files: if a picture has both, the first with a text is used
 # Faces among the booru tags, whose underscores are not spaces.
@@ -335,9 +336,12 @@ def caption_files(names: Iterable[str], folder: Path) -> dict[str, Path]:
     pictures = {name: Path(folder, name) for name in names}
     existing: dict[tuple[tuple[Path, str], str], Path] = {}
     for parent in {picture.parent for picture in pictures.values()}:
-        for file in sorted(parent.iterdir()) if parent.is_dir() else ():
+        files_here = sorted(parent.iterdir()) if parent.is_dir() else []
+        stems = {stem(file) for file in files_here if file.suffix.lower() in PICTURES}
+        for file in files_here:
             existing[stem(file), file.suffix.lower()] = file
-            existing.setdefault((folded(file.parent, file.stem), file.suffix.lower()), file)
+            if stem(file) not in stems:  # else it is that picture's
+                existing.setdefault((folded(file.parent, file.stem), file.suffix.lower()), file)
     files: dict[str, Path] = {}
     owner: dict[Path, str] = {}
     for name, picture in pictures.items():
@@ -376,7 +380,7 @@ def decode(raw: bytes) -> tuple[str, str]:
         except UnicodeDecodeError:
             continue
         certain = marked or encoding == "utf-8-sig" or b"\0" in raw  # else any two letters would be a Chinese one
-        if certain and not CONTROL.search(text):
+        if certain and not ("\0" in text if encoding == "utf-8-sig" else CONTROL.search(text)):
             return text, encoding
     return (raw.decode("cp1252"), "cp1252") if WESTERN.fullmatch(raw) else ("", "unknown")
 

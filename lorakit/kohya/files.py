@@ -13,6 +13,7 @@ from lorakit.config import Config
 from lorakit.kohya import tables
 from lorakit.kohya.conversion import Imported, convert, value_of
 
+VARIABLE = re.compile(r"[$@]\{?[\w:]+(\[[@*]\])?\}?|%\w+%")
 DATASET_OF_RUN = {  # settings in a dataset TOML that lorakit has for the whole run → sd-scripts' name of it
     **{name: name for name in (
         "resolution", "enable_bucket", "bucket_no_upscale", "bucket_reso_steps", "min_bucket_reso", "max_bucket_reso",
@@ -100,6 +101,8 @@ def _options(line: str) -> dict[str, Any]:
         if word.startswith("--") and len(word) > 2:
             name, has_value, value = word[2:].partition("=")
             settings[name] = value_of(value, name) if has_value else True
+        elif VARIABLE.fullmatch(word):  # set nowhere in the text: noted as a setting that is left out
+            settings[word] = "not set here"
         elif name is not None:
             before = settings[name]
             value = value_of(word, name)

@@ -77,7 +77,7 @@ class Sampling:
             raise ValueError(f"{self.steps} steps make no picture. Give 1 to 1000; 20 to 30 are usual.")
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance {self.guidance} makes no picture. Give 0 or more; 5 to 8 are usual.")
-        layers = min(base.configs[name]["num_hidden_layers"] for name in base.text_encoders)
+        layers = min(base.configs[name].get("num_hidden_layers", 12) for name in base.text_encoders)
         if not 1 <= self.clip_skip <= layers:
             raise ValueError(f"clip_skip {self.clip_skip} leaves no layer of a text encoder with {layers}. Use 1 or 2.")
         seeds = [self.seeds + i for i in range(count)] if isinstance(self.seeds, int) else list(self.seeds)

@@ -172,6 +172,8 @@ def test_a_caption_is_found_whatever_the_case_and_with_the_pictures_suffix(tmp_p
     assert [picture.caption[-1] for picture in scanned.pictures] == ["a", "b", "c"] and not scanned.problems
     files = captions.caption_files(scanned.by_name, tmp_path)
     assert [file.name for file in files.values()] == ["a.txt", "b.png.txt", "C.TXT"]  # so that edits reach them
+    files = captions.caption_files(["A.PNG", draw(tmp_path / "a.jpg", BLUE).name], tmp_path)
+    assert [file.name for file in files.values()] == ["A.txt", "a.txt"]  # which is the other picture's now
 
 
 def test_files_that_are_not_read_are_named_by_their_kind(tmp_path):
