@@ -87,7 +87,6 @@ def test_ctrl_c_saves_and_ends_with_130(settings, tmp_path):
         ("sample cat --width -64", ["-64×64"]),
         ("sample cat --guidance nan", ["nan"]),
         ("sample cat --base {base} --lora {run} --strength nan", ["nan"]),
-        ("sample cat --base {base} --lora {run} --strength 1e30", ["strength", "black"]),
         ("plan --rank 0", ["rank", 0]),
         ("plan --card T5", ["T5", "T4"]),
         ("frames none.mp4 out", ["none.mp4"]),
@@ -104,6 +103,14 @@ def test_mistakes_get_a_message_and_leave_nothing(finished, tmp_path, monkeypatc
     places = {"{run}": str(finished[0].folder), "{base}": finished[0].config.base}
     message = refused(*(places.get(word, word) for word in arguments.split()))
     assert names(message, *values) and "pydantic" not in message
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_a_strength_that_leaves_no_picture_is_an_error(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ("--base", finished[0].config.base, "--lora", finished[0].folder)
+    out, err = called("sample", "cat", *run, "--strength", "1e30", expect=ERROR)
+    assert names(out, "strength", "1e+30") and names(err, "strength", "black")
     assert list(tmp_path.rglob("*.png")) == []
 
 
