@@ -132,7 +132,7 @@ class FileOptions:
 
         adapter.save(lora, out, dtype=adapter.dtype_of(self.dtype or "fp16"), layout=self.layout)
         print(text)
-        print(f"proof     read back: {adapter.prove(out, lora, layout=self.layout).describe()}")
+        print(*adapter.prove(out, lora, layout=self.layout).lines(), sep="\n")
 
 
 # ── Train ───────────────────────────────────────────────────────────────────────────────────────────────────────────

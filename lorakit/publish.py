@@ -53,12 +53,12 @@ def card(
     from huggingface_hub import ModelCardData
 
     from lorakit import adapter as adapters
-    from lorakit.adapter import FAMILIES, open_lora_file
+    from lorakit.adapter import FAMILIES
 
     facts = adapters.describe_file(lora)
     if facts["kind"] == "checkpoint":
         raise ValueError(f"{facts['file']} is a checkpoint, which only lorakit reads. Export it as a LoRA first.")
-    with open_lora_file(Path(lora)) as file:
+    with storage.open_safetensors(Path(lora)) as file:
         metadata, key = file.metadata() or {}, next(iter(file.keys()))
     adapters.check_private(metadata | {"of the card, comment,": comment})
     family, base, trigger = facts["family"], facts["base"], facts["trigger"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorakit.adapter.metadata import adapter_metadata, check_private, names_machine, precision_name, public_metadata
     from lorakit.adapter.metadata import thumbnail
     from lorakit.adapter.proof import describe_file, prove
-    from lorakit.adapter.read import load, open_lora_file
+    from lorakit.adapter.read import load
     from lorakit.adapter.specs import LayerSpec, layer_specs, run_specs
     from lorakit.adapter.targets import Models, TEXT_ENCODERS, check_places, model_of, value_at
     from lorakit.adapter.write import DTYPES, dtype_of, save, save_adapter

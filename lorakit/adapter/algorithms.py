@@ -92,6 +92,10 @@ class Algorithm(ABC):
         """Why lorakit does not read parts of these shapes; None where it does."""
         return None
 
+    def loss(self, dtype: torch.dtype) -> str | None:
+        """What other programs lose of a file in this dtype, in a sentence; None where nothing is known."""
+        return None
+
     def peft_settings(self, modules: Mapping[str, Parts], name: str) -> dict[str, object]:
         """Settings of PEFT, besides ranks and alphas, that give modules these parts. `name` is the file's, for errors.
 
@@ -159,6 +163,9 @@ class DoRA(LoRA):
     def square(self, parts: Parts, alpha: float, weight: Tensor | None = None) -> float:
         return super().square(parts, alpha) if weight is None else _square(self.delta(parts, alpha, weight))
 
+    def loss(self, dtype: torch.dtype) -> str | None:
+        return "sd-scripts and diffusers read a DoRA without its lengths (dora_scale), as a plain LoRA"
+
     def refusal(self, parts: Parts) -> str | None:
         if parts["dora_scale"].shape[0] == 1:
             return None
@@ -177,6 +184,11 @@ class _TwoMatrices(Algorithm):
     def factors(self, parts: Parts) -> list[tuple[Tensor, ...]]:
         """(matrix,) or (a, b), whose product is the matrix, of the first and of the second matrix."""
         return [tuple(parts[p] for p in (w, f"{w}_a", f"{w}_b") if p in parts) for w in self.matrices]
+
+    def loss(self, dtype: torch.dtype) -> str | None:
+        if dtype != torch.bfloat16:
+            return None
+        return f"A1111 multiplies {self.title}'s matrices in the file's bf16, up to 18 % off: write it in fp16 or fp32"
 
     def sizes(self, parts: Parts) -> list[tuple[int, int]]:
         return [_size_of_product(*f) if len(f) == 2 else (len(f[0]), f[0][0].numel()) for f in self.factors(parts)]

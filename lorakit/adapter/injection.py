@@ -6,6 +6,7 @@ the path in its `text_model`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lorakit import base as bases
 from lorakit import storage
 from lorakit.adapter.algorithms import ALGORITHMS
 from lorakit.adapter.specs import LayerSpec
-from lorakit.adapter.targets import RESNET, Models, by_name, find, model_of, path_of, within
+from lorakit.adapter.targets import RESNET, Models, by_name, find, model_of, within
 
 if TYPE_CHECKING:
     from lorakit.adapter.layers import AdapterLayer
@@ -128,9 +129,13 @@ def inject(models: nn.Module | Models, specs: Mapping[str, LayerSpec], seed: int
         torch.manual_seed(seed)
         for which, model in models.items():
             model.requires_grad_(False)
-            if adapted := {path_of(name): spec for name, spec in specs.items() if model_of(name) == which}:
+            starts: dict[nn.Module, dict[str, LayerSpec]] = defaultdict(dict)
+            for name in (name for name in specs if model_of(name) == which):
+                start, path = within(models, name)
+                starts[start][path] = specs[name]
                 holders[which] = model
-                layers_module.wrap(within(models, f"{which}.")[0], adapted)
+            for start, adapted in starts.items():
+                layers_module.wrap(start, adapted)
     layers = {name: layer for name in specs if isinstance(layer := find(models, name), layers_module.AdapterLayer)}
     assert len(layers) == len(specs)
     return Adapter(holders, layers)

@@ -28,7 +28,7 @@ class Lora:
     metadata: dict[str, str] = field(repr=False)
     modules: Mapping[str, Entry] = field(repr=False)
     """The name of a module, as in `Adapter.layers` → its parts, as in `algorithms`, and its alpha."""
-    aside: dict[str, Tensor] = field(repr=False)  # tensors of text encoders that belong to no layer: kept as they are
+    aside: dict[str, Tensor] = field(repr=False)  # bundled embeddings by key: kept as they are
 
     @property
     def adapts(self) -> tuple[str, ...]:
@@ -64,6 +64,11 @@ class Lora:
     def sizes(self) -> dict[str, Size]:
         """(out, in · k · k) of the weight that each module's parts change."""
         return {module: algorithm_of(parts).size(parts) for module, parts in self.parts.items()}
+
+    @property
+    def embeddings(self) -> list[str]:
+        """The names of the embeddings that are bundled with it."""
+        return sorted({key.split(".")[1] for key in self.aside})
 
     def check_family(self, base: Base) -> None:
         """Raise ValueError where it is known to be for another family than the base's."""

@@ -192,7 +192,11 @@ def _places(base: Base, sizes: Mapping[str, Size], name: str) -> dict[str, Weigh
 
 # ── Into a base ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+MUCH = 0.5  # noise of rounding, as a share of the change, from which another dtype is advised
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # they do not hold for changed weights
 
 
@@ -208,7 +212,8 @@ def merge_into_base(
     Args:
         out: a new folder, or a `.safetensors` file where the base is one.
         dtype: of all models' weights; None leaves each as it is.
-        console: gets a line for each changed file, and for embeddings in a LoRA, which a base cannot hold.
+        console: gets a line for each changed file, for embeddings in a LoRA, which a base cannot hold, and for what
+            rounding leaves of the change: next to nothing in fp8.
 
     Raises:
         ValueError: LoRAs of another family, or with modules that the base lacks; an `out` of the wrong form.
@@ -233,6 +238,7 @@ def merge_into_base(
     plans, copied = _plans(base, changes, note, dtype)
     size = sum(plan.size for plan in plans.values()) + sum(file.stat().st_size for file in copied)
     _check_room(out, size)
+    rounding = Rounding()
     with storage.write_file(out, size) if base.file else storage.write_folder(out) as partial:
         for file in (*copied, *plans):
             target = partial if base.file else partial / file.relative_to(base.folder)
@@ -240,9 +246,10 @@ def merge_into_base(
             if file not in plans:
                 shutil.copyfile(file, target)
                 continue
-            _rewrite(file, target, plans[file], changes[file])
+            _rewrite(file, target, plans[file], changes[file], rounding)
             name = out.name if base.file else file.relative_to(base.folder).as_posix()
             console.say(f"merge     {name}: {len(changes[file])} of {len(plans[file].dtypes)} tensors changed")
+    console.say(f"merge     {rounding.describe()}")
     return out
 
 
@@ -308,7 +315,30 @@ def _check_room(path: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, f"no room for {path.name} in {folder}: {needed}")
 
 
-def _rewrite(file: Path, target: Path, plan: _Plan, changes: Mapping[str, Pieces]) -> None:
+@dataclass
+class Rounding:
+    """What rounding to a file's dtype leaves of the changes of its weights; sums over all numbers."""
+
+    wanted: float = 0.0  # ‖change‖²
+    kept: float = 0.0  # ⟨change, what is left of it⟩
+    noise: float = 0.0  # ‖what is left of it − change‖²
+
+    def add(self, change: Tensor, left: Tensor) -> None:
+        """Count the change of a weight, and what is left of it, which is overwritten."""
+        self.wanted += change.norm().item() ** 2
+        self.kept += torch.dot(change.flatten(), left.flatten()).item()
+        self.noise += left.sub_(change).norm().item() ** 2
+
+    def describe(self) -> str:
+        """What is left, in words."""
+        if not self.wanted:
+            return "the LoRAs change nothing"
+        noise = math.sqrt(self.noise / self.wanted)
+        text = f"rounding leaves {self.kept / self.wanted:.1%} of the change, and adds noise of {noise:.1%} of its size"
+        return text + ("; give another dtype, such as fp16, to keep it" if noise > MUCH else "")
+
+
+def _rewrite(file: Path, target: Path, plan: _Plan, changes: Mapping[str, Pieces], rounding: Rounding) -> None:
     """Write a file as planned, one tensor at a time. `changes` are by key."""
     with storage.open_safetensors(file) as source, target.open("wb") as stream:
         stream.write(plan.header)
@@ -316,17 +346,20 @@ def _rewrite(file: Path, target: Path, plan: _Plan, changes: Mapping[str, Pieces
             tensor = source.get_tensor(key)
             dtype = dtype or tensor.dtype
             if key in changes:
-                tensor = _changed(tensor, changes[key], dtype)
+                tensor = _changed(tensor, changes[key], dtype, rounding)
                 finite({key: tensor}, file.name, f"Sums exceed {dtype}: give lower strengths, or another dtype")
             stream.write(tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _changed(tensor: Tensor, changes: Pieces, dtype: torch.dtype) -> Tensor:
-    pieces = list(tensor.chunk(changes[0][0].parts))
+def _changed(tensor: Tensor, changes: Pieces, dtype: torch.dtype, rounding: Rounding) -> Tensor:
+    place = changes[0][0]
+    pieces = list(place.split(tensor))
     for place, addends in changes:
-        piece = pieces[place.part].float()
-        pieces[place.part] = _added(addends, piece).view_as(piece).add_(piece)
-    return torch.cat([piece.to(dtype) for piece in pieces])
+        before = pieces[place.part].float()
+        change = _added(addends, before).view_as(before)
+        pieces[place.part] = (change + before).to(dtype)
+        rounding.add(change, pieces[place.part].float().sub(before))
+    return place.join([piece.to(dtype) for piece in pieces])
 
 
 # ── Another rank ──────────────────────────────────────────────────────────────────────────────────────────────────────

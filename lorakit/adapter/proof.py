@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorakit import storage
 from lorakit.adapter import targets
 from lorakit.adapter.algorithms import ALGORITHMS, Entry, Parts, algorithm_of
 from lorakit.adapter.injection import Adapter
 from lorakit.adapter.lora import Lora, distinct
-from lorakit.adapter.read import load, open_lora_file, settings_of
+from lorakit.adapter.read import load, settings_of
 from lorakit.adapter.write import layout_alphas, lora_from, rescaled
 from lorakit.base import Base
 
@@ -32,9 +33,14 @@ class Proof:
     modules: int
     error: float  # largest relative difference of a module's ΔW, in the Frobenius norm
     worst: str  # the module that has it
+    losses: tuple[str, ...] = ()  # what other programs leave out of such a file, in sentences
 
     def describe(self) -> str:
         return f"ΔW of all {self.modules} modules agrees, largest difference {self.error:.2%}"
+
+    def lines(self) -> list[str]:
+        """The proof and the losses, for a log."""
+        return [f"proof     read back: {self.describe()}", *(f"note      {loss}" for loss in self.losses)]
 
 
 @torch.no_grad()
@@ -67,7 +73,19 @@ def prove(path: str | Path, source: Adapter | Lora, base: Base | None = None, la
         written = rescaled(*source.modules[module], alphas[module])
         errors[module] = _compare(file.name, module, entry, source.modules[module], (written, alphas[module]), layer)
     worst = max(errors, key=errors.__getitem__)
-    return Proof(len(errors), errors[worst], worst)
+    return Proof(len(errors), errors[worst], worst, tuple(_losses(file, layout)))
+
+
+def _losses(file: Lora, layout: str) -> Iterator[str]:
+    """What other programs leave out of a file."""
+    if layout == "diffusers" and "unet" in file.adapts:
+        yield "ComfyUI skips the attention layers of diffusers' layout: write layout kohya for it"
+    for algorithm in sorted(set(file.algorithms.values()), key=lambda algorithm: algorithm.name):
+        parts = next(parts for parts in file.parts.values() if algorithm_of(parts) is algorithm)
+        if loss := algorithm.loss(_dtype(parts)):
+            yield loss
+    if targets.PROJECTION in file.modules:
+        yield "A1111 and sd-scripts skip the change of SDXL's text projection"
 
 
 def _compare(name: str, module: str, read: Entry, memory: Entry, written: Entry, layer: AdapterLayer | None) -> float:
@@ -88,7 +106,7 @@ def _compare(name: str, module: str, read: Entry, memory: Entry, written: Entry,
             f"{name}: {module} is a {algorithm.title} of {sizes[0]}, not the {expected.title} of {sizes[1]} written."
         )
     device = next(iter(memory[0].values())).device
-    dtype = next(w.dtype for part, w in read[0].items() if part not in algorithm.exact)
+    dtype = _dtype(read[0])
 
     def added(parts: Parts, alpha: float) -> Tensor:
         parts = {part: w.to(device) for part, w in parts.items()}
@@ -105,6 +123,11 @@ def _compare(name: str, module: str, read: Entry, memory: Entry, written: Entry,
     return error
 
 
+def _dtype(parts: Parts) -> torch.dtype:
+    """The dtype of a module's matrices in a file."""
+    return next(weight.dtype for part, weight in parts.items() if part not in algorithm_of(parts).exact)
+
+
 # ── Describing ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -116,7 +139,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     """
     path, run = Path(path), None
     if not path.is_dir():
-        with open_lora_file(path) as file:
+        with storage.open_safetensors(path) as file:
             run = (file.metadata() or {}).get("lorakit")
     files = [path, *(path.rglob("*") if path.is_dir() else ())]
     facts = {"file": path.name, "bytes": sum(file.stat().st_size for file in files if file.is_file())}
@@ -124,6 +147,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
         record = settings_of(run, path.name)
         return facts | {"kind": "checkpoint", "steps": record.get("step"), "settings": record.get("settings")}
     lora = load(path)
+    facts |= {"embeddings": lora.embeddings} if lora.embeddings else {}
     modules, algorithm = lora.parts, ALGORITHMS[lora.algorithm]
     locon = algorithm.sums and any(map(targets.RESNET.search, modules))
     return facts | {

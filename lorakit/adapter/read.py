@@ -7,93 +7,75 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from lorakit import base as bases
+from lorakit import storage
 from lorakit.adapter import targets
 from lorakit.adapter.algorithms import Entry, Parts, algorithm_of
 from lorakit.adapter.lora import MODELS, Lora, finite
-from lorakit.adapter.names import OTHERS, PARTS, PATTERN, TEXT, module_name
+from lorakit.adapter.names import ADAPTER, EMBEDDING, OTHERS, PARTS, PATTERN, module_name
 
 PEFT = "adapter_model.safetensors"
 LARGEST = 2**25  # numbers of a matrix or a change; no weight of Stable Diffusion has more than 1280 × 2560 × 3 × 3
-HEADER = 2**24  # bytes; a header in memory is thirty times as large. Real ones have up to a few million
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 DIMENSIONS = {part: (2, 4) for part in ("down", "up", "dora_scale", "lokr_w2")}  # of a convolution; others have two
 
+KINDS = ("LORA", "LOHA", "LOKR")  # PEFT's names for what lorakit reads
 READ = "lorakit reads LoRA, LoCon, DoRA, LoHa and LoKr"
-
-DISGUISES = {
-    b"PK": "a zip or a PyTorch pickle", b"\x80": "a pickle", b"<": "a web page: the download was refused",
-    b"version http": "a Git LFS pointer: the download is incomplete", b"\0" * 8: "a row of zeros: the copy failed",
-}  # fmt: skip
-
-
-@contextmanager
-def open_lora_file(path: Path) -> Iterator[safe_open]:
-    """A safetensors file. The library compares every size in it with the file's own before it allocates memory.
-
-    Raises:
-        FileNotFoundError: no file, or a folder, a pipe or a device, which might never answer.
-        ValueError: another kind of file, or one that is cut off or damaged.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Give a LoRA's .safetensors file.")
-    with path.open("rb") as stream:
-        first = stream.read(16)
-    try:
-        if (length := int.from_bytes(first[:8], "little")) > HEADER:
-            raise SafetensorError(f"its header takes {length:,} bytes, the limit is {HEADER:,}")
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:  # older releases cannot map an empty file
-        kinds = [f"looks like {kind}" for start, kind in DISGUISES.items() if first.startswith(start)]
-        raise ValueError(
-            f"{path.name} ({path.stat().st_size:,} bytes) is not a complete safetensors file, it "
-            f"{kinds[0] if kinds else 'was cut off or damaged'} ({_shown(str(error))}). Download or copy it again."
-        ) from error
+MERGE = (
+    "Where the program that made it can merge it into its base, `lorakit extract` makes a LoRA of what the base became"
+)
 
 
 def _sort(keys: Sequence[str], file: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """{module: {"down": key, "up": key, "alpha": key}}, and the keys of text encoders that belong to no layer.
+    """{module: {"down": key, "up": key, "alpha": key}}, and the keys of bundled embeddings.
 
     Raises:
         ValueError: no LoRA, or one of another method or kind of model; a module without all its parts.
     """
     modules: dict[str, dict[str, str]] = defaultdict(dict)
-    text, unknown, name = [], [], file.name
+    embeddings, unknown, name = [], [], file.name
     for key in keys:
-        if method := next((method for mark, method in OTHERS.items() if mark in key), None):
-            raise ValueError(f"{name} is a {method} file; {READ}.")
-        suffix = next((suffix for suffix in PARTS if key.endswith(suffix)), "")
-        module = module_name(key.removesuffix(suffix), file.parent.name) if suffix else None
-        if module is None and TEXT.match(key):
-            text.append(key)
+        plain = ADAPTER.sub("", key)
+        suffix = next((suffix for suffix in PARTS if plain.endswith(suffix)), "")
+        module = module_name(plain.removesuffix(suffix), file.parent.name) if suffix else None
+        if key.startswith(EMBEDDING):
+            embeddings.append(key)
         elif module is None or modules[module].setdefault(PARTS[suffix], key) != key:
             unknown.append(key)
+    for pattern, kind in OTHERS.items():
+        if other := next(filter(re.compile(pattern).search, unknown), None):
+            raise ValueError(f"{name} holds {kind}, first {storage.shown(other)}; {READ}. {MERGE}.")
     if strange := [key for key in unknown if key.endswith(tuple(PARTS))]:
         raise ValueError(
             f"{name} adapts {len(strange)} modules that no SD 1.x, 2.x or XL has, or has twice, first "
-            f"{_shown(strange[0])}: it is a LoRA for another kind of model (Flux, SD 3 …)."
+            f"{storage.shown(strange[0])}: it is a LoRA for another kind of model (Flux, SD 3 …)."
         )
-    if unknown or not (modules or text):
-        problem = f"{len(unknown)} of its weights are something else, first {_shown(unknown[0])}" if unknown else ""
-        raise ValueError(f"{name} is no LoRA: {problem or 'it is empty'}.")
+    if unknown or not (modules or embeddings):
+        whole = any(key.startswith(bases.UNET_PREFIX) for key in keys)
+        kind = "a whole checkpoint" if whole else bases.kind_of(keys) or "something else"
+        problem = f"{kind}, {len(unknown)} weights, first {storage.shown(unknown[0])}" if unknown else "it is empty"
+        raise ValueError(f"{name} is no LoRA: {problem}.")
     for module, parts in modules.items():
         try:
             algorithm_of(parts.keys() - {"alpha"})
         except ValueError:
-            raise _damaged(name, f"it holds only {', '.join(sorted(parts))} of {module}") from None
-    return dict(modules), text
+            raise _unreadable(name, module, parts.keys()) from None
+    return dict(modules), embeddings
 
 
-def _shown(text: str) -> str:
-    """A key of a file for a message: it may be of any length, and contain control characters of a terminal."""
-    return text if len(text) < 200 and text.isprintable() else ascii(text[:160]) + " …"
+def _unreadable(name: str, module: str, parts: Set[str]) -> ValueError:
+    """The error for a module whose parts make no adapter: some of them are missing, or they make another method's."""
+    with suppress(ValueError):
+        kind = algorithm_of(parts - {"dora_scale", "alpha"}).title
+        return ValueError(f"{name} holds {kind} with the lengths of DoRA, first in {module}; {READ}. {MERGE}.")
+    return _damaged(name, f"it holds only {', '.join(sorted(parts))} of {module}")
 
 
 def _family(modules: dict[str, tuple[str, int]], metadata: dict[str, str]) -> str | None:
@@ -133,10 +115,10 @@ def load(path: str | Path) -> Lora:
     modules: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for file in _within(path) if path.is_dir() else [path]:
-        with open_lora_file(file) as handle:
+        with storage.open_safetensors(file) as handle:
             entries = handle.metadata() or {}
             settings = _settings(file, entries.pop("lora_adapter_metadata", None))
-            keys, text = _sort(handle.keys(), file)
+            keys, embeddings = _sort(handle.keys(), file)
             if twice := modules.keys() & keys.keys():
                 raise ValueError(f"{path.name} holds {min(twice)} in two files. Give one of them.")
             alphas = {which: _alphas(settings, which, file.name) for which in {targets.model_of(m) for m in keys}}
@@ -147,7 +129,7 @@ def load(path: str | Path) -> Lora:
                 finite(tensors, f"{file.name}, {module}", "Its training diverged, or it was damaged: use another")
                 alpha = alphas[targets.model_of(module)](module, algorithm_of(parts).rank(parts) or 1)
                 modules[module] = (parts, float(tensors["alpha"].item()) if "alpha" in tensors else alpha)
-            aside.update({key: _tensor(handle, key, "", file.name) for key in text})
+            aside.update({key: _tensor(handle, key, "", file.name) for key in embeddings})
             metadata = entries | metadata
     return Lora(path.name, _family(known, metadata), metadata, modules, aside)
 
@@ -179,10 +161,12 @@ def _tensor(handle: safe_open, key: str, part: str, name: str) -> Tensor:
     header = handle.get_slice(key)
     shape, kind = header.get_shape(), header.get_dtype()
     if kind not in FLOATS and (part not in ("alpha", "") or kind[0] not in "IU"):  # some programs count their alphas
-        raise ValueError(f"{name}: {_shown(key)} has {kind} numbers, which are no weights. Get the LoRA in float16.")
+        raise ValueError(
+            f"{name}: {storage.shown(key)} has {kind} numbers, which are no weights. Get the LoRA in float16."
+        )
     dimensions = range(9) if part in ("", "alpha") else DIMENSIONS.get(part, (2,))
     if len(shape) not in dimensions or not 0 < math.prod(shape) <= (1 if part == "alpha" else LARGEST):
-        raise _damaged(name, f"the sizes of {_shown(key)}, {str(shape)[:60]}, do not match any weight's")
+        raise _damaged(name, f"the sizes of {storage.shown(key)}, {str(shape)[:60]}, do not match any weight's")
     return handle.get_tensor(key)
 
 
@@ -216,10 +200,14 @@ def _settings(file: Path, text: str | bytes | None) -> dict:
     name, config = file.name, file.with_name("adapter_config.json")
     if file.name == PEFT and config.is_file():
         name = f"{file.parent.name}/{config.name}"
-        if config.stat().st_size > HEADER:
+        if config.stat().st_size > storage.HEADER:
             raise _damaged(name, "it is too large")
         text = config.read_bytes()
-    return {} if text is None else settings_of(text, name)
+    settings = {} if text is None else settings_of(text, name)
+    for key, kind in settings.items():
+        if key.rpartition(".")[2] == "peft_type" and kind not in KINDS:
+            raise ValueError(f"{name} is for {storage.shown(str(kind))}, another method of PEFT's; {READ}.")
+    return settings
 
 
 def settings_of(text: str | bytes, name: str) -> dict:
@@ -256,7 +244,7 @@ def _alphas(settings: dict, which: str, name: str) -> Callable[[str, int], float
     for place, (pattern, alpha) in enumerate(patterns.items()):
         if not (path := PATTERN.fullmatch(pattern)):
             raise ValueError(
-                f"{name} gives an alpha by a pattern that is no name, {_shown(pattern)}; regular expressions "
+                f"{name} gives an alpha by a pattern that is no name, {storage.shown(pattern)}; regular expressions "
                 "in files are not run. Write the names of modules in its alpha_pattern."
             )
         ends.setdefault(path[1].replace("\\", ""), (place, alpha))

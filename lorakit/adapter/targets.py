@@ -16,6 +16,7 @@ RESNET = re.compile(
     r"(^|\.)(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|downsamplers\.0\.conv|upsamplers\.0\.conv)$"
 )
 TEXT = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+PROJECTION = "text_encoder_2.text_projection"  # adapted by OneTrainer's files, not by lorakit's runs
 WIDE = ("conv", "conv1", "conv2", "conv_in", "conv_out")  # the last names of a UNet's 3×3 convolutions
 
 
@@ -42,8 +43,10 @@ def is_wide(name: str) -> bool:
 
 def within(models: Models, name: str) -> tuple[nn.Module, str]:
     """The module that a layer's path starts from, and that path."""
-    model = models[model_of(name)]
-    return getattr(model, "text_model", model), path_of(name)  # newer transformers have no inner text_model
+    model, path = models[model_of(name)], path_of(name)
+    return model if name == PROJECTION else getattr(
+        model, "text_model", model
+    ), path  # newer transformers have no inner one
 
 
 def find(models: nn.Module | Models, name: str) -> nn.Module | None:
@@ -64,6 +67,8 @@ def paths(models: Models) -> Iterator[str]:
         prefix = "" if which == "unet" else f"{which}."
         start, _ = within(models, prefix)
         yield from (prefix + path for path, _ in start.named_modules())
+        if start is not models[which] and find(models, PROJECTION):
+            yield PROJECTION
 
 
 def text_names(encoder: nn.Module, which: str = "text_encoder") -> list[str]:

@@ -158,9 +158,10 @@ def _key(layout: str, module: str, part: str, family: str | None) -> str:
         return f"{kohya_name(module, family)}.{KOHYA.get(part, part)}"
     part = {"down": "lora_A.weight", "up": "lora_B.weight"}.get(part, part)
     which, path = targets.model_of(module), targets.path_of(module)
+    outside = which == "unet" or module == targets.PROJECTION  # of a text encoder's inner text_model
     if layout == "diffusers":
-        return f"{which}.{path}.{part}" if which == "unet" else f"{which}.text_model.{path}.{part}"
-    return f"base_model.model.{_inner(which)}{path}.{part}"
+        return f"{which}.{'' if outside else 'text_model.'}{path}.{part}"
+    return f"base_model.model.{'' if outside else _inner(which)}{path}.{part}"
 
 
 def _laid_out(lora: Lora, layout: str) -> Lora:
@@ -206,8 +207,6 @@ def _inner(which: str) -> str:
     """The prefix of `encoder.layers` in a text encoder's modules: newer transformers have no inner text_model."""
     import transformers
 
-    if which == "unet":
-        return ""
     kind = transformers.CLIPTextModelWithProjection if which == "text_encoder_2" else transformers.CLIPTextModel
     small: dict[str, Any] = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
     return "text_model." if hasattr(kind(transformers.CLIPTextConfig(vocab_size=3, **small)), "text_model") else ""

@@ -25,6 +25,6 @@ if TYPE_CHECKING:
     from lorakit.base.prompts import escape
     from lorakit.base.quantization import can_quantize, column_norm, is_quantized, layer_dtype, layer_weight
     from lorakit.base.quantization import quantizable_layers, quantized_size, weight_shape
-    from lorakit.base.single_file import ENCODER_PREFIXES, UNET_PREFIX, VAE_PREFIX, WeightPlace
+    from lorakit.base.single_file import ENCODER_PREFIXES, UNET_PREFIX, VAE_PREFIX, WeightPlace, kind_of
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

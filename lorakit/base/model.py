@@ -35,6 +35,7 @@ CLASSES = {  # component → its library and class
     "text_encoder": ("transformers", "CLIPTextModel"),
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
 }  # fmt: skip
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 SAMPLES = 256  # places of a file that `identity` reads
 SHARDS = ("diffusion_pytorch_model-*.safetensors", "model-*.safetensors", "*.safetensors.index.json")
 
@@ -131,12 +132,18 @@ def _open(reference: str) -> Base:
         for file in ("config.json", "scheduler_config.json"):
             if (folder / component / file).is_file():
                 configs[component] = _read_json(folder / component / file)
+    if quantized := [component for component, config in configs.items() if "quantization_config" in config]:
+        raise ValueError(
+            f"{reference} has the weights of its {', '.join(quantized)} in quantized form, which only makes pictures. "
+            "Get the base in fp16 or bf16; `quantize` holds it in fewer bits while a LoRA is trained."
+        )
     missing = [c for c in ("unet", "vae", "scheduler", "text_encoder") if c not in configs]
     unet = configs.get("unet", {}).get("_class_name", "")
     if missing or unet != "UNet2DConditionModel":
         raise ValueError(
             f"{reference} is not a Stable Diffusion base: "
             + (f"it has no {', '.join(missing)} config" if missing else f"its UNet is {unet or 'unknown'}")
+            + (f"; give the file {files[0].name} in it" if (files := sorted(folder.glob("*.safetensors"))) else "")
             + ". lorakit trains SD 1.x, SD 2.x and SDXL in diffusers' folder form (model_index.json, unet/, vae/, …)."
         )
     channels, expected = configs["unet"]["in_channels"], configs["vae"]["latent_channels"]
@@ -162,7 +169,7 @@ def known(name: str) -> Base:
 
 
 def _open_file(file: Path) -> Base:
-    if file.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+    if file.suffix.lower() in PICKLES:
         raise ValueError(
             f"{file.name} is a pickle: loading it can run any program hidden in it, so lorakit never does. "
             "Get the .safetensors form of the same model, or its diffusers folder."
@@ -174,10 +181,12 @@ def _open_file(file: Path) -> Base:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path.parent.name}/{path.name} of the base is damaged ({error}). Fetch it again.") from error
+        problem = storage.disguise(content[:64]) or f"damaged ({error})"
+        raise ValueError(f"{path.parent.name}/{path.name} of the base is {problem}. Fetch it again.") from error
 
 
 def _family(configs: dict[str, dict[str, Any]], reference: str) -> str:
@@ -207,7 +216,7 @@ def component_folder(base: Base, component: str) -> Path:
     if not list(folder.glob("*.safetensors")) and _from_hub(base):
         storage.fetch_from_hub(base.name, [f"{component}/{file}" for file in (*WEIGHTS, *SHARDS)])
     if not list(folder.glob("*.safetensors")):
-        pickles = [f.name for f in folder.glob("*") if f.suffix in (".bin", ".ckpt", ".pt")]
+        pickles = [f.name for f in folder.glob("*") if f.suffix.lower() in PICKLES]
         raise FileNotFoundError(
             f"{component}/ of {base.name} contains no .safetensors weights"
             + (f", only the pickle {pickles[0]}, which lorakit never loads" if pickles else "")
@@ -296,6 +305,9 @@ def _from_config(component: str, config: dict[str, Any]) -> Any:
 
 def _load(base: Base, component: str, compute: Compute) -> Any:
     folder = None if base.file else component_folder(base, component)  # may download, which others need not wait for
+    for file in weight_files(base, component) if folder else ():
+        with storage.open_safetensors(file):  # its errors say what a file is; the library's own do not
+            pass
     with storage.LOADING:
         quiet_libraries()
         if folder:

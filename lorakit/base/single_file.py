@@ -7,7 +7,7 @@ The names are listed here, not derived from live classes: a renamed class has si
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit.base.names import open_clip_names, unet_names
-from lorakit.storage import open_safetensors
+from lorakit.storage import open_safetensors, read_header
 
 
 @cache
@@ -56,6 +56,32 @@ OTHERS = {  # pattern of a key → the kind of file that has it
 }  # fmt: skip
 
 
+QUANTIZED = {  # pattern of a key → the form of the weights
+    r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|comfy_quant)$": "fp8 with scales",
+    r"\.quant_state\.bitsandbytes__|\.absmax$": "NF4 or FP4 (bitsandbytes)", r"\.SCB$": "int8 (bitsandbytes)",
+}  # fmt: skip
+
+
+def quantized(table: Mapping[str, dict]) -> str | None:
+    """The form of quantized weights in a file; None where all are plain numbers. fp8 without scales is plain.
+
+    Args:
+        table: as `storage.read_header` returns it.
+    """
+    for pattern, form in QUANTIZED.items():
+        if any(map(re.compile(pattern).search, table)):
+            return form
+    whole = any(
+        x["dtype"][0] in "IU" for key, x in table.items() if key.startswith(UNET_PREFIX) and key.endswith("weight")
+    )
+    return "integers" if whole else None
+
+
+def kind_of(keys: Collection[str]) -> str | None:
+    """The kind of file, other than a LoRA's and a whole checkpoint's, that has such keys; None if it is not known."""
+    return next((kind for pattern, kind in OTHERS.items() if any(map(re.compile(pattern).search, keys))), None)
+
+
 def recognise(file: Path) -> tuple[str, dict[str, Any]]:
     """Identify a checkpoint file by its keys.
 
@@ -66,20 +92,23 @@ def recognise(file: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: not a whole checkpoint of a family that lorakit trains; names the kind of file if known.
     """
-    with open_safetensors(file) as handle:
-        keys, metadata = set(handle.keys()), handle.metadata() or {}
-        first = f"{UNET_PREFIX}input_blocks.0.0.weight"
-        channels = handle.get_slice(first).get_shape()[1] if first in keys else 0
+    metadata, keys = read_header(file)
+    if kind := quantized(keys):
+        raise ValueError(
+            f"{file.name} has its weights in {kind}, which only makes pictures. Get the fp16 or bf16 form of the same "
+            "checkpoint; `quantize` holds it in fewer bits while a LoRA is trained."
+        )
+    first = keys.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    channels = first["shape"][1] if first else 0
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in keys)
 
     family = next((name for name, parts in ENCODER_PREFIXES.items() if all(map(has, parts.values()))), None)
     if not (channels and family) or "edm_mean" in keys:
-        kinds = (kind for pattern, kind in OTHERS.items() if any(re.search(pattern, key) for key in keys))
         raise ValueError(
-            f"{file.name} is {next(kinds, 'something else')}, not a checkpoint of SD 1.x, 2.x or XL. Give the model's "
-            "whole checkpoint (UNet, text encoder and VAE in one file), its diffusers folder or its hub id."
+            f"{file.name} is {kind_of(keys) or 'something else'}, not a checkpoint of SD 1.x, 2.x or XL. Give the "
+            "model's whole checkpoint (UNet, text encoder and VAE in one file), its diffusers folder or its hub id."
         )
     if channels != 4:
         raise ValueError(
@@ -154,7 +183,16 @@ class WeightPlace(NamedTuple):
     def read(self) -> Tensor:
         """The weight, in the file's dtype."""
         with open_safetensors(self.file) as handle:
-            return _split(self.key, handle.get_tensor(self.key), self.parts)[self.part]
+            return self.split(handle.get_tensor(self.key))[self.part]
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The weights in the file's tensor."""
+        return _split(self.key, tensor, self.parts)
+
+    def join(self, weights: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        whole = torch.cat(list(weights)) if self.parts > 1 else weights[0]
+        return whole.T if self.key.endswith(".text_projection") else whole
 
 
 def places(file: Path, family: str | None = None, component: str = "") -> dict[str, WeightPlace]:

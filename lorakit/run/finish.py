@@ -95,5 +95,6 @@ def export(session: Session) -> Path:
         proof = adapters.prove(path, adapter, base)
     size = path.stat().st_size / 1e6
     session.console.say(f"export    {path.name}, {size:.1f} MB, kohya's format (A1111, Forge, ComfyUI, Civitai)")
-    session.console.say(f"proof     read back: {proof.describe()}")
+    for line in proof.lines():
+        session.console.say(line)
     return path

@@ -216,7 +216,8 @@ class Run:
         lora = run_folder.lora_of(self.folder.path, step)
         written = adapters.save(lora, Path(path), dtype=adapters.dtype_of(dtype), layout=layout)
         self.console.say(f"export    {written} from {lora.name}, layout {layout}, {dtype}")
-        self.console.say(f"proof     read back: {adapters.prove(written, lora, layout=layout).describe()}")
+        for line in adapters.prove(written, lora, layout=layout).lines():
+            self.console.say(line)
         return written
 
     def describe(self) -> str:

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from lorakit.storage.backup import Copier, Source, backup_name, backup_place, copy_verified, log_name
     from lorakit.storage.backup import newest_backup
     from lorakit.storage.files import DISK_FULL, append_lines, claim_folder, first_line, home, remove_partial
-    from lorakit.storage.files import sha256, user_cache, write_file, write_folder
+    from lorakit.storage.files import sha256, shown, user_cache, write_file, write_folder
     from lorakit.storage.index import measure_files
     from lorakit.storage.models import fetch_from_hub, fetch_model, is_hub_id, locate_model
-    from lorakit.storage.tensors import cache_key, digest_tensors, open_safetensors, own_memory, read_cached
-    from lorakit.storage.tensors import read_header, write_cached
+    from lorakit.storage.tensors import HEADER, cache_key, digest_tensors, disguise, open_safetensors, own_memory
+    from lorakit.storage.tensors import read_cached, read_header, write_cached
     from lorakit.storage.threads import LOADING, WORKERS, exclusive, thread_pool
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

@@ -178,6 +178,11 @@ def first_line(error: BaseException) -> str:
     return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
+def shown(text: str) -> str:
+    """A text from a file for a message: it may be of any length, and contain control characters of a terminal."""
+    return text if len(text) < 200 and text.isprintable() else ascii(text[:160]) + " …"
+
+
 def _raise_with_advice(error: BaseException, path: Path, partial: Path, size: str) -> NoReturn:
     """Raise the error again, with advice if the system refused to write `path`.
 

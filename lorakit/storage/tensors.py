@@ -14,22 +14,53 @@ from torch import Tensor
 
 from lorakit.storage import files
 
+HEADER = 2**24  # bytes; a header in memory is thirty times as large. Real ones have up to a few million
+DISGUISES = {  # first bytes of a file → what it is
+    b"PK": "a zip or a PyTorch pickle", b"\x80": "a pickle", b"GGUF": "a GGUF file", b"\x1f\x8b": "a gzip archive",
+    b"<": "a web page: the download was refused", b"{": "a website's answer: the download was refused",
+    b"version http": "a Git LFS pointer: the download is incomplete", b"\0" * 8: "a row of zeros: the copy failed",
+}  # fmt: skip
+
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
     """A safetensors file, mapped into memory, not read: `safe_open`'s handle.
 
+    The library compares every size in it with the file's own before it allocates memory.
+
     Raises:
-        ValueError: the file is damaged, cut off, or of another kind.
-        FileNotFoundError: no such file.
+        FileNotFoundError: no file, or a folder, a pipe or a device, which might never answer.
+        ValueError: another kind of file, or one that is cut off or damaged.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}. Give a .safetensors file.")
+    with file.open("rb") as stream:
+        first = stream.read(64)
     try:
-        with safe_open(file, "pt") as handle:
+        if (length := int.from_bytes(first[:8], "little")) > HEADER:
+            raise SafetensorError(f"its header takes {length:,} bytes, the limit is {HEADER:,}")
+        handle = safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:  # older releases cannot map an empty file
+        raise _incomplete(file, first, error) from error
+    try:
+        with handle:
             yield handle
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file.name} ({file.stat().st_size:,} bytes) is no complete safetensors file ({error}). Download it again."
-        ) from error
+    except SafetensorError as error:
+        raise _incomplete(file, first, error) from error
+
+
+def _incomplete(file: Path, first: bytes, error: Exception) -> ValueError:
+    reason = f"it looks like {kind}" if (kind := disguise(first)) else "it was cut off or damaged"
+    return ValueError(
+        f"{file.name} ({file.stat().st_size:,} bytes) is not a complete safetensors file, {reason} "
+        f"({files.shown(str(error))}). Download or copy it again."
+    )
+
+
+def disguise(first: bytes) -> str | None:
+    """What a file is instead of what was asked for, by its first bytes; None if that is not known."""
+    text = first.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    return next((kind for start, kind in DISGUISES.items() if first.startswith(start) or text.startswith(start)), None)
 
 
 def read_header(file: Path) -> tuple[dict[str, str], dict[str, dict]]:

@@ -91,7 +91,8 @@ class Export(widgets.VBox):
             size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*"))) / 1e6
             shown = os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else path.name
             self.exported = path
-            self.proof.value = note(f"{shown}, {size:,.1f} MB\nread back: {proof.describe()}", "good")
+            text = "\n".join([f"{shown}, {size:,.1f} MB", f"read back: {proof.describe()}", *proof.losses])
+            self.proof.value = note(text, "good")
 
     def _written(self) -> Path:
         if not self.exported:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -351,16 +352,17 @@ def test_a_base_with_loras_in_it(made, bare, tmp_path, family, form):
                          (file.read_bytes() for file in (base.file, out)))  # fmt: skip
         assert after.pop("__metadata__") == {"ss_x": "kept", "modelspec.merged_from": f"{family}.safetensors, {note}"}
         assert before.pop("__metadata__") == {"ss_x": "kept", "sshs_model_hash": "old"} and after == before
-        assert len(lines) == 1 and names(lines[0], "merge", "out.safetensors", len(before))
+        assert len(lines) == 2 and names(lines[0], "merge", "out.safetensors", len(before))
     else:
         ours, own = ({f.relative_to(x): f for f in x.rglob("*") if f.is_file()} for x in (base.folder, out))
         assert ours.keys() == own.keys()
         changed = {place for place in ours if ours[place].read_bytes() != own[place].read_bytes()}
         assert {place.parts[0] for place in changed} == {"unet", *base.text_encoders}
-        assert len(lines) == len(changed) and all(line(lines, "merge", place.as_posix()) for place in changed)
+        assert len(lines) == len(changed) + 1 and all(line(lines, "merge", place.as_posix()) for place in changed)
         for place in changed:
             with safe_open(out / place, "pt") as file:
                 assert file.metadata() == {"format": "pt", "modelspec.merged_from": f"{family}, {note}"}
+    assert names(lines[-1], "100.0%", "0.0%")  # what rounding leaves, and its noise
     load_file(out if form == "file" else out / "unet" / bases.WEIGHTS[0])  # by the library that others use
 
 
@@ -395,6 +397,64 @@ def test_another_dtype(made, bare, tmp_path, form):
             kept = key in ("alphas_cumprod", "model_ema.decay") or key.endswith("position_ids")
             assert (tensor.dtype == torch.bfloat16) != kept, key
     assert bases.load_vae(bases.open(out), Compute(CPU, torch.float32)).dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def in_fp8(made, tmp_path_factory):
+    """The SDXL base in both forms with its UNet and text encoders in fp8, as published files are."""
+    root, (folder, file) = tmp_path_factory.mktemp("fp8"), (made["sdxl", "folder"], made["sdxl", "file"])
+    shutil.copytree(folder, root / "folder")
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        (weights,) = (root / "folder" / part).glob("*.safetensors")
+        save_file({key: x.to(FP8) for key, x in load_file(weights).items()}, weights, {"format": "pt"})
+    vae = single_file.VAE_PREFIX
+    tensors = {k: x.to(FP8) if x.is_floating_point() and x.ndim and not k.startswith(vae) else x
+               for k, x in load_file(file).items()}  # fmt: skip
+    save_file(tensors, root / "file.safetensors")
+    return {"folder": root / "folder", "file": root / "file.safetensors"}
+
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize("form", ["folder", "file"])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_base_in_fp8(in_fp8, tmp_path, form, dtype):
+    """It stays fp8 or becomes what --dtype says, and the log says how much of the LoRA is left."""
+    base = bases.open(in_fp8[form])
+    before = models_of(base)
+    lora, lines, out = a_lora(before, "sdxl", rank=1, every=3), [], tmp_path / ("o.safetensors" if base.file else "o")
+    lora = replace(lora, modules={m: (algorithm_of(x).times(x, 0.01), a) for m, (x, a) in lora.modules.items()})
+    merging.merge_into_base(base, [lora], [1], out, dtype=dtype, console=Console(lines.append))
+    files_of = [out] if base.file else list((out / "unet").glob("*.safetensors"))
+    kinds = {x.dtype for f in files_of for k, x in load_file(f).items() if "diffusion_model" in k or not base.file}
+    assert kinds == {dtype or FP8}
+    after, wanted, kept, noise = models_of(bases.open(out)), 0.0, 0.0, 0.0
+    for module, change in changes(lora).items():
+        old, new = (targets.find(x, module).weight.detach().flatten(1) for x in (before, after))
+        wanted, kept = wanted + (change**2).sum().item(), kept + (change * (new - old)).sum().item()
+        noise += ((new - old - change) ** 2).sum().item()
+    said = f"{kept / wanted:.1%}", f"{(noise / wanted) ** 0.5:.1%}"
+    assert names(lines[-1], "merge", *said) and names(lines[-1], "fp16") == (dtype is None)
+    assert (noise / wanted) ** 0.5 < 0.02 if dtype else (noise / wanted) ** 0.5 > 0.5
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_the_text_projection_goes_into_a_base(made, bare, tmp_path, form):
+    """In Stability's files it is transposed, and no layer of a text encoder."""
+    base, models, module = bases.open(made["sdxl", form]), bare["sdxl"], targets.PROJECTION
+    weight = models["text_encoder_2"].text_projection.weight
+    parts = {"down": torch.randn(2, weight.shape[1]), "up": torch.randn(weight.shape[0], 2)}
+    out = tmp_path / ("o.safetensors" if base.file else "o")
+    merging.merge_into_base(base, [Lora("x", "sdxl", {}, {module: (parts, 1.0)}, {})], [0.5], out, console=QUIET)
+    result = models_of(bases.open(out))
+    changed = result["text_encoder_2"].text_projection.weight
+    assert torch.allclose(changed, weight + 0.25 * parts["up"] @ parts["down"], atol=1e-6)
+    with torch.no_grad():
+        changed.copy_(weight)
+    assert apart(result, models) == 0.0
 
 
 def test_shards_stay_shards_and_other_forms_of_the_weights_stay_behind(made, bare, tmp_path):
@@ -493,7 +553,7 @@ def test_embeddings_in_a_lora_are_told_of(made, bare, tmp_path):
     merging.merge_into_base(
         bases.open(made["sd15", "file"]), [lora], [1], tmp_path / "o.safetensors", console=Console(lines.append)
     )
-    assert names(lines[0], "merge", 1, "lora1.safetensors") and len(lines) == 2
+    assert names(lines[0], "merge", 1, "lora1.safetensors") and len(lines) == 3
 
 
 # ── Another rank ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -918,7 +918,7 @@ def test_damaged_files(sd15, tmp_path):
                     read(tmp_path / "a.safetensors")
                 # without the size, and without what the library says
                 text = str(raised.value).replace(f"{len(content):,}", "")
-                sentences.setdefault(kind, set()).add(text.replace(read_module._shown(str(raised.value.__cause__)), ""))
+                sentences.setdefault(kind, set()).add(text.replace(files.shown(str(raised.value.__cause__)), ""))
                 assert kind not in ("zip", "pickle", "Git LFS") or names(text, kind)
     assert [len(some) for some in sentences.values()] == [1] * 6 and len(set.union(*sentences.values())) == 6
     with pytest.raises(FileNotFoundError, match=naming("none.safetensors")):

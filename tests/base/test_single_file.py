@@ -1,6 +1,7 @@
 """Checkpoint files in Stability's layout, written by these tests, read by lorakit and by diffusers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,65 @@ def test_other_kinds_of_files_are_named(checkpoints, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=naming("cut.safetensors", f"{len(whole) // 2:,}")):
         bases.open(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(
+    "key, dtype, named",
+    [
+        ("scaled_fp8", torch.float8_e4m3fn, ("fp8",)),
+        ("model.diffusion_model.out.2.scale_weight", torch.float32, ("fp8",)),
+        ("model.diffusion_model.out.2.comfy_quant", torch.uint8, ("fp8",)),
+        ("model.diffusion_model.out.2.weight.quant_state.bitsandbytes__nf4", torch.uint8, ("NF4",)),
+        ("model.diffusion_model.out.2.SCB", torch.float32, ("int8",)),
+        ("model.diffusion_model.middle_block.0.in_layers.2.weight", torch.int8, ("integers",)),
+    ],
+)  # fmt: skip
+def test_quantized_checkpoints_are_named(checkpoints, tmp_path, key, dtype, named):
+    file = tmp_path / "q.safetensors"
+    write_file(checkpoints["sd15"][0], file, "sd15", tensors={key: torch.zeros(2, dtype=dtype)})
+    with pytest.raises(ValueError, match=naming("q.safetensors", *named, "fp16")):
+        bases.open(file)
+
+
+def test_quantized_folders_are_named(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["sd15"][0], tmp_path / "q")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(ValueError, match=naming("q", "unet", "fp16")):
+        bases.open(folder)
+
+
+DISGUISES = {
+    "web page": b"\n<!DOCTYPE html><html>", "website's answer": b'{"error":"Unauthorized","message":"log in"}',
+    "LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "GGUF": b"GGUF\3\0\0\0\0\0\0\0",
+    "pickle": b"\x80\x02}q\x00X\x05\x00\x00\x00lorakit", "zip": b"PK\x03\x04 and so on",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DISGUISES)
+def test_what_only_has_the_name_of_a_checkpoint(checkpoints, tmp_path, kind):
+    """As one file, as the weights of a folder, and as a config in it."""
+    (file := tmp_path / "x.safetensors").write_bytes(DISGUISES[kind])
+    with pytest.raises(ValueError, match=naming("x.safetensors", *kind.split())):
+        bases.open(file)
+    folder = shutil.copytree(checkpoints["sd15"][0], tmp_path / "folder")
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    weights.write_bytes(DISGUISES[kind])
+    with pytest.raises(ValueError, match=naming(weights.name, *kind.split())):
+        bases.load_unet(bases.open(folder), Compute(CPU, torch.float32))
+    (folder / "vae" / "config.json").write_bytes(DISGUISES[kind][:20])
+    with pytest.raises(ValueError, match=naming("vae/config.json")):
+        bases.open(folder)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "MODEL.CKPT", "a.Pth", "b.BIN"])
+def test_pickles_of_any_case_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=naming(name, "pickle", ".safetensors")):
+        bases.open(tmp_path / name)
+
+
+def test_a_folder_of_checkpoint_files_says_which_to_give(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=naming("model.safetensors")):
+        bases.open(tmp_path)
