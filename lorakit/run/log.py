@@ -142,6 +142,7 @@ class Log:
 
     def _line(self, step: Step, seconds: float, loss: float, finite: bool) -> dict:
         line: dict[str, Any] = {"step": step.number, "loss": round(loss, 6), "learning_rate": step.learning_rate}
+        line |= {} if step.own_rate is None else {"own_rate": step.own_rate}
         line |= {"epoch": step.epoch, "seconds": round(seconds, 3)} | self.marks.pop(step.number, {})
         if not finite:
             seen = line["skipped"] = sorted({self.session.prepared.names[i] for i in step.examples})

@@ -480,7 +480,8 @@ class _Training:
 
             def show(step: Step, loss: float) -> None:
                 with suppress(OSError):  # a terminal that was closed
-                    line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}", refresh=False)
+                    rate = "" if step.own_rate is None else f", Prodigy's rate {step.own_rate:.1e}"
+                    line.set_postfix_str(f"loss {loss:.4f}, epoch {step.epoch}{rate}", refresh=False)
                     line.update(step.number - line.n)
 
             yield show

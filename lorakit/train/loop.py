@@ -74,7 +74,8 @@ class Step:
     total: int
     epoch: int  # from 1
     loss: Tensor  # scalar on the training device: reading it waits for the device
-    learning_rate: float
+    learning_rate: float  # the schedule's
+    own_rate: float | None  # the one that Prodigy found, times the schedule's; None with other optimizers
     examples: tuple[int, ...]  # numbers of its pictures
     finite: Tensor  # bool scalar on the training device: False if the step was skipped
 
@@ -184,6 +185,7 @@ def steps(unet: Any, base: Base, state: State, examples: Examples, team: Team = 
         rate = state.asked_factor * state.rate_factor * learning_rate(config, state.step, total)
         for settings in state.optimizer.param_groups:
             settings["lr"] = rate * settings["ratio"]
+        found = state.optimizer.param_groups[0].get("d")
         loss = torch.zeros((), device=unet.device)
         for item, share in items:
             value = batch_loss(unet, base, alphas_cumprod, item, config, state.adapter) * share / len(group)
@@ -198,7 +200,8 @@ def steps(unet: Any, base: Base, state: State, examples: Examples, team: Team = 
             state.ema.update(state.step)
         state.updating = False
         epoch = (state.step - 1) // examples.steps_per_epoch + 1
-        yield Step(state.step, total, epoch, loss, rate, tuple(chain(*group)), finite)
+        own = None if found is None else found * rate
+        yield Step(state.step, total, epoch, loss, rate, own, tuple(chain(*group)), finite)
     if int(state.skipped[1]) >= min(TOO_MANY, total):
         raise Diverged(f"{int(state.skipped[1])} steps in a row up to step {state.step}, the last, were not finite.")
 

@@ -207,7 +207,9 @@ class Training(widgets.VBox):
             advice = training.advise(*zip(*validation, strict=True))
             tone = {"rising": "bad", "plateau": "warning", "falling": "good"}.get(advice.state, "")
             self.advice.value = note(str(advice), tone)
-        figures |= {"learning rate": f"{curves.last('learning_rate'):.2e}", "epoch": str(curves.last("epoch"))}
+        own = curves.last("own_rate")
+        rate = f"{own:.1e} found by Prodigy" if own else f"{curves.last('learning_rate'):.2e}"
+        figures |= {"learning rate": rate, "epoch": str(curves.last("epoch"))}
         assert self.control.prepared
         memory = plan.readable_bytes(self.control.prepared.prediction.peak)
         if device.type == "cuda":

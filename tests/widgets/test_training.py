@@ -74,6 +74,16 @@ def test_a_panel_trains_and_shows_what_there_is(settings, tmp_path, capsys):
     assert names(words(panel.lines.value), "proof")
 
 
+def test_the_rate_that_prodigy_found_is_shown(settings, tmp_path):
+    panel = Training(
+        settings.with_(optimizer="prodigy", learning_rate=1.0, schedule="constant", steps=24), tmp_path / "run"
+    )
+    panel.train()
+    found = [json.loads(text)["own_rate"] for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert found[0] == 1e-6 and found == sorted(found) and found[-1] > 1e-6  # it starts at a millionth, and grows
+    assert names(words(panel.figures.value), f"{found[-1]:.1e}", "Prodigy")
+
+
 def test_what_is_clicked_reaches_the_run(settings, tmp_path):
     panel = Training(settings.with_(steps=400, sample_every=400, save_every=400), tmp_path / "run")
 
