@@ -588,6 +588,18 @@ def upload(
     print(f"done      {address}")
 
 
+def _readable(value: Any) -> str:
+    """A fact for people: six digits, and of settings those that are not the default."""
+    from lorakit.config import Config
+
+    if isinstance(value, dict):
+        usual = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
+        return ", ".join(f"{name}={setting!r}" for name, setting in value.items() if setting != usual.get(name))
+    if isinstance(value, list):
+        return ", ".join(str(x.get("file", x)) if isinstance(x, dict) else _readable(x) for x in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 @command
 def info(
     path: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or a LoRA file")], as_json: AsJson = False
@@ -603,11 +615,8 @@ def info(
         _print_json(facts)
         return
     for key, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}={v!r}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(str(v.get("file", v)) if isinstance(v, dict) else str(v) for v in value)
-        print(f"{key:<14}{value}")
+        if value not in (None, [], {}):
+            print(f"{key:<14}{_readable(value)}")
     if not is_run(path) and facts["kind"] != "checkpoint":
         print(adapter.norms_table(adapter.norms(adapter.load(path))))
 

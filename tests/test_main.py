@@ -135,6 +135,8 @@ def test_what_can_be_made_of_a_run_at_a_terminal(finished, settings, tmp_path):
     """A run forked from another, with copies elsewhere; exports, merges, another rank, a base and back; pictures."""
     run, out = finished[0].folder, tmp_path / "out"
     facts = json.loads(told("info", run, "--json"))
+    shown = told("info", run)
+    assert f"{facts['loss']:.6g}" in shown and f"{facts['loss']!r}" not in shown and "None" not in shown
     assert (facts["kind"], facts["steps"]) == ("run", 6)
     longer = tmp_path / "longer.json"
     longer.write_text(settings.with_(steps=8).to_json())
