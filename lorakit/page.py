@@ -58,7 +58,7 @@ class Page:
         files = [Path(folder) / f"{name}{suffix}" for suffix in texts]
         for file, text in zip(files, texts.values(), strict=True):
             with storage.write_file(file) as partial:
-                partial.write_text(text, "utf-8")
+                partial.write_text(storage.printable(text), "utf-8")
         return files[0], files[1]
 
 

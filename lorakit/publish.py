@@ -245,7 +245,7 @@ def _pack_dataset(config: Config) -> Files:
 
     files: Files = {}
     private, pictures = [], run.scan_dataset(config).pictures
-    places = [Path("dataset", picture.group, picture.known_as.name) for picture in pictures]
+    places = [Path(storage.printable(f"dataset/{picture.group}/{picture.known_as.name}")) for picture in pictures]
     taken = {place.with_suffix("") for place in places}
     for place, picture in zip(places, pictures, strict=True):
         path = place.with_suffix(picture.path.suffix or place.suffix)  # a replacement may be of another format

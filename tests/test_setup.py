@@ -80,7 +80,7 @@ def pins(python: str) -> dict[str, str]:
     return pinned
 
 
-ADDED = ("imagehash", "compel")
+ADDED = ("compel",)
 SET_UP = COLAB | {name: pins(RUNNING)[name] for name in ADDED}  # the same after set-up, but for torchao
 
 
@@ -97,7 +97,7 @@ def test_the_tested_versions_satisfy_what_lorakit_asks_for(python):
 def test_colab_has_almost_all_that_lorakit_asks_for():
     wanted = requirements("notebook", "tensorboard", python="3.12")  # Colab's
     lacking = {name for name, r in wanted.items() if not r.specifier.contains(COLAB.get(name, "0"))}
-    assert lacking == {*ADDED}  # of the panels and of prompts with weights
+    assert lacking == {*ADDED}  # of prompts with weights
 
 
 def test_no_cap_on_what_hosts_ship():
@@ -201,7 +201,7 @@ def test_what_colab_ships_stays_and_torchao_goes(host):
     first = colab.set_up()
     assert first.returncode == 0, first.stderr
     assert colab.installed() == {k: v for k, v in SET_UP.items() if k != "torchao"}
-    assert names(first.stdout, "torch 2.11.0+cu128", 2, "torchao 0.10.0")  # 2 packages were added
+    assert names(first.stdout, "torch 2.11.0+cu128", 1, "torchao 0.10.0")  # 1 package was added
 
     shutil.rmtree(colab.index)  # there is nothing to install
     before = colab.site.stat().st_mtime_ns

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import storage
-from lorakit.dataset.captions import LITERAL, markup, split_tags, trigger_pattern
+from lorakit.dataset.captions import LITERAL, excerpt, markup, split_tags, trigger_pattern
 from lorakit.dataset.folder import Dataset
 from lorakit.dataset.report import Finding, Report, Severity
 
@@ -193,7 +193,9 @@ def cut_off(caption: str) -> tuple[int, str]:
 def _too_long(captions: Mapping[str, str]) -> list[Finding]:
     read = {name: cut_off(caption) for name, caption in captions.items()}
     return [
-        Finding("too_long", "warning", f"{count} tokens, of which {TOKENS} are read. Cut off: {lost!r}", (name,))
+        Finding(
+            "too_long", "warning", f"{count} tokens, of which {TOKENS} are read. Cut off: {excerpt(lost)!r}", (name,)
+        )
         for name, (count, lost) in read.items()
         if lost
     ]
@@ -204,7 +206,7 @@ def _repeated(captions: Mapping[str, str]) -> list[Finding]:
     for name, caption in captions.items():
         same[" ".join(caption.lower().split())].append(name)
     return [
-        Finding("repeated", "info", f"The same caption, {text!r}: say how the pictures differ.", tuple(names))
+        Finding("repeated", "info", f"The same caption, {excerpt(text)!r}: say how the pictures differ.", tuple(names))
         for text, names in same.items()
         if text and len(names) > 1
     ]
@@ -219,10 +221,12 @@ def _constant(
     absorbed = _shared(with_trigger, parts, words, trigger_words)
     if absorbed:
         advice = "Right for its class. Leave out what belongs to it, and vary what does not."
-        message = f"Always with {trigger!r}, which so absorbs it: {', '.join(sorted(absorbed))}. {advice}"
+        message = f"Always with {trigger!r}, which so absorbs it: {excerpt(', '.join(sorted(absorbed)))}. {advice}"
         findings.append(Finding("absorbed", "info", message))
     if rest := _shared([name for name in captions if captions[name]], parts, words, trigger_words) - absorbed:
-        message = f"In every caption: {', '.join(sorted(rest))}. Words that never vary distinguish no pictures."
+        message = (
+            f"In every caption: {excerpt(', '.join(sorted(rest)))}. Words that never vary distinguish no pictures."
+        )
         findings.append(Finding("unvaried", "info", message))
     return findings
 

@@ -8,6 +8,7 @@ name is a picture's path relative to the dataset's root, as in "5_cat/1.png".
 import base64
 import hashlib
 import json
+import os
 import re
 import time
 import unicodedata
@@ -196,8 +197,17 @@ def caption_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list
 def describe_changes(changes: Sequence[Change], most: int = 20) -> str:
     """Changes as text, three lines each, the first `most` of them."""
     lines = [f"{len(changes)} caption{'s' * (len(changes) != 1)} would change" + ":" * bool(changes)]
-    lines += [f"{change.name}\n  - {change.before}\n  + {change.after}" for change in changes[:most]]
+    for change in changes[:most]:
+        common = len(os.path.commonprefix([change.before, change.after]))
+        old, new = (excerpt(text, from_=common - 80) for text in (change.before, change.after))
+        lines.append(f"{change.name}\n  - {old}\n  + {new}")
     return "\n".join(lines + [f"… and {len(changes) - most} more"] * (len(changes) > most))
+
+
+def excerpt(text: str, most: int = 300, from_: int = 0) -> str:
+    """A text of any length for people: `most` characters of a long one, from a place on."""
+    start = max(0, from_) if len(text) > most else 0
+    return "…" * (start > 0) + text[start : start + most] + "…" * (len(text) > start + most)
 
 
 def store() -> Path:
@@ -309,7 +319,7 @@ def _put(path: Path, raw: bytes | None) -> None:
 
 def _history(root: Path) -> Path:
     root = Path(root).resolve()
-    return store() / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}.jsonl"
+    return store() / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.jsonl"
 
 
 def lines_of(path: Path) -> list[dict]:

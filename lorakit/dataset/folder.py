@@ -79,7 +79,10 @@ class Dataset:
             lines += _listed(f"{group or '.'}: {n} × {repeats}" for (group, repeats), n in groups.items())
         without = {name: picture for name, picture in self.by_name.items() if not picture.has_own_caption}
         sources = Counter((p.caption_source, "" if p.has_own_caption else p.caption) for p in self.pictures)
-        counted = [f"{source} {text!r} × {n}" if text else f"{source} × {n}" for (source, text), n in sources.items()]
+        counted = [
+            f"{source} {captions.excerpt(text, 80)!r} × {n}" if text else f"{source} × {n}"
+            for (source, text), n in sources.items()
+        ]
         lines.append("captions from: " + "; ".join(_shortened(counted, 5)))
         if 0 < len(without) < len(self):
             lines.append(f"{len(without)} without a caption of their own:")
@@ -87,14 +90,14 @@ class Dataset:
         for title, left_out in (("left out", True), ("to look at", False)):
             if problems := [problem for problem in self.problems if problem.left_out is left_out]:
                 lines += [f"{len(problems)} {title}:", *_listed(_lines(problems, self.root))]
-        return printable("\n".join(lines))
+        return storage.printable("\n".join(lines))
 
     def _repr_html_(self) -> str:
         notes: dict[Path, list[Note]] = defaultdict(list)
         for problem in self.problems:
             notes[problem.path].append(("warning", problem.reason))
         cards = [(p, name, [("info", p.caption or "no caption"), *notes[p.path]]) for name, p in self.by_name.items()]
-        return printable(text_lines([("info", self.describe())]) + gallery(cards))
+        return storage.printable(text_lines([("info", self.describe())]) + gallery(cards))
 
     def __repr__(self) -> str:
         return self.describe()
@@ -141,7 +144,7 @@ def scan(
             raise ValueError(f"repeats={times} would show no picture: give 1 or more, or None for the folders' numbers")
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(printable(_missing(path.absolute())))
+        raise FileNotFoundError(storage.printable(_missing(path.absolute())))
     reader = _Reader(path.resolve(), Path(cache or storage.user_cache()), first_line)
     parts = reader.parts(repeats, one_line(caption or ""), regularisation)
     parts = [replace(part, files=reader.walk(part)) for part in parts]
@@ -153,7 +156,7 @@ def scan(
     problems = sorted(dict.fromkeys(reader.problems), key=lambda problem: _natural(_name(problem.path, root)))
     if not pictures:
         files = [file for part in parts for file in part.files]
-        raise ValueError(printable(_nothing(reader.path, root, files, problems)))
+        raise ValueError(storage.printable(_nothing(reader.path, root, files, problems)))
     return Dataset(root, tuple(pictures), tuple(problems))
 
 
@@ -191,7 +194,9 @@ def find_masks(
         masks = [Mask(file, storage.sha256(file), False) if file else None for file in files]
     if not any(masks):
         reason = "no picture is transparent" if source == "alpha" else "it contains no picture with one of their names"
-        raise ValueError(printable(f"mask {str(source)!r} masks nothing: {reason}. Set mask to null, or mask some."))
+        raise ValueError(
+            storage.printable(f"mask {str(source)!r} masks nothing: {reason}. Set mask to null, or mask some.")
+        )
     return masks
 
 
@@ -200,7 +205,7 @@ def _mask_files(
 ) -> list[Path | None]:
     """The mask's file of each picture, errors as `find_masks`."""
     if not folder.is_dir():
-        raise FileNotFoundError(printable(_missing(folder)))
+        raise FileNotFoundError(storage.printable(_missing(folder)))
     own = {picture.known_as for picture in pictures}
     files = [f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _ignored(f.name) and f not in own]
     files.sort(key=lambda file: (file.stem.endswith(MASK), file))  # OneTrainer's names last: they are used
@@ -246,7 +251,7 @@ class _Part:
         """(repeats, caption) by the name of the nearest folder like "5_sks dog"; (1, "") if there is none."""
         for parent in self._upwards(folder):
             if match := REPEATS.fullmatch(parent.name):
-                return int(match[1]), unicodedata.normalize("NFC", printable(match[2]))
+                return int(match[1]), unicodedata.normalize("NFC", storage.printable(match[2]))
         return 1, ""
 
     def _upwards(self, folder: Path) -> Iterator[Path]:
@@ -369,7 +374,7 @@ class _Reader:
         register_formats.cache_clear()  # a library may have been installed since the last scan
         register_formats()  # now, because Pillow's lazy start is not safe in threads
         store = self.cache / "index" / f"{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]}.json"
-        measured = storage.measure_files(list(chosen), measure, store, f"1, Pillow {PIL.__version__}", fresh)
+        measured = storage.measure_files(list(chosen), measure, store, f"2, Pillow {PIL.__version__}", fresh)
         pictures, first = [], dict[str, Path]()
         for (file, (part, source, text)), values in zip(chosen.items(), measured, strict=True):
             times = part.times(file.parent)
@@ -472,7 +477,7 @@ class _Reader:
         """The text of a row, in its column text or caption; another kind of value, and neither column, are reported."""
         text = row.get("text") or row.get("caption") or ""
         if isinstance(text, str) and {"text", "caption"} & row.keys():
-            return printable(one_line(text))
+            return storage.printable(one_line(text))
         what = f"a {type(text).__name__} as text of {name!r}" if text else f"no text of {name!r}"
         self._report(source, f"{what}: the column text or caption is read, and it has {', '.join(map(str, row))}")
         return ""
@@ -531,13 +536,8 @@ def _ignored(name: str) -> bool:
 # ── Words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def printable(text: str) -> str:
-    """The text without surrogates: a name that is not UTF-8 must not break a print."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _quoted(source: str, text: str) -> str:
-    return f"{text!r} ({source})" if text else "none"
+    return f"{captions.excerpt(text, 80)!r} ({source})" if text else "none"
 
 
 def _name(path: Path, root: Path) -> str:

@@ -113,9 +113,11 @@ def has_alpha(path: Path) -> bool:
     if path.suffix.lower() in RAW:
         return False
     with Image.open(path, formats=register_formats()) as image:
-        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-            return False
-        return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
+        return _has_alpha(image) and bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
 
 
 def measure(file: Path) -> list | str:
@@ -127,6 +129,8 @@ def measure(file: Path) -> list | str:
         image = _load(encoded, file.suffix.lower())
         if image.mode not in CERTAIN:
             _rgb(image)
+        if _has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[1] == 0:
+            return "transparent everywhere, so that nothing of it can be seen: save it without transparency"
         size = image.size[::-1] if _turned(image) in SIDEWAYS else image.size
         return [*size, hashlib.sha256(encoded).hexdigest()]
     except OSError as error:
@@ -198,7 +202,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         image, alpha = _eight_bits(image)
     elif image.mode in ("I", "F"):
         raise ValueError(f"samples in mode {image.mode} have no known white: save it as PNG or JPEG")
-    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    elif _has_alpha(image):
         with_alpha = image.convert("RGBA")
         alpha = with_alpha.getchannel("A")
         image = with_alpha.convert("L" if image.mode in ("1", "L", "LA") else "RGB")

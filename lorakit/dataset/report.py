@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorakit.dataset.folder import Dataset, printable
+from lorakit import storage
+from lorakit.dataset.folder import Dataset
 from lorakit.dataset.gallery import Note, gallery, text_lines
 
 Severity = Literal["serious", "warning", "info"]
@@ -51,7 +52,7 @@ class Report:
     def describe(self, most: int = 8) -> str:
         """The report as text, the most serious findings first, and at most so many of a kind."""
         lines = [*self.summary, *(text for _, text in self._lines(self.findings, most))]
-        return printable("\n".join(lines if self.findings else [*lines, "no problems"]))
+        return storage.printable("\n".join(lines if self.findings else [*lines, "no problems"]))
 
     def _lines(self, findings: Sequence[Finding], most: int) -> list[Note]:
         groups: dict[tuple[Severity, str], list[str]] = defaultdict(list)
@@ -74,7 +75,7 @@ class Report:
         cards = [(by_name[name], name, of_picture) for name, of_picture in notes.items() if name in by_name]
         others = [finding for finding in self.findings if not by_name.keys() & set(finding.pictures)]
         lines = [*(("info", line) for line in self.summary), *self._lines(others, 8)]
-        return printable(text_lines(lines) + (gallery(cards) if cards else ""))
+        return storage.printable(text_lines(lines) + (gallery(cards) if cards else ""))
 
     def __repr__(self) -> str:
         return self.describe()

@@ -31,7 +31,7 @@ def save_decisions(decisions: Decisions, path: str | Path, source: str | Path) -
     others = _read(path).get("of", {}) if Path(path).exists() else {}
     contents = {"last": _key(source), "of": others | {_key(source): vars(decisions)}}
     with storage.write_file(path) as partial:
-        partial.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        partial.write_text(json.dumps(contents, indent=2) + "\n", "utf-8")
 
 
 def load_decisions(path: str | Path, source: str | Path) -> Decisions:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import dataset as datasets
-from lorakit import train
+from lorakit import storage, train
 from lorakit.adapter import Adapter, adapter_metadata, check_private, names_machine, precision_name
 from lorakit.base import Base
 from lorakit.config import Config
@@ -116,7 +116,7 @@ def _folders(dataset: Dataset, config: Config) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for group, repeats in {p.group: p.repeats for p in dataset.pictures}.items():
-        name = Path(group).name or f"{repeats}_{config.name}"
+        name = storage.printable(Path(group).name) or f"{repeats}_{config.name}"
         candidates = chain([name], (f"{name} ({number})" for number in count(2)))
         names[group] = next(candidate for candidate in candidates if candidate not in names.values())
     return names

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from lorakit.storage.archive import mirror_folder, unpack
     from lorakit.storage.backup import Copier, Source, backup_name, backup_place, copy_verified, log_name
     from lorakit.storage.backup import newest_backup
-    from lorakit.storage.files import DISK_FULL, append_lines, claim_folder, first_line, home, remove_partial
-    from lorakit.storage.files import sha256, shown, user_cache, write_file, write_folder
+    from lorakit.storage.files import DISK_FULL, append_lines, claim_folder, first_line, home, printable
+    from lorakit.storage.files import remove_partial, sha256, shown, user_cache, write_file, write_folder
     from lorakit.storage.index import measure_files
     from lorakit.storage.models import fetch_from_hub, fetch_model, is_hub_id, locate_model
     from lorakit.storage.tensors import HEADER, cache_key, digest_tensors, disguise, open_safetensors, own_memory

@@ -16,6 +16,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 UNLOCKED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
+LONG = 120  # bytes of a name to which more can be added on any file system: encrypted ones allow 143
+
 
 def home() -> Path:
     """The user's home; the folder of temporary files where the user has none, as in some containers."""
@@ -71,7 +73,9 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def _replace(path: Path, size: int | None) -> Iterator[Path]:
     """Yield the temporary path; when the block ends, flush the files there and move them to `path`."""
-    partial = path.with_name(f".{path.name}.partial")
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= LONG else hashlib.sha256(name).hexdigest()
+    partial = path.with_name(f".{short}.partial")
     try:
         yield partial
         for file in _files(partial):
@@ -176,6 +180,11 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 300 characters without the full stop; else its type."""
     lines = str(error).strip().splitlines()
     return lines[0][:300].rstrip(".") if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text without surrogates, which stand for the bytes of a file's name that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def shown(text: str) -> str:

@@ -5,6 +5,7 @@ the same pictures, noise and timesteps, with the adapter and without.
 """
 
 import hashlib
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def _spread(traits_of: dict[str, tuple[str, ...]], count: int, seed: int) -> lis
     parts: dict[str, dict[str, tuple[str, ...]]] = {}
     for digest, (first, *rest) in traits_of.items():
         parts.setdefault(first, {})[digest] = tuple(rest)
-    ties = {name: draw(hashlib.sha256(name.encode()).hexdigest()) for name in parts}
+    ties = {name: draw(hashlib.sha256(os.fsencode(name)).hexdigest()) for name in parts}
     seats = dict.fromkeys(parts, 0)
     for _ in range(count):
         free = [name for name in parts if seats[name] < len(parts[name])]

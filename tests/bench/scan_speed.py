@@ -1,10 +1,11 @@
-"""How fast a folder is scanned, against what its pictures take to be decoded and nothing else.
+"""How fast a folder is scanned and checked, against what its pictures take to be decoded and nothing else.
 
-    python tests/bench/scan_speed.py WORK
+    python tests/bench/scan_speed.py WORK [--side 32 --pictures 20000 --rounds 1 --out FILE]
 
-Makes PNG, JPEG and WebP pictures of 1024 × 1024 pixels with captions in kohya's tree: a few dozen that differ, each
-written many times with a few bytes after its end, so that no two files are the same. Every measurement is a process
-of its own, and its peak memory is the process's. What is compared takes turns, because others use the machine too.
+Makes PNG, JPEG and WebP pictures of 1024 × 1024 pixels, or of another side, with captions in kohya's tree: a few dozen
+that differ, each written many times with a few bytes after its end, so that no two files are the same. Every
+measurement is a process of its own, and its peak memory is the process's. What is compared takes turns, because others
+use the machine too.
 """
 
 import argparse
@@ -25,27 +26,28 @@ import numpy as np
 from PIL import Image
 
 from lorakit.dataset import folder as folders
+from lorakit.dataset import quality
 from lorakit.storage import index
 
 FORMATS = {".png": {}, ".jpg": {"quality": 92}, ".webp": {"quality": 85}}
-SIDE, DIFFERENT = 1024, 24
+DIFFERENT = 24
 
 
-def draw(random: np.random.Generator) -> Image.Image:
+def draw(random: np.random.Generator, side: int) -> Image.Image:
     """A picture about as hard to decode as a photograph: shapes of all sizes, and some grain."""
-    pixels = random.normal(0, 2, (SIDE, SIDE, 3))
-    for side, share in ((4, 0.5), (16, 0.25), (64, 0.15), (256, 0.1)):
-        noise = Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8))
-        pixels += share * np.asarray(noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
+    pixels = random.normal(0, 2, (side, side, 3))
+    for coarse, share in ((4, 0.5), (16, 0.25), (64, 0.15), (256, 0.1)):
+        noise = Image.fromarray(random.integers(0, 256, (coarse, coarse, 3), np.uint8))
+        pixels += share * np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC), np.float32)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def make(folder: Path, count: int) -> None:
+def make(folder: Path, count: int, side: int) -> None:
     random, encoded = np.random.default_rng(0), []
     for suffix, options in FORMATS.items():
         for _ in range(DIFFERENT):
             stream = io.BytesIO()
-            draw(random).save(stream, Image.registered_extensions()[suffix], **options)
+            draw(random, side).save(stream, Image.registered_extensions()[suffix], **options)
             encoded.append((suffix, stream.getvalue()))
     for number in range(count):
         suffix, contents = encoded[number * DIFFERENT % len(encoded) + number // len(FORMATS) % DIFFERENT]
@@ -74,6 +76,8 @@ def measure(part: str, folder: Path, workers: int, cache: Path) -> None:
     else:
         found = folders.scan(folder, cache=cache)
         assert len(found) == len(files) and not found.problems
+        if part == "check":
+            quality.check_quality(found)
     seconds, used = time.perf_counter() - began, 0.0
     for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         used += sum(resource.getrusage(whose)[:2])
@@ -93,6 +97,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--pictures", type=int, nargs="+", default=[1000, 10000])
     parser.add_argument("--rounds", type=int, nargs="+", default=[3, 1], help="for each number of pictures")
+    parser.add_argument("--side", type=int, default=1024, help="of the pictures, in pixels")
     parser.add_argument("--workers", type=int, default=index.WORKERS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
@@ -105,11 +110,11 @@ def main() -> None:
 
     rows, facts = [], {}
     for count, rounds in zip(options.pictures, options.rounds, strict=True):
-        folder = options.work / str(count)
+        folder = options.work / f"{count} of {options.side}"
         if not folder.exists():
-            make(folder, count)
+            make(folder, count, options.side)
             time.sleep(index.RECENT / 1e9)  # the index does not trust files that young
-        found = {part: [] for part in ("threads", "processes", "first scan", "second scan")}
+        found = {part: [] for part in ("threads", "processes", "first scan", "second scan", "check")}
         for _ in range(rounds):
             cache = Path(tempfile.mkdtemp())
             for part, times in found.items():
@@ -126,9 +131,8 @@ def main() -> None:
             cells = [f"{least['seconds']:.2f}", f"{least['processor']:.2f}", f"{least['peak_mib']:.0f}"]
             rows.append([f"{count:,}", part, *cells, speed, of_limit])
     heads = ("pictures", "what", "least s", "least s of the processor", "peak MiB", "pictures/s", "of decoding's rate")
-    told = (
-        f"{options.workers} workers. The rate is that of the faster decoding of the same round, the median of rounds."
-    )
+    told = f"{options.workers} workers, {options.side} pixels a side; a check after a scan. The rate is that of the "
+    told += "faster decoding of the same round, the median of rounds."
     write(options.out, "Scanning a folder", [table(rows, *heads), told], facts)
 
 

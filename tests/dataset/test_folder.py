@@ -22,6 +22,7 @@ from lorakit.config import Config
 from lorakit.dataset import captions, gallery, selection
 from lorakit.dataset import folder as folders
 from lorakit.dataset import picture as picture_module
+from lorakit.dataset.caption_quality import audit_captions
 from lorakit.storage import index
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -263,7 +264,54 @@ def test_a_name_that_is_not_utf8_can_be_printed(tmp_path):
         pytest.skip("this file system takes only UTF-8 names")
     found = folders.scan(tmp_path)
     found.describe().encode()
+    found._repr_html_().encode()
     found.pictures[0].caption.encode()
+    names_of = list(found.by_name)
+    selection.save_decisions(selection.Decisions(keep=names_of), tmp_path / "d.json", tmp_path)
+    assert selection.load_decisions(tmp_path / "d.json", tmp_path).keep == tuple(names_of)
+    changes = [captions.Change(names_of[0], "", "a cat")]
+    captions.write_captions(changes, tmp_path, history=tmp_path / "history.jsonl")
+    assert folders.scan(tmp_path).pictures[0].caption == "a cat"
+
+
+@pytest.mark.parametrize("name", ["a" * 246, "\u00e9" * 123])
+def test_names_of_250_bytes(tmp_path, name):
+    """A temporary name that is the file's with more added is longer than file systems allow."""
+    root = tmp_path / "set"
+    write(draw(root / f"{name}.png").with_suffix(".txt"), "a cat")
+    found = folders.scan(root, copy=True, cache=tmp_path / "cache")
+    assert [picture.caption for picture in found.pictures] == ["a cat"]
+    changes = [captions.Change(f"{name}.png", "a cat", "a dog")]
+    captions.write_captions(changes, root, history=tmp_path / "history.jsonl")
+    assert (root / f"{name}.txt").read_text().strip() == "a dog" and len(os.listdir(root)) == 2
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as zipped:
+        zipped.write(root / f"{name}.png", f"{name}.png")
+    assert len(folders.scan(tmp_path / "set.zip", cache=tmp_path / "cache")) == 1
+
+
+def test_a_picture_of_which_nothing_can_be_seen_is_left_out(tmp_path):
+    draw(tmp_path / "a.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (8, 8), (90, 0)).save(tmp_path / "clear grey.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 1)).save(tmp_path / "b.png")
+    found = folders.scan(tmp_path)
+    assert paths(found) == ["a.png", "b.png"]
+    assert all(names(reasons(found, True)[name], "transparent") for name in ("clear.png", "clear grey.png"))
+
+
+def test_a_caption_of_100_kb_is_shown_in_short(tmp_path):
+    write(draw(tmp_path / "a.png").with_suffix(".txt"), "word, " * 20_000)
+    found = folders.scan(tmp_path)
+    assert len(found.pictures[0].caption) > 100_000
+    given = folders.scan(draw(tmp_path / "b" / "b.png").parent, caption="word, " * 20_000)
+    assert len(given.describe()) < 500 and len(found._repr_html_()) < 5000
+    report = audit_captions(found, trigger="cat")
+    assert names(report.describe(), 40_000, 75) and len(report.describe()) < 3000
+    after = found.pictures[0].caption.replace("word", "noun")[:-4] + "end"
+    shown = captions.describe_changes([captions.Change("a.png", found.pictures[0].caption, after)])
+    assert "noun" in shown and len(shown) < 1000
+    shown = captions.describe_changes([captions.Change("a.png", "word, " * 20_000 + "a", "word, " * 20_000 + "b")])
+    assert "word, a" in shown and "word, b" in shown and len(shown) < 1000  # the place of the change is shown
 
 
 def test_hidden_files_and_other_systems_litter_are_passed_over(tmp_path):
@@ -851,7 +899,9 @@ def test_heic_by_another_name_with_transparency_and_profile(tmp_path):
     picture_module.register_formats()
     Image.new("RGB", (64, 64), RED).save(tmp_path / "a.heic", quality=-1, icc_profile=swapped_profile())
     (tmp_path / "a.heic").rename(tmp_path / "a.jpg")
-    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "b.heic")
+    nearly_clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    nearly_clear.paste((255, 0, 0, 255), (48, 48, 64, 64))
+    nearly_clear.save(tmp_path / "b.heic")
     profiled, clear = folders.scan(tmp_path).pictures
     assert np.abs(np.array(picture_module.open_picture(profiled).getpixel((9, 9))) - BLUE).max() <= 3
     assert picture_module.open_picture(clear).getpixel((9, 9)) == (255, 255, 255)

@@ -21,6 +21,15 @@ def test_writes_and_replaces(tmp_path):
     assert os.listdir(path.parent) == ["a.txt"]
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "\u00e9" * 127])
+def test_the_longest_names_are_written(tmp_path, name):
+    with files.write_file(tmp_path / name) as partial:
+        partial.write_text("one")
+    with files.write_folder(tmp_path / ("b" + name[1:])) as partial:
+        (partial / "x").write_text("two")
+    assert (tmp_path / name).read_text() == "one" and len(os.listdir(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EIO, "input/output error")])
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path, error):
     path = tmp_path / "a.txt"
