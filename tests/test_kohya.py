@@ -3,9 +3,11 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from said import line, names, naming
 
 from lorakit import config, kohya
+from lorakit.dataset import folder as folders
 from lorakit.kohya import tables
 
 TOML = """
@@ -395,11 +397,19 @@ def test_scripts_of_every_shell(script, encoding, tmp_path):
 
 def test_the_files_of_lora_easy_training_scripts(tmp_path):
     (tmp_path / "easy.toml").write_text(
-        "[[subsets]]\nnum_repeats = 2\nimage_dir = 'cats'\n[general_args.args]\nmax_train_epochs = 4\nseed = 7\n"
+        "[[subsets]]\nnum_repeats = 2\nimage_dir = 'cats'\nshuffle_caption = true\n"
+        "[[subsets]]\nnum_repeats = 3\nimage_dir = 'dogs'\ncaption_extension = '.txt'\n"
+        "[general_args.args]\nmax_train_epochs = 4\nseed = 7\n"
         "[network_args.args]\nnetwork_dim = 16\nnetwork_alpha = 8\n[optimizer_args.args]\nlearning_rate = 2e-4\n"
     )
     made = kohya.read(tmp_path / "easy.toml").config
-    assert (made.dataset, made.epochs, made.rank, made.alpha, made.learning_rate) == ("cats", 4, 16, 8, 2e-4)
+    assert (made.epochs, made.rank, made.alpha, made.learning_rate, made.shuffle_captions) == (4, 16, 8, 2e-4, True)
+    assert made.dataset == str(tmp_path / "easy.toml")  # which names both folders
+    for name, colour in (("cats", "red"), ("dogs", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name / "1.png")
+    found = folders.scan(made.dataset, cache=tmp_path / "cache")
+    assert [(picture.group, picture.repeats) for picture in found.pictures] == [("cats", 2), ("dogs", 3)]
 
 
 @pytest.mark.parametrize(("name", "text"), [("run.toml", TOML), ("gui.json", '{"LoRA_type": "Standard"}')])

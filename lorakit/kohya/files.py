@@ -152,10 +152,17 @@ def _from_toml(text: str, path: Path) -> dict[str, Any]:
     for key, value in contents.items():  # sd-scripts ignores the names of tables
         inner = value.get("args", value) if isinstance(value, dict) else {key: value}  # LoRA_Easy_Training_Scripts'
         settings |= inner if isinstance(inner, dict) else {key: inner}
-    folders = settings.pop("subsets", None)  # of LoRA_Easy_Training_Scripts
+    folders = settings.pop("subsets", None)  # of LoRA_Easy_Training_Scripts: the file is also the dataset's
     if isinstance(folders, list) and folders and isinstance(folders[0], dict):
-        settings |= {"train_data_dir": folders[0].get("image_dir"), "subsets": len(folders)}
+        settings |= _of_dataset(path, folders[0])
     return settings
+
+
+def _of_dataset(file: Path, *parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run whose dataset is described in a TOML, by parts of it; later ones come first."""
+    merged = {key: value for part in parts for key, value in part.items()}
+    ours = {ours: merged[name] for name, ours in DATASET_OF_RUN.items() if name in merged}
+    return ours | {"train_data_dir": str(file), "reg_data_dir": None}
 
 
 def _from_gui(text: str, path: Path) -> dict[str, Any]:
@@ -203,9 +210,7 @@ def _with_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         first = (contents.get("datasets") or [{}])[0] if isinstance(contents.get("datasets"), list) else {}
         subset = first["subsets"][0] if isinstance(first, dict) and isinstance(first.get("subsets"), list) else {}
         parts = [part for part in (contents.get("general"), first, subset) if isinstance(part, dict)]
-        merged = {key: value for part in parts for key, value in part.items()}
-        settings |= {ours: merged[name] for name, ours in DATASET_OF_RUN.items() if name in merged}
-        settings |= {"train_data_dir": str(file), "reg_data_dir": None}
+        settings |= _of_dataset(file, *parts)
     return settings
 
 

@@ -1,4 +1,4 @@
-"""The folders that sd-scripts' dataset TOML names."""
+"""The folders that sd-scripts' dataset TOML names, or a settings file of LoRA_Easy_Training_Scripts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ def subsets(path: Path) -> tuple[list[Subset], list[str]]:
     contents = tables_of(path.read_text(encoding="utf-8-sig"), path.name)
     folders, notes = [], []
     try:
-        for dataset in contents["datasets"]:
+        for dataset in contents.get("datasets") or [{"subsets": contents["subsets"]}]:
             for subset in dataset["subsets"]:
                 given = contents.get("general", {}) | dataset | subset
                 extension = str(given.get("caption_extension", ""))
