@@ -515,7 +515,7 @@ def merge(
 
     read = [lora_of(path) for path in loras]
     strengths = strength or [1.0] * len(read)
-    opened = bases.open(base) if base else None
+    opened = bases.open(base, half=False) if base else None
     if opened and rank is None:
         dtype = adapter.dtype_of(file.dtype) if file.dtype else None
         print(f"done      {adapter.merge_into_base(opened, read, strengths, out, dtype=dtype)}")
@@ -562,10 +562,10 @@ def extract(
     from lorakit import adapter
     from lorakit import base as bases
 
+    after, before = (bases.open(name, half=False) for name in (tuned, original))
     extracted = adapter.extract(
-        bases.open(tuned), bases.open(original), options.rank, energy=options.energy, targets=options.targets,
-        text_encoders=options.text_encoders,
-    )  # fmt: skip
+        after, before, options.rank, energy=options.energy, targets=options.targets, text_encoders=options.text_encoders
+    )
     file.write(extracted.lora, out, f"done      {out}: {extracted.describe()}")
 
 

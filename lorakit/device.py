@@ -96,6 +96,11 @@ class Compute:
         device = choose_device(config.device)
         return cls(device, compute_dtype(config.mixed_precision, device), config.quantize)
 
+    @property
+    def half(self) -> bool:
+        """Whether it computes in half precision, so that weights in float16 are enough."""
+        return self.dtype != torch.float32
+
     def autocast(self) -> AbstractContextManager:
         return autocast(self.device, self.dtype)
 

@@ -8,7 +8,9 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,6 @@ CLASSES = {  # component → its library and class
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
 }  # fmt: skip
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-SAMPLES = 256  # places of a file that `identity` reads
-SHARDS = ("diffusion_pytorch_model-*.safetensors", "model-*.safetensors", "*.safetensors.index.json")
 
 # On every CPU, bitsandbytes warns about a missing GPU kernel for 4 bits as soon as PEFT imports it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -52,6 +52,7 @@ class Base:
     family: str  # "sd15", "sd2" or "sdxl"
     configs: dict[str, dict[str, Any]] = field(repr=False)  # component → its config
     file: Path | None = None  # a single checkpoint with all weights; `folder` then has only the family's tokenizer
+    half: bool = False  # prefer weights in float16: half as much to fetch from the hub
 
     @property
     def prediction_type(self) -> str:
@@ -89,7 +90,7 @@ class Base:
 
 
 def open(  # noqa: A001 - callers write base.open
-    reference: str | Path, prediction_type: str = "auto", zero_terminal_snr: bool = False
+    reference: str | Path, prediction_type: str = "auto", zero_terminal_snr: bool = False, half: bool | None = None
 ) -> Base:
     """Recognise a base from its configs, or a single checkpoint file from its keys.
 
@@ -98,6 +99,7 @@ def open(  # noqa: A001 - callers write base.open
             `.safetensors` file with UNet, text encoder and VAE, or "demo".
         prediction_type: "epsilon" or "v_prediction"; "auto" reads it from the base.
         zero_terminal_snr: the base was trained on a noise schedule that ends in pure noise.
+        half: prefer weights in float16 where the Hub has them; None does where this machine computes in half precision.
 
     Raises:
         FileNotFoundError: no such folder or file, and no hub id that can be reached.
@@ -111,7 +113,8 @@ def open(  # noqa: A001 - callers write base.open
     schedule = base.configs["scheduler"] | ({"rescale_betas_zero_snr": True} if zero_terminal_snr else {})
     if prediction_type != "auto":
         schedule["prediction_type"] = prediction_type
-    return replace(base, configs=base.configs | {"scheduler": schedule})
+    half = Compute.choose().half if half is None else half
+    return replace(base, configs=base.configs | {"scheduler": schedule}, half=half)
 
 
 def _open(reference: str) -> Base:
@@ -145,6 +148,13 @@ def _open(reference: str) -> Base:
             + (f"it has no {', '.join(missing)} config" if missing else f"its UNet is {unet or 'unknown'}")
             + (f"; give the file {files[0].name} in it" if (files := sorted(folder.glob("*.safetensors"))) else "")
             + ". lorakit trains SD 1.x, SD 2.x and SDXL in diffusers' folder form (model_index.json, unet/, vae/, …)."
+        )
+    schedule = configs["scheduler"]
+    kind, predicts = schedule.get("_class_name", ""), schedule.get("prediction_type", "epsilon")
+    if re.search("EDM|Flow", kind) or predicts not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"{reference} was trained for another noise schedule ({kind}, predicts {predicts}) than those of Stable "
+            "Diffusion, which predict epsilon or v: lorakit cannot train it. Use another base."
         )
     channels, expected = configs["unet"]["in_channels"], configs["vae"]["latent_channels"]
     if channels != expected:
@@ -206,50 +216,59 @@ def _from_hub(base: Base) -> bool:
     return storage.is_hub_id(base.name) and base.folder not in (DEMO, Path(base.name))
 
 
-def component_folder(base: Base, component: str) -> Path:
-    """The folder of one component; missing weights are fetched from the hub.
-
-    Raises:
-        FileNotFoundError: no safetensors weights; names a pickle in the folder.
-    """
-    folder = base.folder / component
-    if not list(folder.glob("*.safetensors")) and _from_hub(base):
-        storage.fetch_from_hub(base.name, [f"{component}/{file}" for file in (*WEIGHTS, *SHARDS)])
-    if not list(folder.glob("*.safetensors")):
-        pickles = [f.name for f in folder.glob("*") if f.suffix.lower() in PICKLES]
-        raise FileNotFoundError(
-            f"{component}/ of {base.name} contains no .safetensors weights"
-            + (f", only the pickle {pickles[0]}, which lorakit never loads" if pickles else "")
-            + ". Use the safetensors form of this base."
-        )
-    return folder
-
-
 def component_folders(base: Base) -> list[Path]:
     """The folders of all components of the base's pipeline; missing files are fetched from the hub."""
     index = base.folder / "model_index.json"
     components = _read_json(index) if index.is_file() else {path.name: [path.name] for path in base.folder.iterdir()}
     names = [n for n, kind in components.items() if isinstance(kind, list) and kind[0] and n[0] not in "._"]
     if _from_hub(base):
-        patterns = ("*.json", "*.txt", *WEIGHTS, *SHARDS)
+        patterns = ("*.json", "*.txt", *_weight_names(""))
         storage.fetch_from_hub(base.name, [f"{name}/{pattern}" for name in names for pattern in patterns])
     return sorted(base.folder / name for name in names if (base.folder / name).is_dir())
 
 
 def weight_files(base: Base, component: str) -> list[Path]:
-    """A component's safetensors files: those in its index, else the one with the usual name, else all.
+    """A component's safetensors files, of one precision; missing ones are fetched from the hub.
+
+    Where the base is opened in half precision, the form "fp16" is preferred: half as much to fetch. The VAE is always
+    whole, because of its float32 computation.
 
     Raises:
-        FileNotFoundError: as `component_folder`; or a file of the index is missing.
+        FileNotFoundError: no safetensors weights (names a pickle in the folder), or a file of the index is missing.
     """
-    folder = component_folder(base, component)
-    for index in folder.glob("*.safetensors.index.json"):
+    folder = base.folder / component
+    forms = (".fp16", "") if base.half and component != "vae" else ("",)
+    for form in forms:
+        if files := _files_of_form(folder, form):
+            return files
+    for form in forms if _from_hub(base) else ():
+        storage.fetch_from_hub(base.name, [f"{component}/{name}" for name in _weight_names(form)])
+        if files := _files_of_form(folder, form):
+            return files
+    if files := _files_of_form(folder, ".fp16") or sorted(folder.glob("*.safetensors")):
+        return files
+    pickles = [f.name for f in folder.glob("*") if f.suffix.lower() in PICKLES]
+    raise FileNotFoundError(
+        f"{component}/ of {base.name} contains no .safetensors weights"
+        + (f", only the pickle {pickles[0]}, which lorakit never loads" if pickles else "")
+        + ". Use the safetensors form of this base."
+    )
+
+
+def _weight_names(form: str) -> list[str]:
+    """Patterns of the names of weights in a form, "" or ".fp16"."""
+    names = (*WEIGHTS, "diffusion_pytorch_model-*.safetensors", "model-*.safetensors", "*.safetensors.index.json")
+    return [re.sub(r"(?=-\*|(?<!\*)\.safetensors$|\.json$)", form, name) for name in names]
+
+
+def _files_of_form(folder: Path, form: str) -> list[Path]:
+    """The weights in a folder, in a form ("" or ".fp16"): those in its index, else the one with the usual name."""
+    for index in folder.glob(f"*.safetensors.index{form}.json"):
         files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
         if missing := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{component}/ of {base.name} lacks {', '.join(missing)}. Copy or fetch it again.")
+            raise FileNotFoundError(f"{folder.name}/ lacks {', '.join(missing)}. Copy or fetch it again.")
         return files
-    usual = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    return usual[:1] or sorted(folder.glob("*.safetensors"))
+    return [file for name in _weight_names(form) if (file := folder / name).is_file()][:1]
 
 
 def weight_places(base: Base, component: str) -> dict[str, single_file.WeightPlace]:
@@ -262,20 +281,27 @@ def weight_places(base: Base, component: str) -> dict[str, single_file.WeightPla
 def identity(base: Base) -> str:
     """A digest of the weights of UNet and text encoders, hex: the same wherever the base is, and whatever its name.
 
-    It covers the files' tables and a thousandth of their contents, which tells any two fine-tuned bases apart.
+    It covers the first row of each weight in float16, which tells any two fine-tuned bases apart and is the same for
+    the forms of a base: folder or file, float32 or float16.
     """
-    names = ("unet", *base.text_encoders)
-    files = [base.file] if base.file else [file for name in names for file in weight_files(base, name)]
     digest = hashlib.sha256()
-    for file in files:
-        _, table = storage.read_header(file)
-        digest.update(json.dumps(table, sort_keys=True).encode())
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            for place in range(SAMPLES):
-                stream.seek(size * place // SAMPLES)
-                digest.update(stream.read(max(4096, size // (1000 * SAMPLES))))
+    for which in ("unet", *base.text_encoders):
+        rows = dict(_first_rows(weight_places(base, which)))
+        for name in sorted(rows):
+            digest.update(name.encode() + rows[name].flatten().to(torch.float16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _first_rows(places: Mapping[str, single_file.WeightPlace]) -> Iterator[tuple[str, Tensor]]:
+    """The first row of each weight, without biases, and without those that a file has in another order."""
+    by_file: dict[Path, dict[str, single_file.WeightPlace]] = defaultdict(dict)
+    for name, place in places.items():
+        if len(place.shape) > 1 and not name.endswith(("position_ids", "text_projection.weight")):
+            by_file[place.file][name] = place
+    for file, of_file in by_file.items():
+        with storage.open_safetensors(file) as handle:
+            for name, place in of_file.items():
+                yield name, handle.get_slice(place.key)[place.part * place.shape[0]]
 
 
 def fingerprint(base: Base, component: str) -> str:
@@ -286,7 +312,7 @@ def fingerprint(base: Base, component: str) -> str:
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-    for file in sorted(component_folder(base, component).glob("*.safetensors")):
+    for file in weight_files(base, component):
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
@@ -304,16 +330,17 @@ def _from_config(component: str, config: dict[str, Any]) -> Any:
 
 
 def _load(base: Base, component: str, compute: Compute) -> Any:
-    folder = None if base.file else component_folder(base, component)  # may download, which others need not wait for
-    for file in weight_files(base, component) if folder else ():
+    files = [] if base.file else weight_files(base, component)  # may download, which others need not wait for
+    for file in files:
         with storage.open_safetensors(file):  # its errors say what a file is; the library's own do not
             pass
     with storage.LOADING:
         quiet_libraries()
-        if folder:
+        if files:
             # `torch_dtype` works in every release; newer ones call it `dtype` and accept both.
-            options = {"torch_dtype": compute.dtype, "use_safetensors": True, "local_files_only": True}
-            model = _class(component).from_pretrained(folder, **options)
+            options: dict[str, Any] = {"torch_dtype": compute.dtype, "use_safetensors": True, "local_files_only": True}
+            variant = "fp16" if ".fp16" in files[0].name else None
+            model = _class(component).from_pretrained(files[0].parent, variant=variant, **options)
         else:
             model = _load_from_file(base, component, compute)
         return model.requires_grad_(False).eval().to(compute.device)

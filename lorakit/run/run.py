@@ -181,7 +181,7 @@ class Run:
         """The base, opened but not loaded."""
         if self._base is None:
             config = self.config
-            self._base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr)
+            self._base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr, self.compute.half)
         return self._base
 
     @property

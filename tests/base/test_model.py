@@ -2,8 +2,10 @@ import dataclasses
 import json
 import shutil
 
+import hubserver
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from said import naming
 
 from lorakit import device, storage
@@ -58,6 +60,19 @@ def test_other_models_are_refused(tmp_path, small_bases):
     (twin / "unet" / "config.json").write_text("{ cut")
     with pytest.raises(ValueError, match=naming("unet/config.json")):
         bases.open(twin)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{"_class_name": "EDMEulerScheduler"}, {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+     {"prediction_type": "sample"}, {"prediction_type": "flow_prediction"}],
+)  # fmt: skip
+def test_bases_of_other_noise_schedules_are_refused(tmp_path, small_bases, schedule):
+    folder = shutil.copytree(small_bases["sdxl"], tmp_path / "other")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | schedule))
+    with pytest.raises(ValueError, match=naming("other", *schedule.values())):
+        bases.open(folder)
 
 
 def test_an_unreachable_hub_id_says_so(monkeypatch):
@@ -201,6 +216,61 @@ def test_the_weight_files_of_a_component(tmp_path, small_bases):
         bases.weight_files(base, "unet")
     (folder / "two.safetensors").write_bytes(b"")
     assert bases.weight_files(base, "unet") == [folder / "one.safetensors", folder / "two.safetensors"]
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_half_as_much_is_fetched_for_half_precision(tmp_path, small_bases, monkeypatch, family, half):
+    """From a repository with both forms, sharded or not; the VAE is whole in any case."""
+    source, hub_files = bases.open(small_bases[family]), {}
+    for component in ("unet", "vae", *source.text_encoders):
+        (file,) = bases.weight_files(source, component)
+        tensors = load_file(file)
+        save_file({key: x.half() for key, x in tensors.items()}, tmp_path / "half.safetensors", {"format": "pt"})
+        forms = {"": file.read_bytes(), ".fp16": (tmp_path / "half.safetensors").read_bytes()}
+        for form, content in forms.items():
+            stem = file.name.removesuffix(".safetensors")
+            if component == "text_encoder":
+                shard = f"{stem}{form}-00001-of-00001.safetensors"
+                index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)})
+                hub_files[f"{component}/{shard}"] = content
+                hub_files[f"{component}/{stem}.safetensors.index{form}.json"] = index.encode()
+            else:
+                hub_files[f"{component}/{stem}{form}.safetensors"] = content
+    for file in source.folder.rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors":
+            hub_files[file.relative_to(source.folder).as_posix()] = file.read_bytes()
+    compute = Compute(CPU, torch.float16 if half else torch.float32)
+    with hubserver.running("hf_" + "x" * 34) as hub:
+        hub.used_by(monkeypatch, tmp_path / "hub")
+        hub.create("owner/model")
+        hub.files["owner/model"] |= hub_files
+        base = bases.open("owner/model", half=half)
+        models = {"unet": bases.load_unet(base, compute), "vae": bases.load_vae(base, compute)}
+        models |= {which: bases.load_text_encoder(base, compute, which)[0] for which in base.text_encoders}
+    fetched = {path.name for path in base.folder.rglob("*.safetensors") if path.parent.name != "vae"}
+    assert fetched and all((".fp16" in name) == half for name in fetched), fetched
+    assert [path.name for path in (base.folder / "vae").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    for which, model in models.items():
+        wanted = bases._load(source, which, dataclasses.replace(compute, dtype=model.dtype)).state_dict()
+        assert all(torch.equal(x, wanted[name]) for name, x in model.state_dict().items()), which
+    assert bases.identity(base) == bases.identity(source)  # a run goes on with the other form
+    other = bases.open(base.folder, half=not half)
+    assert {file.name for file in bases.weight_files(other, "unet")} <= fetched  # what is there is used
+
+
+def test_the_identity_is_of_the_weights(tmp_path, small_bases):
+    base = bases.open(small_bases["sd15"])
+    twin = bases.open(shutil.copytree(small_bases["sd15"], tmp_path / "another name"))
+    assert bases.identity(base) == bases.identity(twin)
+    (file,) = bases.weight_files(twin, "text_encoder")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name] = tensors[name] * 1.01
+    save_file(tensors, file, {"format": "pt"})
+    assert bases.identity(base) != bases.identity(twin)
 
 
 def test_the_component_folders_of_a_pipeline(tmp_path, small_bases, monkeypatch):

@@ -124,6 +124,12 @@ def test_a_file_has_the_same_weights_as_its_folder(checkpoints, family, monkeypa
 
 
 @pytest.mark.parametrize("family", WIDTHS)
+def test_a_file_is_the_same_base_as_its_folder(checkpoints, family):
+    folder, file = checkpoints[family]
+    assert bases.identity(bases.open(folder)) == bases.identity(bases.open(file))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
 def test_single_weights_are_read_from_a_file(checkpoints, family):
     folder, file = (bases.open(reference) for reference in checkpoints[family])
     for component in ("unet", *folder.text_encoders):
