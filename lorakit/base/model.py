@@ -111,10 +111,15 @@ def open(  # noqa: A001 - callers write base.open
         raise ValueError(f"prediction_type {prediction_type!r} is unknown. Use 'auto', 'epsilon' or 'v_prediction'.")
     base = _open(str(reference))
     schedule = base.configs["scheduler"] | ({"rescale_betas_zero_snr": True} if zero_terminal_snr else {})
-    if prediction_type != "auto":
-        schedule["prediction_type"] = prediction_type
     half = Compute.choose().half if half is None else half
-    return replace(base, configs=base.configs | {"scheduler": schedule}, half=half)
+    base = replace(base, configs=base.configs | {"scheduler": schedule}, half=half)
+    return base if prediction_type == "auto" else predicting(base, prediction_type)
+
+
+def predicting(base: Base, prediction_type: str) -> Base:
+    """The base with another prediction type than its files say."""
+    schedule = base.configs["scheduler"] | {"prediction_type": prediction_type}
+    return replace(base, configs=base.configs | {"scheduler": schedule})
 
 
 def _open(reference: str) -> Base:

@@ -41,6 +41,11 @@ class Prepared:
     contents: dict[str, str]  # digests of files that settings name
     prediction: plan.StepCost
 
+    def predicting(self, kind: str) -> "Prepared":
+        """The same with another prediction type of the base, and in the config."""
+        base, config = bases.predicting(self.base, kind), self.config.with_(prediction_type=kind)
+        return replace(self, base=base, config=config, examples=replace(self.examples, config=config))
+
     @property
     def prior_repeats(self) -> int:
         """Regularisation pictures in an epoch, with repeats."""
@@ -295,4 +300,4 @@ def settings(config: Config, prepared: Prepared) -> dict:
     pictures = settings_digest([[p.digest, p.caption, p.repeats] for p in prepared.dataset.pictures])
     free = FREE - {"trigger"} if config.asks_class else FREE  # the trigger is replaced by the class word there
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in free}
-    return values | {"dataset": pictures} | prepared.contents
+    return values | {"dataset": pictures, "prediction_type": prepared.base.prediction_type} | prepared.contents

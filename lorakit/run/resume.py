@@ -53,6 +53,8 @@ def find_start(
             f"resume    starts from the beginning: none of {', '.join(aside)} can be resumed. They are kept as ….aside"
         )
     if saved := fetched or saved:
+        prepared = _as_found(prepared, saved)
+        config = config.with_(prediction_type=prepared.config.prediction_type)
         lower = _reduced(config, prepared, saved.settings)
         check_settings(saved, config, folder, prepared)
         if lower != prepared.config:
@@ -114,13 +116,20 @@ def _reduced(config: Config, prepared: Prepared, saved: dict) -> Config:
     return prepared.config
 
 
+def _as_found(prepared: Prepared, saved: Checkpoint) -> Prepared:
+    """A prepared run with the prediction type that its base was found to have when it began, if the config is open."""
+    found = saved.settings.get("prediction_type")
+    own = prepared.config.prediction_type == "auto" and found not in (None, "auto", prepared.base.prediction_type)
+    return prepared.predicting(str(found)) if own else prepared
+
+
 def check_settings(saved: Checkpoint, config: Config, folder: RunFolder, prepared: Prepared) -> None:
     """Refuse to resume a run whose settings are not among those that the config may be reduced to.
 
     Raises:
         OtherSettings: says which differ.
     """
-    before = _as_of_now(saved.settings)
+    before, prepared = _as_of_now(saved.settings), _as_found(prepared, saved)
     if before not in [preparation.settings(rung, prepared) for rung in plan.ladder(config)]:
         now = preparation.settings(prepared.config, prepared)
         names = sorted(before.keys() | now.keys())

@@ -19,6 +19,7 @@ from html import escape
 from pathlib import Path
 
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from lorakit import adapter as adapters
@@ -298,6 +299,7 @@ class _Training:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or not self._rungs_below(prepared.config) or self.team.size > 1:
                     raise
+                prepared = session.prepared if session else prepared
                 # Only its words: the error itself holds on to what the step allocated.
                 full = (str(error).splitlines() or ["MemoryError"])[0].split(". ")[0]
             except train.Diverged as error:
@@ -341,11 +343,33 @@ class _Training:
     def _session(self, prepared: Prepared, saved: Checkpoint | None) -> Session:
         """Models, a fresh adapter in them, and the state as it was saved."""
         models = self.shared.load(prepared.base, prepared.config)
+        prepared = self._probed(prepared, models["unet"])
         state = self._state(models, prepared, saved)
         metadata = self._metadata(prepared, state.adapter, saved)
         return Session(
             self.folder, prepared, models, state, self.console, metadata, self.losses, self.copier, self.team
         )
+
+    def _probed(self, prepared: Prepared, unet: nn.Module) -> Prepared:
+        """The prepared run with the prediction type that the base's UNet has.
+
+        Raises:
+            ValueError: it contradicts the config, or the base is a rectified flow.
+        """
+        base, asked = prepared.base, prepared.config.prediction_type
+        answer = train.probe(unet, base, prepared.examples)
+        if answer.kind in (None, base.prediction_type):
+            return prepared
+        found = f"{base.name} answers with {answer.kind} (relative errors: {answer.describe()})"
+        if answer.kind == "flow":
+            raise ValueError(f"{found}: it is a rectified flow, which lorakit cannot train. Use another base.")
+        if asked != "auto":
+            raise ValueError(f"{found}, not with {asked}. Set prediction_type to {answer.kind!r} or 'auto'.")
+        self.console.say(f"base      {found}, though its files say {base.prediction_type}: {answer.kind} is used")
+        prepared = prepared.predicting(answer.kind)
+        if self.team.first:
+            self.folder.write_config(prepared.config)
+        return prepared
 
     def _state(self, models: adapters.Models, prepared: Prepared, saved: Checkpoint | None) -> train.State:
         config, compute = prepared.config, Compute.of(prepared.config)
@@ -375,7 +399,7 @@ class _Training:
 
     def _rungs_below(self, config: Config) -> Sequence[Config]:
         """Settings that need less memory."""
-        rungs = plan.ladder(self.run.config)
+        rungs = plan.ladder(self.run.config.with_(prediction_type=config.prediction_type))
         return rungs[rungs.index(config) + 1 :] if config in rungs else []
 
     def _save_reduced(self, session: Session, prepared: Prepared) -> Checkpoint | None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorakit.train.loop import Diverged, State, Step, batch_loss, drain, initial_state, steps, watched
     from lorakit.train.loss import Noise, add_noise, error, target
     from lorakit.train.optimizers import OPTIMIZERS, is_8bit, to_8bit
+    from lorakit.train.prediction import Answer, probe
     from lorakit.train.validation import Advice, Validation, advise, hold_out, representative, traits, validate_every
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)
