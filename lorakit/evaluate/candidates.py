@@ -107,7 +107,7 @@ def _checkpoints(folder: Path, problems: list[str]) -> list[tuple[str, Path]]:
     labelled = []
     for path in reversed(running.checkpoint_paths(folder / "checkpoints")):
         try:
-            labelled.append((f"step {running.checkpoint_kind(path)[0]}", path))
+            labelled.append((f"step {running.checkpoint_facts(path)['step']}", path))
         except (OSError, ValueError) as error:
             problems.append(str(error))
     return labelled

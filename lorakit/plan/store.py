@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -49,17 +50,12 @@ def step_cost(
     if store is None:
         return memory.count_step(base, config, size=size, dtype=dtype, device=device)
     file = store / f"{_key(base, config, size, dtype, device)}.json"
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError):  # missing or damaged
         kept = json.loads(file.read_text(encoding="utf-8"))
         return StepCost(**(kept | {"size": tuple(kept["size"])}))
-    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged
-        pass
     cost = memory.count_step(base, config, size=size, dtype=dtype, device=device)
-    try:
-        with storage.write_file(file) as partial:
-            partial.write_text(json.dumps(asdict(cost)), encoding="utf-8")
-    except OSError:
-        pass  # on a full or read-only disk, the next call counts again
+    with suppress(OSError), storage.write_file(file) as partial:  # on a full disk, the next call counts again
+        partial.write_text(json.dumps(asdict(cost)), encoding="utf-8")
     return cost
 
 

@@ -7,7 +7,7 @@ from lorakit import _lazy
 __all__ = ["Control", "Result", "Run", "RunFolder", "is_run", "lora_of", "prepare", "read_log", "scan_dataset", "start"]
 
 if TYPE_CHECKING:
-    from lorakit.run.checkpoint import checkpoint_facts, checkpoint_kind, checkpoint_paths, step_of
+    from lorakit.run.checkpoint import checkpoint_facts, checkpoint_paths, step_of
     from lorakit.run.control import Control
     from lorakit.run.models import Shared
     from lorakit.run.preparation import FREE, Prepared, prepare, scan_dataset, settings_digest

@@ -110,16 +110,6 @@ def thin(checkpoint: Checkpoint) -> Path:
     return _write(replace(checkpoint, tensors=weights, plain={}, whole=False))
 
 
-def sizes(adapter: int, optimizer: int, averaged: bool) -> tuple[int, int]:
-    """Bytes of a whole and of a thinned checkpoint, without names and metadata.
-
-    Args:
-        adapter, optimizer: bytes of the weights and of the optimizer's state.
-        averaged: whether the checkpoint has an average of the weights.
-    """
-    return adapter * (1 + averaged) + optimizer, adapter
-
-
 # ── Reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -316,16 +306,6 @@ def name(step: int) -> str:
 def step_of(path: Path) -> int:
     """The step of a checkpoint, by its name."""
     return int(path.stem.partition("-")[2])
-
-
-def checkpoint_kind(path: Path) -> tuple[int, bool, bool]:
-    """A checkpoint's step, whether it is whole, and whether it is regular, by its metadata.
-
-    Raises:
-        ValueError: not a checkpoint, or damaged.
-    """
-    facts = _facts(path)[0]
-    return facts["step"], facts["whole"], facts["regular"]
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:

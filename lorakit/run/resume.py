@@ -63,7 +63,10 @@ def find_start(
             below = rungs[rungs.index(lower) :]
             prepared = preparation.prepare(lower, folder.path, console, shared=shared, processes=team.size, rungs=below)
     if fetched and saved:
-        saved = replace(saved, path=_take_in(fetched.path, folder))
+        folder.checkpoints.mkdir(exist_ok=True)
+        if (log := fetched.path.with_name("log.jsonl")).exists():  # in place of an older one
+            log.replace(folder.log_file)
+        saved = replace(saved, path=fetched.path.replace(folder.checkpoint(saved.step)))
         console.say(f"resume    step {saved.step} comes from the backup place")
     if fork and not saved:
         saved = _fork(RunFolder(fork), folder, prepared, warn)
@@ -79,15 +82,6 @@ def _fetch(backup: str, folder: RunFolder, step: int, console: Console) -> Check
     if not fetched:
         console.say(f"backup    nothing newer than step {step} at the backup place")
     return fetched
-
-
-def _take_in(fetched: Path, folder: RunFolder) -> Path:
-    """Move a fetched checkpoint to the run's own, and its log in place of an older one."""
-    log, path = fetched.with_name("log.jsonl"), folder.checkpoints / fetched.name
-    path.parent.mkdir(exist_ok=True)
-    if log.exists():
-        log.replace(folder.log_file)
-    return fetched.replace(path)
 
 
 def _fork(origin: RunFolder, folder: RunFolder, prepared: Prepared, warn: Callable[[str], None]) -> Checkpoint:

@@ -153,18 +153,13 @@ class Run:
                 f"batch_size {self.config.batch_size} cannot be shared out among {team.size} processes: "
                 f"set it to {team.size} or a multiple, with as much less gradient_accumulation_steps."
             )
-        with self._handing_models_back():
+        try:
             if not team.first:
                 yield from _Training(self, Console.quiet(self.console.stop), team).steps(())
                 return
             self.folder.make()
             with storage.claim_folder(self.folder.path):
                 yield from _Training(self, self.console, team).steps(listeners)
-
-    @contextmanager
-    def _handing_models_back(self) -> Iterator[None]:
-        try:
-            yield
         finally:
             if self._keeps_models:
                 self.shared.restore()
@@ -229,8 +224,7 @@ class Run:
         state = f"finished: {finished.name}" if finished.is_file() else "not finished"
         return f"{self.folder.name}: saved at step {max(saved, default=0)}, {state}"
 
-    def __str__(self) -> str:
-        return self.describe()
+    __str__ = describe
 
     def _repr_html_(self) -> str:
         picture = self.folder.comparison if self.folder.comparison.is_file() else self.folder.loss_figure
@@ -589,7 +583,8 @@ def _check_room(prepared: Prepared, folder: RunFolder, console: Console) -> None
     """
     config, prediction = prepared.config, prepared.prediction
     averaged = bool(config.ema_decay) or config.optimizer == "adamw_schedulefree"
-    whole, weights = checkpoint.sizes(prediction.adapter, prediction.optimizer, averaged)
+    weights = prediction.adapter  # of a thinned checkpoint; names and metadata are not counted
+    whole = weights * (1 + averaged) + prediction.optimizer
     regular = -(-prepared.examples.total_steps // config.save_every)
     thinned = max(0, min(regular, config.keep_checkpoints or regular) - config.keep_states)
     least = 2 * whole + prediction.file_size

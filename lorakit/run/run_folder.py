@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,11 +229,7 @@ def lora_of(source: str | Path, step: str | int = "newest") -> Lora:
 
 def thumbnail(samples: Path) -> dict[str, str]:
     """The first sample picture as metadata of a LoRA file; {} when none can be read."""
-    try:
-        first = next(iter(sorted(samples.glob("*.png"))), None)
-        if first is None:
-            return {}
-        with Image.open(first) as picture:
+    for first in sorted(samples.glob("*.png"))[:1]:
+        with suppress(Exception), Image.open(first) as picture:  # a damaged PNG raises SyntaxError, too
             return adapters.thumbnail(picture)
-    except Exception:  # a damaged PNG raises SyntaxError, too
-        return {}
+    return {}

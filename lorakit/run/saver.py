@@ -76,11 +76,11 @@ class Saver:
         files: dict[str, storage.Source] = {}
         for path in self.session.folder.saved().values():  # the newest first: it matters most
             try:
-                own, whole, regular = checkpoint.checkpoint_kind(path)
+                facts = checkpoint.checkpoint_facts(path)
             except (ValueError, OSError):  # damaged: reported when it is read
                 continue
-            if regular or own == step:
-                files[storage.backup_name(own, whole, regular)] = path
+            if facts["regular"] or facts["step"] == step:
+                files[storage.backup_name(facts["step"], facts["whole"], facts["regular"])] = path
         if self.log.file.is_file():
             files[storage.log_name(step)] = self.log.file.read_bytes()
         return files
