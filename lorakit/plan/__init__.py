@@ -4,18 +4,8 @@ from typing import TYPE_CHECKING
 
 from lorakit import _lazy
 
-__all__ = [
-    "Card",
-    "Prediction",
-    "StepCost",
-    "choose_settings",
-    "compare_methods",
-    "ladder",
-    "plan_for_cards",
-    "predict",
-    "step_cost",
-    "verdict",
-]
+__all__ = ["Card", "Prediction", "StepCost", "choose_settings", "compare_methods", "ladder", "plan_for_cards",
+           "predict", "step_cost", "verdict"]  # fmt: skip
 
 if TYPE_CHECKING:
     from lorakit.plan.cards import Card, free_memory_bytes, this_machine

@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -83,12 +83,10 @@ def unpack(archive: Path, cache: Path) -> tuple[Path, list[str]]:
 
 def _refused_before(root: Path, record: Path) -> list[str] | None:
     """The lines of an earlier `unpack`; None if there was none, or files are missing now."""
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         contents = json.loads(record.read_text())
         if all((root / name).is_file() for name in contents["names"]):
             return contents["refused"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass
     return None
 
 

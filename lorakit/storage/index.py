@@ -64,13 +64,11 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _read(store: Path, version: str) -> dict[str, list]:
-    try:
+    with suppress(OSError, ValueError):
         digest, _, text = store.read_text("utf-8").partition("\n")
         if hashlib.sha256(text.encode()).hexdigest() == digest:
             index = json.loads(text)
             return index["entries"] if index["version"] == version else {}
-    except (OSError, ValueError):
-        pass
     return {}
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,10 @@ def read_cached(file: Path, say: Callable[[str], None]) -> dict[str, Tensor] | N
     """
     if not file.is_file():
         return None
-    try:
-        with open_safetensors(file) as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            if digest_tensors(tensors) == (handle.metadata() or {}).get("digest"):
-                return tensors
-    except ValueError:
-        pass
+    with suppress(ValueError), open_safetensors(file) as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        if digest_tensors(tensors) == (handle.metadata() or {}).get("digest"):
+            return tensors
     say(f"cache     {file.name} is damaged: it is computed again")
     return None
 
