@@ -49,16 +49,13 @@ class Saver:
             self.make_room()
             checkpoint.save(path, session.state, session.settings, regular=regular, about=about)
         self.saved = step
-        self.tidy(session.config.keep_states)
-        if session.copier:
-            session.copier.put(step, self.copies(step))
-
-    def tidy(self, states: int) -> None:
         try:
-            folder, keep = self.session.folder.checkpoints, self.session.config.keep_checkpoints
-            checkpoint.tidy(folder, states, keep, self.spared())
+            keep, states = session.config.keep_checkpoints, session.config.keep_states
+            checkpoint.tidy(session.folder.checkpoints, states, keep, self.spared())
         except OSError as error:
             self.console.say(f"save      older checkpoints stay as they are: {error}")
+        if session.copier:
+            session.copier.put(step, self.copies(step))
 
     def make_room(self) -> None:
         try:
