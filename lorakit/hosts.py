@@ -271,7 +271,7 @@ class Machine:
 def check() -> Machine:
     """What this machine can do, with advice for what is missing in the host's own terms."""
     host = here()
-    return Machine((_kept(host), _gpu(host), _memory(host), _disk(host), *_software(host)))
+    return Machine((_kept(host), _gpu(host), *_memory(host), _disk(host), *_software(host)))
 
 
 def _kept(host: Host) -> Fact:
@@ -309,13 +309,14 @@ def _gpu(host: Host) -> Fact:
     return Fact("GPU", text, "good", advice)
 
 
-def _memory(host: Host) -> Fact:
+def _memory(host: Host) -> Iterator[Fact]:
     from lorakit import plan
 
     free = plan.free_memory_bytes("cpu")
-    little = free < LITTLE_RAM * 2**30
-    advice = f"a base is loaded through RAM: {host.restart}, also in other notebooks" if little else ""
-    return Fact("RAM", f"{free / 2**30:.1f} GiB free", "warning" if little else "good", advice)
+    if free is not None:
+        little = free < LITTLE_RAM * 2**30
+        advice = f"a base is loaded through RAM: {host.restart}, also in other notebooks" if little else ""
+        yield Fact("RAM", f"{free / 2**30:.1f} GiB free", "warning" if little else "good", advice)
 
 
 def _disk(host: Host) -> Fact:

@@ -259,6 +259,8 @@ def test_little_room_is_told(monkeypatch):
     assert names(fact("RAM").text, "3.0 GiB") and fact("RAM").tone == "warning"
     Usage.free = 15 * 2**30
     assert names(fact("disk").advice, "SDXL", 14, hosts.VAST.disk) and fact("disk").tone == "good"
+    monkeypatch.setattr(cards, "free_memory_bytes", lambda _: None)
+    assert "RAM" not in [found.name for found in hosts.check().facts]
 
 
 def test_a_pod_without_a_volume_loses_all(monkeypatch, tmp_path):

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil  # accelerate brings it
 import torch
 
 from lorakit.device import choose_device, compute_dtype
@@ -59,7 +58,7 @@ def this_machine() -> Card | None:
         return None
     name = torch.cuda.get_device_name()
     known = next((card for key, card in CARDS.items() if key in name), None)
-    free = free_memory_bytes("cuda") / 2**30
+    free = (free_memory_bytes("cuda") or 0) / 2**30
     return replace(known or Card("", 0, bf16=torch.cuda.get_device_capability() >= (8, 0)), name=name, memory=free)
 
 
@@ -72,18 +71,23 @@ def local_card(name: str = "auto") -> Card:
     device = choose_device(name)
     if device.type == "cuda" and (found := this_machine()):
         return found
-    return Card("this computer", free_memory_bytes(device) / 2**30, device=device.type)
+    free = free_memory_bytes(device)
+    return Card("this computer", None if free is None else free / 2**30, device=device.type)
 
 
-def free_memory_bytes(device: torch.device | str) -> int:
-    """Bytes that a run can still allocate on a device of this machine."""
+def free_memory_bytes(device: torch.device | str) -> int | None:
+    """Bytes that a run can still allocate on a device of this machine; None: unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min([psutil.virtual_memory().available, *_container_limits()])
+    try:
+        from psutil import virtual_memory
+    except ImportError:
+        return None
+    return min([virtual_memory().available, *_container_limits()])
 
 
 def _container_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:

@@ -37,11 +37,7 @@ def compare_methods(base: bases.Base, config: Config, *, dtype: torch.dtype, sto
     """
     size = (config.resolution, config.resolution)
     lora = plain = stores.step_cost(base, config, size=size, dtype=dtype, device="cuda", store=store)
-    settings = config.with_(  # without what only LoRA has
-        algorithm="lora", targets="attention", block_ranks={}, quantize="none", text_encoder_rate=0,
-        text_encoder_2_rate=None, train_unet=True, prior_prediction=False,
-    )  # fmt: skip
-    if settings != config:
+    if (settings := _plain(config)) != config:
         plain = stores.step_cost(base, settings, size=size, dtype=dtype, device="cuda", store=store)
     models: list[Any] = [bases.empty(base, name) for name in ("unet", "vae", *base.text_encoders)]
     unet, vae, *encoders = models
@@ -60,6 +56,14 @@ def compare_methods(base: bases.Base, config: Config, *, dtype: torch.dtype, sto
         Method("DreamBooth", full, 2 * (unet_numbers + vae_numbers + sum(encoder_numbers))),
         Method("textual inversion", inversion, 4 * TOKENS * sum(table.shape[1] for table in vectors)),
     ]
+
+
+def _plain(config: Config) -> Config:
+    """The settings of a step without what only LoRA has."""
+    return config.with_(
+        algorithm="lora", targets="attention", block_ranks={}, quantize="none", text_encoder_rate=0,
+        text_encoder_2_rate=None, train_unet=True, prior_prediction=False,
+    )  # fmt: skip
 
 
 def _numbers(model: torch.nn.Module) -> int:

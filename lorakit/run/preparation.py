@@ -240,7 +240,8 @@ def _fit(
         The settings, each picture's bucket, and the prediction.
     """
     compute = Compute.of(rungs[0])
-    free, tried = plan.free_memory_bytes(compute.device) + held, []
+    free, tried = plan.free_memory_bytes(compute.device), []
+    free = None if free is None else free + held
     for config in rungs:
         fits = buckets(config, base).fit([(picture.width, picture.height) for picture in selection.pictures])
         largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]

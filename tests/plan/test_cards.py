@@ -22,6 +22,8 @@ def test_the_device_that_trains_here(monkeypatch):
     monkeypatch.setattr(cards, "free_memory_bytes", lambda _: 3 * 2**30)
     local = cards.local_card()
     assert (local.device, local.free, local.tflops, local.dtype()) == ("cpu", 3 * 2**30, 0, torch.float32)
+    monkeypatch.setattr(cards, "free_memory_bytes", lambda _: None)
+    assert cards.local_card().free is None
     with pytest.raises(ValueError, match=naming("cuda")):
         cards.local_card("cuda")
 
@@ -48,7 +50,7 @@ def test_an_nvidia_card_here_has_the_tables_rate_and_its_own_memory(monkeypatch,
 
 def test_free_memory_of_this_machine():
     free = cards.free_memory_bytes("cpu")
-    assert 2**20 < free < 2**50
+    assert free is None or 2**20 < free < 2**50
 
 
 def test_a_container_may_have_less_than_the_machine(tmp_path):

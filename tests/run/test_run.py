@@ -380,7 +380,7 @@ def test_what_is_predicted_not_to_fit_comes_down_before_it_starts(settings, tmp_
     said = []
     monkeypatch.setattr(stores, "step_cost", predict)
     enough = int(2 * 2**20 / (1 - planning.MARGIN)) + 1000
-    for free in (10**9, 1):  # all of it, and so little that nothing helps
+    for free in (None, 10**9, 1):  # not known, all of it, and so little that nothing helps
         assert prepare_with(free) == settings
     assert not line(said, "gradient_checkpointing", True)
     assert prepare_with(enough) == settings.with_(gradient_checkpointing=True)
