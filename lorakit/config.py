@@ -63,6 +63,9 @@ class Config(BaseModel):
     keep_tokens: int = Field(0, ge=0, description="leading tags that are neither shuffled nor dropped")
     tag_dropout: float = Field(0.0, ge=0, lt=1, description="share of the other tags dropped at random")
     caption_variants: int = Field(16, ge=1, le=1000, description="shuffled versions encoded for each caption")
+    max_token_length: Literal[75, 150, 225] | None = Field(
+        None, description="tokens read of a caption; None: as many as the longest one needs, up to 225"
+    )
     clip_skip: int = Field(1, ge=1, le=4, description="layer of the text encoder: 1 is the last, 2 the one before it")
     mask: str | None = Field(
         None, description="'alpha', or a folder of masks named like the pictures; white areas are trained"

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from lorakit.base.encode import Encoded, Text, encode_pictures, encode_prompts, encode_texts, pad_text
     from lorakit.base.encode import reencode_texts
     from lorakit.base.model import Base, KNOWN, component_folders, empty, identity, known, load_text_encoder, load_unet
-    from lorakit.base.model import load_vae, open, predicting, reencode, size_conditions, weight_files, weight_places
+    from lorakit.base.model import (
+        load_vae,
+        open,
+        predicting,
+        reencode,
+        token_limit,
+        tokens_needed,
+        size_conditions,
+        weight_files,
+        weight_places,
+    )
     from lorakit.base.names import adaptable
     from lorakit.base.prompts import escape
     from lorakit.base.quantization import can_quantize, column_norm, is_quantized, layer_dtype, layer_weight

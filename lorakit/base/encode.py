@@ -5,6 +5,7 @@ text-encoder weights, clip skip and dtype. An edited caption or a replaced pictu
 A model is loaded only when an entry is missing, one at a time, and freed before the next.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lorakit import dataset as datasets
 from lorakit.base import model
-from lorakit.base.prompts import Fragment, can_weigh, encode_fragments, special_fragments, without_weights
+from lorakit.base.prompts import Fragment, can_weigh, encode_fragments, weighted_fragments, without_weights
 from lorakit.console import Console
 from lorakit.dataset import Fit, Mask, Picture
 from lorakit.device import Compute, autocast, free_memory
@@ -35,8 +36,8 @@ class Text:
 
     embeddings: Tensor  # (tokens, width)
     pooled: Tensor  # (width,): from SDXL's second encoder; unused elsewhere
-    tokens: Tensor  # (encoders, length), int64: to encode the text again with trained encoders
-    fragments: tuple[Fragment, ...] = ()  # used in place of tokens if the prompt has weights or exceeds one pass
+    tokens: Tensor  # (encoders, chunks · length), int64: to encode the text again with trained encoders
+    fragments: tuple[Fragment, ...] = ()  # used in place of tokens if the prompt has weights
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Encoded:
 
 def encode_texts(
     base: model.Base, texts: Iterable[str], folder: str | Path, compute: Compute, clip_skip: int = 1,
-    console: Console | None = None,
+    console: Console | None = None, chunks: int = 1,
 ) -> dict[str, Text]:  # fmt: skip
     """Encode texts with the base's text encoders, taking brackets literally and truncating texts that are too long.
 
     Args:
         folder: the cache; cached texts are not encoded again.
+        chunks: of 75 tokens that are read of each text.
 
     Returns:
         text → its embeddings. For SDXL, the embeddings of both encoders are concatenated.
@@ -69,10 +71,10 @@ def encode_texts(
     """
 
     def encode_batch(encoder: Any, tokenizer: Any, batch: Sequence[str]) -> Iterable[Sequence[Tensor]]:
-        tokens = model.tokenize(tokenizer, batch)
+        tokens = model.tokenize(tokenizer, batch, chunks)
         return zip(*model.encode(encoder, tokens.to(compute.device), base.family, clip_skip), tokens, strict=True)
 
-    keys = {text: ("text 2", text) for text in texts}
+    keys = {text: ("text 2", text, *([chunks] if chunks > 1 else [])) for text in texts}
     cache = _TextCache(base, Path(folder), compute, clip_skip, console or Console())
     return {text: _text(parts) for text, parts in cache.encode(keys, encode_batch, TEXTS_AT_ONCE).items()}
 
@@ -86,7 +88,7 @@ def encode_prompts(
     Arguments, result and errors are those of `encode_texts`.
     """
     console, prompts = console or Console(), list(dict.fromkeys(prompts))
-    special = {prompt: fragments for prompt in prompts if (fragments := special_fragments(prompt, base))}
+    special = {prompt: fragments for prompt in prompts if (fragments := weighted_fragments(prompt))}
     plain = {prompt: without_weights(prompt) for prompt in prompts if prompt not in special}
 
     def encode_batch(encoder: Any, tokenizer: Any, batch: Sequence[str]) -> Iterable[Sequence[Tensor]]:
@@ -94,7 +96,12 @@ def encode_prompts(
 
     keys = {prompt: ("prompt", can_weigh(), fragments) for prompt, fragments in special.items()}
     weighted = _TextCache(base, Path(folder), compute, clip_skip, console).encode(keys, encode_batch, 1)
-    texts = encode_texts(base, plain.values(), folder, compute, clip_skip, console)
+    needed = model.tokens_needed(base, plain.values())
+    texts: dict[str, Text] = {}
+    chunks = {text: max(1, -(-needed.get(text, 0) // model.token_limit(base))) for text in plain.values()}
+    for count in sorted(set(chunks.values())):
+        of_count = [text for text in chunks if chunks[text] == count]
+        texts |= encode_texts(base, of_count, folder, compute, clip_skip, console, count)
     encoded = {prompt: texts[text] for prompt, text in plain.items()}
     return encoded | {prompt: _text(parts, special[prompt]) for prompt, parts in weighted.items()}
 
@@ -170,8 +177,11 @@ def reencode_texts(
     first = next(iter(encoders.values()))
     special = [i for i, text in enumerate(texts) if text.fragments]
     encoded = {i: _reencode_fragments(base, encoders, texts[i], clip_skip) for i in special}
-    plain = [i for i in range(len(texts)) if i not in encoded]
-    if plain:
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(texts)):
+        if i not in encoded:
+            by_length[texts[i].tokens.shape[-1]].append(i)
+    for plain in by_length.values():
         embeddings, pooled, tokens = (
             torch.stack([getattr(texts[i], part) for i in plain]).to(first.device)
             for part in ("embeddings", "pooled", "tokens")
@@ -184,7 +194,7 @@ def reencode_texts(
 
 
 def _reencode_fragments(base: model.Base, encoders: Mapping[str, Any], text: Text, clip_skip: int) -> Text:
-    """`reencode_texts` for one prompt that is weighted or long."""
+    """`reencode_texts` for one prompt with weights."""
     parts = list(text.embeddings.split([base.configs[name]["hidden_size"] for name in base.text_encoders], dim=-1))
     pooled = text.pooled
     for place, name in enumerate(base.text_encoders):

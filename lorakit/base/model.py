@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -425,11 +425,36 @@ def load_tokenizer(base: Base, encoder: str = "text_encoder") -> Any:
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Prompts as tokens, (B, length), int64, truncated to the tokenizer's length (77 in all published bases)."""
-    length = tokenizer.model_max_length
-    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return tokens.input_ids
+def tokenize(tokenizer: Any, prompts: Sequence[str], chunks: int = 1) -> Tensor:
+    """Prompts as tokens, (B, chunks · length), int64; length is the tokenizer's, 77 in all published bases.
+
+    Each chunk has its own marks for beginning and end, and up to 75 tokens between them. What exceeds the last one is
+    left out.
+
+    Source: sd-scripts (`max_token_length`), whose chunks are the same.
+    """
+    length, ends = tokenizer.model_max_length, (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    room, rows = length - 2, []
+    read = tokenizer(list(prompts), truncation=True, max_length=chunks * room + 2, verbose=False).input_ids
+    for ids in (row[1:-1] for row in read):
+        parts = [[ends[0], *ids[at : at + room], ends[1]] for at in range(0, chunks * room, room)]
+        rows.append([token for part in parts for token in part + [tokenizer.pad_token_id] * (length - len(part))])
+    return torch.tensor(rows)
+
+
+def tokens_needed(base: Base, texts: Collection[str]) -> dict[str, int]:
+    """The number of tokens of each text that may have more than a text encoder reads at once; others are left out."""
+    room = token_limit(base)
+    long = [text for text in texts if len(text.encode()) > room]  # a token has at least one byte
+    if not long:
+        return {}
+    ids = load_tokenizer(base)(long, truncation=False, verbose=False).input_ids
+    return {text: len(tokens) - 2 for text, tokens in zip(long, ids, strict=True)}
+
+
+def token_limit(base: Base) -> int:
+    """How many tokens the base's text encoders read at once, without the marks for beginning and end."""
+    return min(base.configs[encoder].get("max_position_embeddings", 77) for encoder in base.text_encoders) - 2
 
 
 def encode(
@@ -437,14 +462,20 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Text embeddings from one text encoder as the family's UNet expects them, differentiable.
 
+    Tokens of several chunks are encoded chunk by chunk, and the embeddings put side by side, as in A1111 and ComfyUI.
+
     Args:
-        tokens: (B, length), on the encoder's device.
+        tokens: (B, chunks · length), on the encoder's device.
         clip_skip: 1 takes the last layer, 2 the one before, … SDXL always counts from its next-to-last.
         mask: (B, length), 0 for tokens to ignore; None attends to all tokens, padding too, as these bases do.
 
     Returns:
-        Embeddings, shape (B, length, width); pooled embedding, shape (B, width or projection).
+        Embeddings, shape (B, chunks · length, width); pooled embedding of the first chunk, (B, width or projection).
     """
+    length = encoder.config.max_position_embeddings
+    if (chunks := tokens.shape[1] // length) > 1:
+        embeddings, pooled = encode(encoder, tokens.reshape(-1, length), family, clip_skip, mask)
+        return embeddings.reshape(len(tokens), chunks * length, -1), pooled[::chunks]
     output = encoder(tokens, attention_mask=mask, output_hidden_states=True)
     if family == "sdxl":
         return output.hidden_states[-(clip_skip + 1)], output[0]
@@ -462,9 +493,9 @@ def reencode(
 
     Args:
         encoders: name → encoder, any of the base's.
-        embeddings: (B, length, width), concatenated from all the base's encoders.
+        embeddings: (B, chunks · length, width), concatenated from all the base's encoders.
         pooled: (B, width), from the last one.
-        tokens: (B, encoders, length), int64.
+        tokens: (B, encoders, chunks · length), int64.
 
     Returns:
         Embeddings and pooled embeddings, of the same shapes.

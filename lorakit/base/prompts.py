@@ -70,13 +70,10 @@ def escape(text: str) -> str:
     return re.sub(r"([()\[\]\\])", r"\\\1", text)
 
 
-def special_fragments(prompt: str, base: model.Base) -> tuple[Fragment, ...]:
-    """The fragments of a prompt that has weights or may exceed the length of the base's encoders; else ()."""
+def weighted_fragments(prompt: str) -> tuple[Fragment, ...]:
+    """The fragments of a prompt that has weights; else ()."""
     fragments = tuple(parse(prompt))
-    length = min(base.configs[encoder].get("max_position_embeddings", 77) for encoder in base.text_encoders) - 2
-    (words, weight), *more = fragments
-    # A token has at least one byte, so a text of at most `length` bytes fits.
-    return fragments if more or weight != 1 or len(words.encode()) > length else ()
+    return fragments if any(weight != 1 for _, weight in fragments) else ()
 
 
 def can_weigh() -> bool:
@@ -108,21 +105,17 @@ def encode_fragments(
     text = "".join(words for words, _ in fragments)
     tokens = model.tokenize(tokenizer, [text])
     embeddings, pooled = encode(tokens.to(encoder.device))
-    length = len(tokenizer(text, truncation=False, verbose=False).input_ids)
-    plain = length <= tokens.shape[1] and all(weight == 1 for _, weight in fragments)
-    if not (plain or can_weigh()):
+    if not can_weigh():
         say(
-            f"prompt    {text[:40]!r}: without compel, weights are ignored and prompts cut off after "
-            f'{tokens.shape[1] - 2} tokens: pip install "lorakit[prompts]"'
+            f"prompt    {text[:40]!r}: without compel, weights are ignored, and what is longer than "
+            f'{tokens.shape[1] - 2} tokens is cut off: pip install "lorakit[prompts]"'
         )
-        plain = True
-    if plain:
         return embeddings[0], pooled[0], tokens[0]
     from compel import EmbeddingsProvider, SplitLongTextMode
 
     provider = EmbeddingsProvider(
         tokenizer, _CompelEncoder(encode, encoder.device), truncate=False,
-        split_long_text_mode=SplitLongTextMode.PHRASES,
+        split_long_text_mode=SplitLongTextMode.BRUTAL,
     )  # fmt: skip
     texts, weights = map(list, zip(*fragments, strict=True))
     weighted = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=encoder.device)

@@ -19,7 +19,8 @@ from lorakit.dataset.report import Finding, Report, Severity
 
 FAMILIES = ("sd15", "sd2", "sdxl")  # all of them use CLIP's vocabulary
 KINDS = ("character", "style", "object", "clothing")
-TOKENS = 75  # that a text encoder reads: 77 without its marks for beginning and end
+TOKENS = 75  # that a text encoder reads at once: 77 without its marks for beginning and end
+LONGEST = 225  # that are read of a caption, in chunks
 COMMON = 40_000  # a base knows words of lower rank well; the vocabulary ends at 49 408
 SHORT = 4  # letters; a longer word with its own token is an ordinary word of any rank
 DETAILED, MINIMAL = 4, 15  # words besides the trigger: fewer are too few for a character, more too many for a style
@@ -185,16 +186,18 @@ def one_off(a: str, b: str) -> bool:
 
 
 def cut_off(caption: str) -> tuple[int, str]:
-    """The number of tokens of a caption, and its end that text encoders do not read: "" if they read all."""
+    """The number of tokens of a caption, and its end that is never read: "" if all of it can be."""
     places = _places(caption)
-    return len(places), caption[places[TOKENS][0] :] if len(places) > TOKENS else ""
+    return len(places), caption[places[LONGEST][0] :] if len(places) > LONGEST else ""
 
 
 def _too_long(captions: Mapping[str, str]) -> list[Finding]:
     read = {name: cut_off(caption) for name, caption in captions.items()}
-    return [
+    long = tuple(name for name, (count, lost) in read.items() if count > TOKENS and not lost)
+    message = f"More than {TOKENS} tokens, which is read in chunks of {TOKENS}; many other trainers cut it off there."
+    return [Finding("long", "info", message, long)] * bool(long) + [
         Finding(
-            "too_long", "warning", f"{count} tokens, of which {TOKENS} are read. Cut off: {excerpt(lost)!r}", (name,)
+            "too_long", "warning", f"{count} tokens, of which {LONGEST} are read. Cut off: {excerpt(lost)!r}", (name,)
         )
         for name, (count, lost) in read.items()
         if lost

@@ -227,10 +227,13 @@ def _choices(kohya: Given) -> dict[str, Any]:
         kohya.note("lr_scheduler", "lorakit has no such schedule; 'constant' is used")
     if kohya.take("lr_scheduler_type"):
         kohya.note("lr_scheduler_type", f"left out, lorakit has no such schedule; {ours.get('schedule')!r} is used")
+    tokens = kohya.number("max_token_length")
+    if tokens in (75, 150, 225):
+        ours["max_token_length"] = int(tokens)
+    elif tokens:
+        kohya.note("max_token_length", "left out, it is 75, 150 or 225")
     if (precision := kohya.take("mixed_precision")) in ("no", "fp16", "bf16"):
         ours["mixed_precision"] = precision
-    if (kohya.number("max_token_length") or 75) > 75:
-        kohya.note("max_token_length", "left out, captions are read up to 75 tokens")
     return ours | _prompts(kohya)
 
 

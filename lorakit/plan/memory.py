@@ -179,7 +179,8 @@ def _forward(
     batch, settings, text = config.at_once, base.configs["unet"], base.configs["text_encoder"]
     latents = torch.empty(batch, base.latent_channels, size[0] // base.vae_factor, size[1] // base.vae_factor)
     noise = torch.empty_like(latents)
-    tokens, width = text.get("max_position_embeddings", 77), settings["cross_attention_dim"]
+    chunks, width = (config.max_token_length or 75) // 75, settings["cross_attention_dim"]
+    tokens = chunks * text.get("max_position_embeddings", 77)
     embeddings = torch.empty(batch, tokens, width, dtype=dtype)
     conditions: dict[str, Any] | None = None
     pooled: Any = None

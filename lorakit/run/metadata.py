@@ -18,7 +18,7 @@ from lorakit.run import preparation
 
 def run_metadata(
     config: Config, base: Base, dataset: Dataset, *, adapter: Adapter, started: float, batches: int | None = None,
-    prior: int = 0,
+    prior: int = 0, chunks: int = 1,
 ) -> dict[str, str]:  # fmt: skip
     """The metadata of a run, under kohya's and ModelSpec's names; unused settings are "None", as kohya writes them.
 
@@ -29,6 +29,7 @@ def run_metadata(
         started: seconds since 1970.
         batches: in an epoch; None counts them from the dataset.
         prior: regularisation pictures in an epoch, with repeats.
+        chunks: of 75 tokens that are read of each caption.
     """
     buckets, sizes = _buckets(config, base, dataset)
     repeats = [picture.repeats for picture in dataset.pictures]
@@ -39,7 +40,7 @@ def run_metadata(
         "ss_training_started_at": started, "ss_max_train_steps": total,
         "ss_num_epochs": -(-total // -(-batches // config.gradient_accumulation_steps)),
         "ss_num_batches_per_epoch": batches, "ss_num_train_images": sum(repeats), "ss_num_reg_images": prior,
-        "ss_mixed_precision": precision_name(adapter.dtype),
+        "ss_max_token_length": 75 * chunks if chunks > 1 else None, "ss_mixed_precision": precision_name(adapter.dtype),
         "ss_text_encoder_lr": list(config.text_rates(base.text_encoders).values()) or None,
     }  # fmt: skip
     facts = length | _settings(config) | buckets | _captions(config, dataset)

@@ -40,6 +40,7 @@ class Prepared:
     prompts: list[str]  # sampled while training and at the end
     contents: dict[str, str]  # digests of files that settings name
     prediction: plan.StepCost
+    chunks: int = 1  # of 75 tokens that are read of each caption
 
     def predicting(self, kind: str) -> "Prepared":
         """The same with another prediction type of the base, and in the config."""
@@ -75,6 +76,7 @@ def prepare(
     console, shared = console or Console(), shared or Shared()
     compute, base = Compute.of(config), open_base(config, console)
     selection = _select(config, console)
+    selection.chunks = _chunks(config, base, selection, console)
     config, fits, prediction = _fit(rungs or plan.ladder(config), base, selection, console, shared.held, processes)
     prompts = list(config.sample_prompts) or [bases.escape(p.caption) for p in selection.dataset.pictures[:4]]
     began, cache = time.monotonic(), shared.cache or folder / "cache"
@@ -88,7 +90,9 @@ def prepare(
         )  # fmt: skip
         pictures[place] = replace(picture, variants=variants, prior=place >= len(selection.dataset))
     selection.contents["base"] = bases.identity(base)
-    texts = bases.encode_texts(base, train.captions_of(pictures, config), cache, compute, config.clip_skip, console)
+    texts = bases.encode_texts(
+        base, train.captions_of(pictures, config), cache, compute, config.clip_skip, console, selection.chunks
+    )
     prompt_texts = bases.encode_prompts(base, [*prompts, ""], cache, compute, config.clip_skip, console)
     if console.stop.is_set():
         raise KeyboardInterrupt("stopped before training; encoded pictures and captions are kept")
@@ -102,7 +106,7 @@ def prepare(
     names = [selection.pictures[i].known_as.name for i in selection.trained]
     return Prepared(
         config, base, selection.dataset, examples, [pictures[i] for i in selection.held_out], names, prompt_texts,
-        prompts, selection.contents, prediction,
+        prompts, selection.contents, prediction, selection.chunks,
     )  # fmt: skip
 
 
@@ -149,6 +153,7 @@ class _Selection:
     repeats: list[int]  # of the trained ones
     masks: list[Mask | None] = field(default_factory=list)  # of all pictures; [] without masks
     contents: dict[str, str] = field(default_factory=dict)
+    chunks: int = 1  # of 75 tokens that are read of each caption
 
 
 def _select(config: Config, console: Console) -> _Selection:
@@ -171,6 +176,22 @@ def _select(config: Config, console: Console) -> _Selection:
     if config.mask:
         _add_masks(selection, config.mask, console)
     return selection
+
+
+def _chunks(config: Config, base: Base, selection: _Selection, console: Console) -> int:
+    """How many chunks of 75 tokens are read of each caption: as set, or what the longest one needs; at most 3."""
+    captions, limit = [picture.caption for picture in selection.pictures], bases.token_limit(base)
+    if config.asks_class:
+        captions += [datasets.without_trigger(text, config.trigger, config.class_word) for text in captions]
+    tokens = bases.tokens_needed(base, set(captions))
+    counts = [tokens.get(text, 0) for text in captions]
+    needed = min(3, -(-max(counts, default=0) // limit)) or 1
+    chunks = config.max_token_length // 75 if config.max_token_length else needed
+    long, cut = (sum(count > most for count in counts) for most in (limit, chunks * limit))
+    if long:
+        end = f", and {cut} are cut off" if cut else ""
+        console.say(f"captions  {long} have more than {limit} tokens; {chunks * limit} are read{end}")
+    return chunks
 
 
 def _hold_out(config: Config, dataset: Dataset, console: Console) -> list[int]:
@@ -245,7 +266,8 @@ def _fit(
     for config in rungs:
         fits = buckets(config, base).fit([(picture.width, picture.height) for picture in selection.pictures])
         largest = max({fit.size for fit in fits}, key=lambda size: size[0] * size[1])[::-1]
-        share = config.with_(batch_size=-(-config.batch_size // processes))
+        tokens = 75 * selection.chunks
+        share = config.with_(batch_size=-(-config.batch_size // processes), max_token_length=tokens)
         prediction = plan.step_cost(
             base, share, size=largest, dtype=compute.dtype, device=compute.device.type, store=plan.prediction_store()
         )

@@ -387,6 +387,7 @@ class _Training:
             prepared.config, prepared.base, prepared.dataset, adapter=adapter,
             batches=prepared.examples.batches_per_epoch,
             started=float(before.get("ss_training_started_at", self.clock())), prior=prepared.prior_repeats,
+            chunks=prepared.chunks,
         )  # fmt: skip
         per_epoch = prepared.examples.steps_per_epoch
         return lambda step: constant | run_metadata.step_metadata(step, -(-step // per_epoch), self.clock())

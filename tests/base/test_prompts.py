@@ -9,7 +9,7 @@ import torch
 from said import names
 
 from lorakit.base import encode, model
-from lorakit.base.prompts import escape, parse, special_fragments
+from lorakit.base.prompts import escape, parse, weighted_fragments
 from lorakit.console import Console
 from lorakit.device import Compute
 from lorakit.sample import denoise
@@ -100,10 +100,12 @@ def test_encoded_prompts_are_cached(small_bases, tmp_path, monkeypatch):
 def test_without_compel_a_message_says_that_weights_are_ignored(small_bases, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "compel", None)
     base, messages = model.open(small_bases["sd15"]), []
-    weighted, plain, long = encoded(
-        base, "a (red:1.3) apple", "a red apple", LONG, folder=tmp_path, console=Console(messages.append, False)
-    )
-    assert torch.allclose(weighted.embeddings, plain.embeddings, atol=1e-5) and len(long.embeddings) == 77
+    weighted, plain, long, both = encoded(
+        base, "a (red:1.3) apple", "a red apple", LONG, f"(blue) {LONG}", folder=tmp_path,
+        console=Console(messages.append, False),
+    )  # fmt: skip
+    assert torch.allclose(weighted.embeddings, plain.embeddings, atol=1e-5)
+    assert len(long.embeddings) >= 4 * 77 and len(both.embeddings) == 77
     assert len(messages) == 2 and all(names(text, "compel", "lorakit[prompts]") for text in messages)
 
 
@@ -159,8 +161,9 @@ def test_a_batch_that_does_not_fit_is_sampled_in_parts(small_bases, monkeypatch,
     assert len(sizes) <= 8
 
 
-def test_a_long_prompt_without_spaces_is_not_truncated(small_bases):
+def test_a_long_prompt_without_spaces_is_not_truncated(small_bases, tmp_path):
     """In other scripts a character has several tokens."""
-    base = model.open(small_bases["sd15"])
-    assert special_fragments("城市夜景中的一只红色小猫坐在窗台上看着下雨的街道和灯光与行人", base)
-    assert special_fragments("a red cat", base) == ()
+    base, prompt = model.open(small_bases["sd15"]), "城市夜景中的一只红色小猫坐在窗台上看着下雨的街道和灯光与行人"
+    assert model.tokens_needed(base, [prompt, "a red cat"]).keys() == {prompt}
+    assert len(encoded(base, prompt, folder=tmp_path)[0].embeddings) == 2 * 77
+    assert weighted_fragments(prompt) == weighted_fragments("a (red:1) cat") == () and weighted_fragments("a (red) cat")

@@ -68,7 +68,7 @@ def train(twin: torch.nn.Module, unet: torch.nn.Module, examples: Examples, step
         latents = torch.stack([picture.latents for picture in pictures])
         embeddings = torch.stack([examples.texts[picture.caption].embeddings for picture in pictures])
         noise = torch.randn(latents.shape, generator=random_numbers)
-        timesteps = torch.randint(1, 1000, (batch,), generator=random_numbers)
+        timesteps = torch.randint(50, 1000, (batch,), generator=random_numbers)  # a flow divides by small ones
         if type(twin).__name__ == "Flow":
             noisy = torch.lerp(latents, noise, (timesteps / 1000).view(-1, 1, 1, 1))
         else:

@@ -100,19 +100,21 @@ def test_what_is_cut_off_is_what_the_text_encoder_never_sees(before):
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(FAMILIES / "tokenizer")
-    caption = f"{before}Photo  of sks dog, " + ", ".join(f"überlong {i}" for i in range(30)) + " and the END of it"
+    caption = f"{before}Photo  of sks dog, " + ", ".join(f"überlong {i}" for i in range(40)) + " and the END of it"
     count, lost = caption_quality.cut_off(caption)
-    seen = tokenize(tokenizer, [caption])[0]
-    assert lost.endswith("the END of it") and count == len(tokenizer.tokenize(caption)) > 75
-    kept = tokenizer.decode(seen[1:-1]) + lost
+    seen = tokenize(tokenizer, [caption], 3)[0].view(3, 77)
+    assert lost.endswith("the END of it") and count == len(tokenizer.tokenize(caption)) > 225
+    kept = "".join(tokenizer.decode(chunk[1:-1]) for chunk in seen) + lost
     assert "".join(kept.lower().split()) == "".join(caption.lower().split())
     [finding] = found({"1": caption, "2": "a dog"})["too_long"]
     assert finding.pictures == ("1",) and repr(lost) in finding.message
 
 
-def test_75_tokens_are_read_whole():
-    assert caption_quality.cut_off(" ".join(["dog"] * 75)) == (75, "")
-    assert caption_quality.cut_off(" ".join(["dog"] * 76)) == (76, "dog")
+def test_225_tokens_are_read_whole():
+    assert caption_quality.cut_off(" ".join(["dog"] * 225)) == (225, "")
+    assert caption_quality.cut_off(" ".join(["dog"] * 226)) == (226, "dog")
+    kinds = found({"1": " ".join(["dog"] * 75), "2": " ".join(["dog"] * 76)})
+    assert "too_long" not in kinds and [finding.pictures for finding in kinds["long"]] == [("2",)]
 
 
 # ── What it teaches ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -173,12 +175,12 @@ def test_a_dataset_is_audited_by_the_names_of_its_pictures(tmp_path):
 
 
 def test_a_report_stays_short():
-    report = caption_quality.audit_captions({str(i): f"{i} " + "very " * 80 for i in range(50)})
+    report = caption_quality.audit_captions({str(i): f"{i} " + "very " * 230 for i in range(50)})
     lines = report.describe(most=5).splitlines()
     first = lines.index(line(lines, "warning", "too_long", 50))
-    assert all(names(text, 75) for text in lines[first + 1 : first + 6]) and names(lines[first + 6], 45)
-    assert sum(names(text, 75) for text in lines) == 5
-    assert "75 are read" in report._repr_html_()  # without a dataset there are no pictures to show
+    assert all(names(text, 225) for text in lines[first + 1 : first + 6]) and names(lines[first + 6], 45)
+    assert sum(names(text, 225) for text in lines) == 5
+    assert "225 are read" in report._repr_html_()  # without a dataset there are no pictures to show
 
 
 def test_no_captions_are_no_trouble():

@@ -63,6 +63,8 @@ def another(name: str):
     if isinstance(value, bool | dict | tuple):
         return {bool: not value, dict: {"mid_block": 3}, tuple: ("other",)}[type(value)]
     kind, *more = [kind for kind in typing.get_args(annotation) if kind is not type(None)] or [annotation]
+    if typing.get_origin(kind) is typing.Literal:
+        kind, *more = typing.get_args(kind)
     if kind in (int, float):
         return kind((value or 0) + 1)
     return "other" if kind is str else next(word for word in (kind, *more) if word != value)
