@@ -240,7 +240,7 @@ def plan(
         str, typer.Option(help="sd15, sd21, sd21-base, sdxl, a diffusers folder, a hub id or 'demo'")
     ] = "sd15",
     config: Annotated[Path | None, typer.Option(help="JSON file with the settings to plan")] = None,
-    card: Annotated[list[str] | None, typer.Option(help="T4, 3060, 3090, 4090 or A100; all by default")] = None,
+    card: Annotated[list[str] | None, typer.Option(help="T4, A100, 1660, 2060, 3060 … 4090; all by default")] = None,
     methods: Annotated[bool, typer.Option(help="compare with DreamBooth and textual inversion")] = False,
     as_json: AsJson = False,
 ) -> None:

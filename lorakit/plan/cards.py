@@ -38,8 +38,9 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("T4", 14.7, 65, bf16=False), Card("3060", 11.8, 25), Card("3090", 23.7, 71), Card("4090", 23.6, 165),
-        Card("A100", 39.4, 312),
+        Card("1660", 5.8, 5, bf16=False), Card("2060", 5.8, 26, bf16=False), Card("T4", 14.7, 65, bf16=False),
+        Card("3060", 11.8, 25), Card("3070", 7.7, 41), Card("3080", 9.7, 60), Card("3090", 23.7, 71),
+        Card("4080", 15.6, 97), Card("4090", 23.6, 165), Card("A100", 39.4, 312),
     )
 }  # fmt: skip
 

@@ -96,9 +96,11 @@ def test_unknown_memory_changes_nothing(quick):
 
 def test_cards_and_bases_are_known_by_name(quick, tmp_path):
     rows = planning.plan_for_cards(bases.known("sd15"), Config(steps=1000), store=tmp_path)
-    assert [row.card.name for row in rows][:5] == ["T4", "3060", "3090", "4090", "A100"]
-    assert rows[0].minutes > rows[3].minutes > 0
-    assert rows[0].cost.precision == "float16" and "bfloat16" in rows[1].cost.precision
+    by_name = {row.card.name: row for row in rows}
+    guides = ("1660", "2060", "3060", "3070", "3080", "3090", "4080", "4090")  # the cards that the training guide names
+    assert by_name.keys() >= {"T4", "A100", *guides}
+    assert by_name["T4"].minutes > by_name["4090"].minutes > 0
+    assert by_name["T4"].cost.precision == "float16" and "bfloat16" in by_name["3060"].cost.precision
     with pytest.raises(ValueError, match=naming("T5", *cards.CARDS)):
         planning.plan_for_cards(bases.known("sd15"), Config(steps=1), ["T5"], store=tmp_path)
     with pytest.raises(ValueError, match=naming("flux", *bases.KNOWN)):

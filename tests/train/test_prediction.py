@@ -122,7 +122,16 @@ def test_a_flow_is_refused(misnamed, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "errors, kind",
-    [((0.1, 1.0, 0.8), "epsilon"), ((0.3, 0.4, 0.9), None), ((0.9, 2.0, 2.0), None), ((0.5, 0.7, 0.7), "epsilon")],
+    [
+        ((0.1, 1.0, 0.8), "epsilon"),
+        ((0.3, 0.4, 0.9), None),
+        ((0.9, 2.0, 2.0), None),
+        ((0.75, 1.2, 1.1), "epsilon"),
+        ((0.5, 0.7, 0.7), "epsilon"),
+        ((1.0, 0.3, 0.4), "v_prediction"),
+        ((1.0, 0.4, 0.3), None),
+        ((1.0, 0.9, 0.3), "flow"),
+    ],
 )
 def test_what_is_not_clear_is_not_decided(errors, kind):
     assert prediction.Answer(dict(zip(prediction.KINDS, errors, strict=True))).kind == kind
