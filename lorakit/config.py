@@ -368,7 +368,9 @@ def _explain(error: Any) -> str:
 
 
 def is_place(base: str) -> bool:
-    """Whether a base is, or looks like, a folder or file instead of a hub id or short name."""
+    """Whether a base is, or looks like, a folder or file instead of a hub id, an address on the hub or a short name."""
+    if base.startswith("https://huggingface.co/"):
+        return False
     path_like = base.startswith((".", "~", "/")) or "\\" in base or base.count("/") > 1
     file = base.lower().endswith((".safetensors", ".ckpt"))
     return base != "demo" and (path_like or file or Path(base).expanduser().exists())

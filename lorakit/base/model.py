@@ -96,7 +96,8 @@ def open(  # noqa: A001 - callers write base.open
 
     Args:
         reference: a diffusers folder, a hub id ("owner/name"; its small config files are fetched), one
-            `.safetensors` file with UNet, text encoder and VAE, or "demo".
+            `.safetensors` file with UNet, text encoder and VAE, such a file on the hub ("owner/name/file.safetensors",
+            or its page's address; it is fetched), or "demo".
         prediction_type: "epsilon" or "v_prediction"; "auto" reads it from the base.
         zero_terminal_snr: the base was trained on a noise schedule that ends in pure noise.
         half: prefer weights in float16 where the Hub has them; None does where this machine computes in half precision.
@@ -126,13 +127,16 @@ def _open(reference: str) -> Base:
     folder = DEMO if reference == "demo" else Path(reference).expanduser()
     if folder.is_file():
         return _open_file(folder)
+    if (of_hub := storage.hub_file(reference)) and not folder.exists():
+        return _open_file(storage.fetch_hub_file(*of_hub))
     on_hub = storage.is_hub_id(reference) and not folder.is_dir()
     name = "lorakit/demo" if reference == "demo" else reference if on_hub else folder.resolve().name
     if not folder.is_dir():
         if not on_hub:
             raise FileNotFoundError(
                 f"There is no base {reference!r}. Give a diffusers folder, a checkpoint's .safetensors file, a hub id "
-                "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'demo'."
+                "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', a file on the hub such as "
+                "'owner/name/model.safetensors', or 'demo'."
             )
         folder = storage.fetch_from_hub(reference, ["model_index.json", "*/*config.json"])
     configs = {}

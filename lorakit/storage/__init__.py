@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lorakit.storage.files import DISK_FULL, append_lines, claim_folder, first_line, home, printable
     from lorakit.storage.files import remove_partial, sha256, shown, user_cache, write_file, write_folder
     from lorakit.storage.index import measure_files
-    from lorakit.storage.models import fetch_from_hub, fetch_model, is_hub_id, locate_model
+    from lorakit.storage.models import fetch_from_hub, fetch_hub_file, fetch_model, hub_file, is_hub_id
+    from lorakit.storage.models import locate_model
     from lorakit.storage.tensors import HEADER, cache_key, digest_tensors, disguise, open_safetensors, own_memory
     from lorakit.storage.tensors import read_cached, read_header, write_cached
     from lorakit.storage.threads import LOADING, WORKERS, exclusive, thread_pool

@@ -1,17 +1,45 @@
 """Files of the Hugging Face Hub, and models of transformers' kind by short name, Hub id or folder. Never a pickle."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 from lorakit.storage.files import first_line
 
 DESCRIPTIONS = ["*.json", "*.txt", "*.jinja", "selected_tags.csv"]
+HUB_FILE = re.compile(
+    r"(?:https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/(?:(?:blob|resolve)/([^/]+)/)?([^?\\]+\.safetensors)(?:\?.*)?"
+)
 Known = Mapping[str, tuple[str, str | None]]  # short name → Hub id and revision
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a Hub id, "owner/name"."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+
+
+def hub_file(reference: str) -> tuple[str, str, str | None] | None:
+    """(repository, path, revision) of a safetensors file on the Hub; None if the reference has another form.
+
+    Args:
+        reference: "owner/name/file.safetensors", or the address of the file's page or download.
+    """
+    match = HUB_FILE.fullmatch(unquote(reference) if reference.startswith("https:") else reference)
+    return (match[1], match[3], match[2]) if match else None
+
+
+def fetch_hub_file(repository: str, path: str, revision: str | None = None) -> Path:
+    """A file of a repository, in the Hub's cache; an interrupted download resumes.
+
+    Raises:
+        FileNotFoundError: no such file, or the Hub does not answer; says why.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _explained(f"{repository}/{path}"):
+        return Path(hf_hub_download(repository, path, revision=revision))
 
 
 def fetch_from_hub(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
@@ -22,13 +50,20 @@ def fetch_from_hub(repository: str, patterns: Sequence[str], revision: str | Non
     """
     from huggingface_hub import snapshot_download
 
-    try:
+    with _explained(repository):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def _explained(reference: str) -> Iterator[None]:
+    """Turn the Hub's errors into one that says what to do."""
+    try:
+        yield
     except Exception as error:  # the Hub raises a dozen kinds: offline, gated, not found, rate limit …
         raise FileNotFoundError(
-            f"{repository!r} is not a folder on this machine and cannot be fetched from the Hub ({first_line(error)}). "
+            f"{reference!r} is not on this machine and cannot be fetched from the Hub ({first_line(error)}). "
             "Check the spelling and the connection; for a gated model accept its terms and set HF_TOKEN; or download "
-            "it elsewhere and give its folder."
+            "it elsewhere and give its folder or file."
         ) from error
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import hubserver
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -227,6 +228,30 @@ def test_other_kinds_of_files_are_named(checkpoints, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=naming("cut.safetensors", f"{len(whole) // 2:,}")):
         bases.open(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["owner/model/some folder/x.safetensors", "https://huggingface.co/owner/model/blob/main/some folder/x.safetensors",
+     "https://huggingface.co/owner/model/resolve/main/some%20folder/x.safetensors?download=true"],
+)  # fmt: skip
+def test_a_file_on_the_hub(checkpoints, tmp_path, monkeypatch, reference):
+    file = checkpoints["sd15"][1]
+    with hubserver.running("hf_" + "x" * 34) as hub:
+        hub.used_by(monkeypatch, tmp_path / "hub")
+        hub.create("owner/model")
+        hub.files["owner/model"]["some folder/x.safetensors"] = file.read_bytes()
+        base = bases.open(reference)
+        assert base.name == "x.safetensors" and bases.identity(base) == bases.identity(bases.open(file))
+        with pytest.raises(FileNotFoundError, match=naming("owner/model/y.safetensors", "HF_TOKEN")):
+            bases.open("owner/model/y.safetensors")
+    assert bases.open(reference).file == base.file  # it is kept
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "a/x.safetensors", "./a/b/x.safetensors", "~/a/b/x.safetensors",
+                                  "C:\\a\\b\\x.safetensors", "a/b/x.ckpt", "/a/b/c/x.safetensors"])  # fmt: skip
+def test_what_is_no_file_on_the_hub(name):
+    assert storage.hub_file(name) is None
 
 
 @pytest.mark.parametrize(
