@@ -47,7 +47,7 @@ def probe(unet: Any, base: Base, examples: Examples) -> Answer:
     The UNet and all randomness are left unchanged.
     """
     own = [picture for picture in examples.pictures if not picture.prior]
-    wrong, size = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 1e-12)
+    wrong, size = dict.fromkeys(KINDS, 1e-12), dict.fromkeys(KINDS, 1e-12)  # without pictures nothing is decided
     with sample.borrow(unet), autocast(unet.device, unet.dtype):
         for number in range(min(PICTURES, len(own))):
             picture = own[number * len(own) // min(PICTURES, len(own))]
@@ -68,12 +68,9 @@ def _asked(
     """
     config, timesteps = examples.config, torch.tensor(TIMESTEPS)
     text = examples.texts[(picture.variants or (picture.caption,))[0]]
-    shape, alpha_bar, sigma = (
-        picture.latents.shape,
-        base.alphas_cumprod()[timesteps],
-        (timesteps / 1000).view(-1, 1, 1, 1),
-    )
-    noise = torch.stack([torch.randn(shape, generator=loss.generator(SEED, number, t)) for t in TIMESTEPS])
+    alpha_bar, sigma = base.alphas_cumprod()[timesteps], (timesteps / 1000).view(-1, 1, 1, 1)
+    draws = (loss.generator(SEED, number, timestep) for timestep in TIMESTEPS)
+    noise = torch.stack([torch.randn(picture.latents.shape, generator=draw) for draw in draws])
     latents = picture.latents.expand_as(noise)
     noisy = torch.cat([loss.add_noise(latents, noise, alpha_bar), torch.lerp(latents, noise, sigma)])
     answers = []

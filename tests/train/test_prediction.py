@@ -74,6 +74,7 @@ def test_one_picture_is_enough_and_a_random_unet_is_undecided(asked, small_bases
     base, unet, pictures, texts = asked
     examples = Examples(pictures[:1], [1], texts, demo.config())
     assert prediction.probe(unet, base, examples).kind == "v_prediction"
+    assert prediction.probe(unet, base, Examples([], [], texts, demo.config())).kind is None
     torch.manual_seed(0)
     blank = bases._from_config("unet", base.configs["unet"])
     assert prediction.probe(blank, base, examples).kind is None
