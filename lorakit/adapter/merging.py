@@ -319,15 +319,15 @@ def _check_room(path: Path, size: int) -> None:
 class Rounding:
     """What rounding to a file's dtype leaves of the changes of its weights; sums over all numbers."""
 
-    wanted: float = 0.0  # ‖change‖²
-    kept: float = 0.0  # ⟨change, what is left of it⟩
-    noise: float = 0.0  # ‖what is left of it − change‖²
+    wanted: float = 0.0  # change · change
+    kept: float = 0.0  # rounded · change
+    noise: float = 0.0  # of (rounded − change), squared
 
-    def add(self, change: Tensor, left: Tensor) -> None:
-        """Count the change of a weight, and what is left of it, which is overwritten."""
+    def add(self, change: Tensor, rounded: Tensor) -> None:
+        """Add one weight's change, and that change after rounding. `rounded` is overwritten."""
         self.wanted += change.norm().item() ** 2
-        self.kept += torch.dot(change.flatten(), left.flatten()).item()
-        self.noise += left.sub_(change).norm().item() ** 2
+        self.kept += torch.dot(change.flatten(), rounded.flatten()).item()
+        self.noise += rounded.sub_(change).norm().item() ** 2
 
     def describe(self) -> str:
         """What is left, in words."""

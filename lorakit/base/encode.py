@@ -89,12 +89,16 @@ def encode_prompts(
     """
     console, prompts = console or Console(), list(dict.fromkeys(prompts))
     special = {prompt: fragments for prompt in prompts if (fragments := weighted_fragments(prompt))}
+    if special and not can_weigh():
+        first = next(iter(special))[:40]
+        console.say(f'prompt    {first!r}: without compel, weights are ignored: pip install "lorakit[prompts]"')
+        special = {}
     plain = {prompt: without_weights(prompt) for prompt in prompts if prompt not in special}
 
     def encode_batch(encoder: Any, tokenizer: Any, batch: Sequence[str]) -> Iterable[Sequence[Tensor]]:
-        return [encode_fragments(base, encoder, tokenizer, special[text], clip_skip, console.say) for text in batch]
+        return [encode_fragments(base, encoder, tokenizer, special[text], clip_skip) for text in batch]
 
-    keys = {prompt: ("prompt", can_weigh(), fragments) for prompt, fragments in special.items()}
+    keys = {prompt: ("prompt", True, fragments) for prompt, fragments in special.items()}
     weighted = _TextCache(base, Path(folder), compute, clip_skip, console).encode(keys, encode_batch, 1)
     needed = model.tokens_needed(base, plain.values())
     texts: dict[str, Text] = {}
@@ -200,9 +204,7 @@ def _reencode_fragments(base: model.Base, encoders: Mapping[str, Any], text: Tex
     for place, name in enumerate(base.text_encoders):
         if name in encoders:
             tokenizer = model.load_tokenizer(base, name)
-            embeddings, pool, _ = encode_fragments(
-                base, encoders[name], tokenizer, text.fragments, clip_skip, lambda _: None
-            )
+            embeddings, pool, _ = encode_fragments(base, encoders[name], tokenizer, text.fragments, clip_skip)
             parts[place] = embeddings.cpu().to(text.embeddings.dtype)
             pooled = pool.cpu() if name == base.text_encoders[-1] else pooled
     return replace(text, embeddings=torch.cat(parts, dim=-1), pooled=pooled)

@@ -512,6 +512,17 @@ def reencode(
     return torch.cat([part.to(embeddings.dtype) for part in parts], dim=-1), pooled
 
 
+def ask(unet: Any, noisy: Tensor, timesteps: Tensor, texts: tuple[Tensor, Tensor], sizes: Tensor | None) -> Tensor:
+    """The UNet's answer about noisy latents (B, C, h, w), of their shape.
+
+    Args:
+        texts: embeddings (B, tokens, width) and pooled embeddings (B, width).
+        sizes: SDXL's `size_conditions` (B, 6); None for the other families.
+    """
+    conditions = None if sizes is None else {"text_embeds": texts[1], "time_ids": sizes}
+    return unet(noisy, timesteps, texts[0], added_cond_kwargs=conditions).sample
+
+
 def size_conditions(original: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """SDXL's size conditions, shape (6,), float32: (height, width) before scaling, (top, left) and (height, width) of
     the crop, in pixels.

@@ -82,13 +82,11 @@ def can_weigh() -> bool:
 
 
 def encode_fragments(
-    base: model.Base, encoder: Any, tokenizer: Any, fragments: tuple[Fragment, ...], clip_skip: int = 1,
-    say: Callable[[str], None] = print,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    base: model.Base, encoder: Any, tokenizer: Any, fragments: tuple[Fragment, ...], clip_skip: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """One text encoder's embeddings of weighted words, in as many chunks of the encoder's length as they need.
 
-    Args:
-        say: called with a message if compel is missing: weights are then ignored and long prompts truncated.
+    compel must be installed.
 
     Returns:
         Embeddings, shape (chunks × length, width); the pooled embedding (width,) and the tokens (length,) of the first
@@ -98,6 +96,8 @@ def encode_fragments(
     below 1 towards the prompt without the words).
     """
 
+    from compel import EmbeddingsProvider, SplitLongTextMode
+
     def encode(tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with autocast(encoder.device, encoder.dtype):
             return model.encode(encoder, tokens, base.family, clip_skip, mask)
@@ -105,14 +105,6 @@ def encode_fragments(
     text = "".join(words for words, _ in fragments)
     tokens = model.tokenize(tokenizer, [text])
     embeddings, pooled = encode(tokens.to(encoder.device))
-    if not can_weigh():
-        say(
-            f"prompt    {text[:40]!r}: without compel, weights are ignored, and what is longer than "
-            f'{tokens.shape[1] - 2} tokens is cut off: pip install "lorakit[prompts]"'
-        )
-        return embeddings[0], pooled[0], tokens[0]
-    from compel import EmbeddingsProvider, SplitLongTextMode
-
     provider = EmbeddingsProvider(
         tokenizer, _CompelEncoder(encode, encoder.device), truncate=False,
         split_long_text_mode=SplitLongTextMode.BRUTAL,

@@ -173,11 +173,9 @@ class Denoiser:
         guided = sampling.guidance > 1
         both = [*prompts, *[negative] * (len(prompts) * guided)]
         embeddings = torch.stack([text.embeddings for text in both]).to(device, dtype)
-        conditions = None
+        pooled, sizes = torch.stack([text.pooled for text in both]).to(device, dtype), None
         if self.base.family == "sdxl":
-            pooled = torch.stack([text.pooled for text in both]).to(device, dtype)
-            sizes = bases.size_conditions(self.size, (0, 0), self.size).repeat(len(both), 1)
-            conditions = {"text_embeds": pooled, "time_ids": sizes.to(device, dtype)}
+            sizes = bases.size_conditions(self.size, (0, 0), self.size).repeat(len(both), 1).to(device, dtype)
         scheduler = make_scheduler(sampling.scheduler, self.base)
         # LCM takes its steps from 50 timesteps unless it is given more.
         options = (
@@ -192,10 +190,7 @@ class Denoiser:
             scaled = scheduler.scale_model_input(x, timestep).to(dtype)
             scaled = torch.cat([scaled, scaled]) if guided else scaled
             with autocast(device, dtype):
-                answer = self.unet(
-                    scaled, timestep, encoder_hidden_states=embeddings, added_cond_kwargs=conditions
-                ).sample
-            answer = answer.float()
+                answer = bases.ask(self.unet, scaled, timestep, (embeddings, pooled), sizes).float()
             if guided:
                 with_prompt, without = answer.chunk(2)
                 answer = without + sampling.guidance * (with_prompt - without)

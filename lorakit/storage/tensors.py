@@ -59,6 +59,8 @@ def _incomplete(file: Path, first: bytes, error: Exception) -> ValueError:
 
 def disguise(first: bytes) -> str | None:
     """What a file is instead of what was asked for, by its first bytes; None if that is not known."""
+    if len(first) >= 8 and 0 < int.from_bytes(first[:8], "little") <= HEADER:
+        return None  # the length of a header: a safetensors file, whose first byte may be a pickle's
     text = first.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     return next((kind for start, kind in DISGUISES.items() if first.startswith(start) or text.startswith(start)), None)
 

@@ -133,18 +133,15 @@ def batch_loss(
     texts = move(item.embeddings).to(dtype), move(item.pooled).to(dtype)
     sizes = move(item.sizes).to(dtype) if base.family == "sdxl" else None
 
-    def predict(embeddings: Tensor, pooled: Tensor) -> Tensor:
-        conditions = None if sizes is None else {"text_embeds": pooled, "time_ids": sizes}
-        return unet(noisy, timesteps, encoder_hidden_states=embeddings, added_cond_kwargs=conditions).sample
-
     expected = target(base.prediction_type, latents, noise, alpha_bar)
     with autocast(device, dtype):
         if item.base_target is not None and adapter:
             with torch.no_grad(), adapters.strength(adapter, 0.0):
-                expected = torch.where(move(item.base_target).view(-1, 1, 1, 1), predict(*texts).float(), expected)
+                of_base = bases.ask(unet, noisy, timesteps, texts, sizes).float()
+            expected = torch.where(move(item.base_target).view(-1, 1, 1, 1), of_base, expected)
         if adapter and adapter.encoders:
             texts = bases.reencode(base, adapter.encoders, *texts, move(item.tokens), config.clip_skip)
-        predicted = predict(*texts)
+        predicted = bases.ask(unet, noisy, timesteps, texts, sizes)
     snr, weight = alpha_bar / (1 - alpha_bar), None
     if config.min_snr_gamma is not None:
         weight = min_snr_weight(snr, config.min_snr_gamma, base.prediction_type)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit import base as bases
 from lorakit import sample
 from lorakit.base import Base, Encoded
 from lorakit.device import autocast
@@ -47,18 +48,19 @@ def probe(unet: Any, base: Base, examples: Examples) -> Answer:
     The UNet and all randomness are left unchanged.
     """
     own = [picture for picture in examples.pictures if not picture.prior]
+    alphas_cumprod = base.alphas_cumprod()
     wrong, size = dict.fromkeys(KINDS, 1e-12), dict.fromkeys(KINDS, 1e-12)  # without pictures nothing is decided
     with sample.borrow(unet), autocast(unet.device, unet.dtype):
         for number in range(min(PICTURES, len(own))):
             picture = own[number * len(own) // min(PICTURES, len(own))]
-            for kind, answer, target in _asked(unet, base, examples, picture, number):
+            for kind, answer, target in _asked(unet, base, alphas_cumprod, examples, picture, number):
                 wrong[kind] += (answer - target).square().sum().item()
                 size[kind] += target.square().sum().item()
     return Answer({kind: (wrong[kind] / size[kind]) ** 0.5 for kind in KINDS})
 
 
 def _asked(
-    unet: Any, base: Base, examples: Examples, picture: Encoded, number: int
+    unet: Any, base: Base, alphas_cumprod: Tensor, examples: Examples, picture: Encoded, number: int
 ) -> list[tuple[str, Tensor, Tensor]]:
     """(kind, the UNet's answers, what they would be) about a picture at TIMESTEPS.
 
@@ -68,7 +70,7 @@ def _asked(
     """
     config, timesteps = examples.config, torch.tensor(TIMESTEPS)
     text = examples.texts[(picture.variants or (picture.caption,))[0]]
-    alpha_bar, sigma = base.alphas_cumprod()[timesteps], (timesteps / 1000).view(-1, 1, 1, 1)
+    alpha_bar, sigma = alphas_cumprod[timesteps], (timesteps / 1000).view(-1, 1, 1, 1)
     draws = (loss.generator(SEED, number, timestep) for timestep in TIMESTEPS)
     noise = torch.stack([torch.randn(picture.latents.shape, generator=draw) for draw in draws])
     latents = picture.latents.expand_as(noise)
@@ -79,9 +81,9 @@ def _asked(
             x.expand(len(at), *x.shape).to(unet.device, unet.dtype)
             for x in (text.embeddings, text.pooled, picture.sizes)
         )
-        extra = {"text_embeds": pooled, "time_ids": sizes} if base.family == "sdxl" else None
-        asked = some.to(unet.device, unet.dtype), at.to(unet.device), embeddings
-        answers.append(unet(*asked, added_cond_kwargs=extra).sample.float().cpu())
+        noised, conditions = some.to(unet.device, unet.dtype), sizes if base.family == "sdxl" else None
+        answer = bases.ask(unet, noised, at.to(unet.device), (embeddings, pooled), conditions)
+        answers.append(answer.float().cpu())
     of_diffusion, of_flow = torch.cat(answers).chunk(2)
     of_both = [(kind, of_diffusion, loss.target(kind, latents, noise, alpha_bar)) for kind in KINDS[:2]]
     return [*of_both, ("flow", of_flow, noise - latents)]

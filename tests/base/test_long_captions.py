@@ -22,7 +22,7 @@ def caption(tokens: int) -> str:
 
 
 def as_sd_scripts(tokenizer, text: str, longest: int) -> list[list[int]]:
-    """The chunks by its rule: the whole is padded to `longest` + 2, and cut every 75 tokens; ends are then mended."""
+    """sd-scripts' chunks: pad the tokens to `longest` + 2, cut them every 75, and give each chunk its marks."""
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=longest + 2, verbose=False).input_ids
     end, pad, chunks = tokenizer.eos_token_id, tokenizer.pad_token_id, []
     for place in range(1, longest + 1, 75):

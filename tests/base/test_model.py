@@ -256,7 +256,7 @@ def test_half_as_much_is_fetched_for_half_precision(tmp_path, small_bases, monke
     for which, model in models.items():
         wanted = bases._load(source, which, dataclasses.replace(compute, dtype=model.dtype)).state_dict()
         assert all(torch.equal(x, wanted[name]) for name, x in model.state_dict().items()), which
-    assert bases.identity(base) == bases.identity(source)  # a run goes on with the other form
+    assert bases.identity(base) == bases.identity(source)  # so a run can be resumed with the other form
     other = bases.open(base.folder, half=not half)
     assert {file.name for file in bases.weight_files(other, "unet")} <= fetched  # what is there is used
 

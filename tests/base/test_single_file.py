@@ -303,6 +303,13 @@ def test_what_only_has_the_name_of_a_checkpoint(checkpoints, tmp_path, kind):
         bases.open(folder)
 
 
+def test_a_safetensors_file_that_was_cut_off_is_called_nothing_else(tmp_path):
+    """Its header's length may begin with the byte that begins a pickle."""
+    (file := tmp_path / "x.safetensors").write_bytes((0x3980).to_bytes(8, "little") + b'{"__metadata__":{"format":"pt"')
+    with pytest.raises(ValueError, match=r"x\.safetensors .* it was cut off or damaged"):
+        bases.open(file)
+
+
 @pytest.mark.parametrize("name", ["model.ckpt", "MODEL.CKPT", "a.Pth", "b.BIN"])
 def test_pickles_of_any_case_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")

@@ -2,8 +2,8 @@
 
     python tests/bench/probe.py WORK
 
-The embedded base predicts v. Its twins predict epsilon and a rectified flow's velocity: copies of its UNet that are
-trained to answer what it would answer if converted exactly (`tests/train/test_prediction.py`). Draws of four pictures
+The embedded base predicts v. Its twins predict epsilon and a rectified flow's velocity: copies of its UNet,
+trained on its own answers, converted exactly (`tests/train/test_prediction.py`). Draws of four pictures
 come from six styles: the demo's drawings as they are, grey, inverted, in other colours, as outlines, and photographs
 from the wheels of scikit-image. Each draw is of one style or of several, in turn. WORK keeps the trained twins.
 """
