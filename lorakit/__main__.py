@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from lorakit import named
+
 if TYPE_CHECKING:
     from lorakit import sample as sampling
     from lorakit.adapter import Lora
@@ -25,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )  # fmt: skip
 
+BASES = ", ".join(named.NAMED)
 MISSING = 3  # exit status of a run that finished with something missing
 
 
@@ -183,11 +186,12 @@ def preset(
     kind: Annotated[
         str, typer.Argument(help="character, style, object, clothing, or the name of a preset of your own")
     ],
-    family: Annotated[
-        str | None, typer.Argument(help="sd15, sd2 or sdxl; by default sd15, or your preset's base")
-    ] = None,
+    base: Annotated[str | None, typer.Argument(help=f"{BASES}; by default sd15, or your preset's base")] = None,
     dataset: Annotated[str, typer.Option(help="folder or zip with the pictures")] = "dataset",
     trigger: Trigger = "",
+    usual: Annotated[
+        bool, typer.Option(help="rank, rates and schedule of kohya-colab for this base, instead of the guide's")
+    ] = False,
     quick: Annotated[bool, typer.Option(help="half the steps, with cosine, LoCon, EVA … to make up for it")] = False,
     save_from: Annotated[
         Path | None, typer.Option(help="a run's folder or config file: keep its settings under the name")
@@ -202,7 +206,7 @@ def preset(
         file = presets.save_preset(kind, settings)
         print(f"kept      {kind} in {file.parent}: {', '.join(presets.kept(kind))}")
         return
-    settings = presets.preset(kind, family, dataset=dataset, trigger=trigger)
+    settings = presets.preset(kind, base, usual=usual, dataset=dataset, trigger=trigger)
     print((presets.quick(settings) if quick else settings).to_json(), end="")
 
 
@@ -236,9 +240,7 @@ class PlanOptions:
 @command
 def plan(
     options: PlanOptions,
-    base: Annotated[
-        str, typer.Option(help="sd15, sd21, sd21-base, sdxl, a diffusers folder, a hub id or 'demo'")
-    ] = "sd15",
+    base: Annotated[str, typer.Option(help=f"{BASES}, 'demo', a hub id, file or diffusers folder")] = "sd15",
     config: Annotated[Path | None, typer.Option(help="JSON file with the settings to plan")] = None,
     card: Annotated[list[str] | None, typer.Option(help="T4, A100, 1660, 2060, 3060 … 4090; all by default")] = None,
     methods: Annotated[bool, typer.Option(help="compare with DreamBooth and textual inversion")] = False,
@@ -249,7 +251,7 @@ def plan(
     from lorakit import config as configs
     from lorakit import plan as plans
 
-    opened = bases.known(base) if base in (*bases.KNOWN, *bases.KNOWN.values()) else bases.open(base)
+    opened = bases.known(base) if named.find(base) else bases.open(base)
     side = opened.resolution
     usual = configs.Config(steps=2000, resolution=side, bucket_step=min(64, side))
     settings = configs.load(config) if config else usual
@@ -265,6 +267,9 @@ def plan(
     if as_json:
         _print_json([prediction.facts() for prediction in predictions])
         return
+    if entry := named.find(base):
+        size = f", {entry.megabytes:,} MB to fetch" if entry.megabytes else ""
+        print(f"{entry.title}{size}; licence: {entry.licence or 'see its page'}")
     print(predictions[0].requested.describe())
     for prediction in predictions:
         print(f"{prediction.card.name:<8}{prediction.describe()}")
@@ -319,9 +324,11 @@ class CaptionOptions:
 @command
 def caption(
     options: CaptionOptions,
-    action: Annotated[str, typer.Argument(metavar="WHAT", help="audit, draft, template, replace or undo")],
+    action: Annotated[str, typer.Argument(metavar="WHAT", help="audit, draft, template, replace, order or undo")],
     dataset: Annotated[str, typer.Argument(help="folder with the pictures")],
-    words: Annotated[list[str] | None, typer.Argument(help="template: FORM; replace: FIND NEW")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(help="template: FORM; replace: FIND NEW; order: BASE, or kinds")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Audit, draft, reformat or edit captions; changes are shown before they are written, and can be undone."""
@@ -348,8 +355,11 @@ def _edit_captions(action: str, words: list[str], pictures: Any, options: Captio
         new = datasets.apply_template(old, trigger=options.trigger, **dict(zip(["form"], words, strict=False)))
     elif action == "replace" and len(words) == 2:
         new = datasets.replace_text(old, *words, regex=options.regex)
+    elif action == "order" and words:
+        new = datasets.order_tags(old, named.tag_order(words), options.trigger)
     else:
-        raise ValueError(f"There is no {' '.join([action, *words])!r}: use audit, draft, template, replace or undo.")
+        known = "audit, draft, template, replace, order or undo"
+        raise ValueError(f"There is no {' '.join([action, *words])!r}: use {known}.")
     changes = datasets.caption_changes(old, new)
     if options.write and action != "draft":  # drafts are written as they are made
         datasets.write_captions(changes, root)
@@ -602,22 +612,25 @@ def _readable(value: Any) -> str:
 
 @command
 def info(
-    path: Annotated[Path, typer.Argument(help="a run folder, a checkpoint or a LoRA file")], as_json: AsJson = False
+    path: Annotated[Path, typer.Argument(help=f"a run folder, a checkpoint, a LoRA file, or a base: {BASES}")],
+    as_json: AsJson = False,
 ) -> None:
-    """Describe a run folder or a LoRA file."""
+    """Describe a run folder, a LoRA file or a named base."""
     from lorakit import adapter
     from lorakit.run import RunFolder, is_run
 
-    if not path.exists():
-        raise FileNotFoundError(f"There is no {path}. Give a run folder or a .safetensors file.")
-    facts = RunFolder(path).describe() if is_run(path) else adapter.describe_file(path)
+    entry = None if path.exists() else named.find(path.as_posix())
+    if not (entry or path.exists()):
+        raise FileNotFoundError(f"There is no {path}. Give a run folder, a .safetensors file or the name of a base.")
+    facts: Any = entry.facts() if entry else None
+    facts = facts or (RunFolder(path).describe() if is_run(path) else adapter.describe_file(path))
     if as_json:
         _print_json(facts)
         return
     for key, value in facts.items():
         if value not in (None, [], {}):
             print(f"{key:<14}{_readable(value)}")
-    if not is_run(path) and facts["kind"] != "checkpoint":
+    if not (entry or is_run(path) or facts["kind"] == "checkpoint"):
         print(adapter.norms_table(adapter.norms(adapter.load(path))))
 
 

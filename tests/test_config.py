@@ -1,10 +1,11 @@
 import json
 import sys
+from itertools import product
 
 import pytest
 from said import names, naming
 
-from lorakit import config, presets
+from lorakit import config, named, presets
 from lorakit.config import Config
 from lorakit.presets import preset
 
@@ -17,8 +18,8 @@ def test_every_preset_agrees_with_the_guide():
         "object": ((16, 32), (8, 16), (2500, 4000)),
         "clothing": ((16, 64), (8, 32), (3000, 5000)),
     }
-    for (kind, family), settings in presets.PRESETS.items():
-        rank, alpha, steps = ranges[kind]
+    for kind, family in product(ranges, ("sd15", "sd2", "sdxl")):
+        settings, (rank, alpha, steps) = preset(kind, family), ranges[kind]
         if family == "sdxl":
             rank, alpha = (128, 256), (64, 128)
         assert rank[0] <= settings.rank <= rank[1], (kind, family)
@@ -58,7 +59,7 @@ def test_every_problem_of_a_config_is_told_at_once():
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match=naming("landscape", *(name for key in presets.PRESETS for name in key))):
+    with pytest.raises(ValueError, match=naming("landscape", "character", "style", "object", "clothing", *named.NAMED)):
         preset("landscape")
 
 
@@ -186,7 +187,7 @@ def test_what_worked_is_kept_and_begun_with_again(at_home):
     assert preset("v").prediction_type == "v_prediction" and preset("v", "sdxl").prediction_type == "auto"
     assert not preset("v", "sdxl").zero_terminal_snr
     (at_home / "v.json").unlink()
-    assert preset("crisp lines", "sd15").base == config.HUB_BASES["sd15"]
+    assert preset("crisp lines", "sd15").base == named.OF_FAMILY["sd15"].reference
     presets.save_preset("crisp lines", worked.with_(rank=8))  # its owner may change it
     assert preset("crisp lines").rank == 8
 
@@ -197,7 +198,10 @@ def test_a_base_that_is_a_place_is_not_kept(at_home, tmp_path, monkeypatch, base
     (tmp_path / "here").mkdir()
     file = presets.save_preset("mine", Config(steps=5, base=base, prediction_type="v_prediction"))
     assert not {"base", "prediction_type", "zero_terminal_snr"} & json.loads(file.read_text()).keys()
-    assert preset("mine").base == config.HUB_BASES["sd15"] and preset("mine", "sdxl").base == config.HUB_BASES["sdxl"]
+    assert (
+        preset("mine").base == named.OF_FAMILY["sd15"].reference
+        and preset("mine", "sdxl").base == named.OF_FAMILY["sdxl"].reference
+    )
     for known in ("demo", "owner/name"):
         presets.save_preset("mine", Config(steps=5, base=known))
         assert preset("mine").base == known

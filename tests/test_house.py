@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "lorakit"
 FLOORS = [  # a folder, or a file that stands beside them; each imports only what stands on a lower floor
-    {"_lazy"},
+    {"_lazy", "named"},
     {"storage"},
     {"config", "console"},
     {"device"},

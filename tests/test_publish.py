@@ -11,7 +11,7 @@ from PIL import Image
 from said import names, naming
 
 from lorakit import config as configs
-from lorakit import publish
+from lorakit import named, publish
 from lorakit.config import Config
 from lorakit.console import Console
 from lorakit.dataset import selection
@@ -236,7 +236,7 @@ def test_families(tmp_path, family, tag):
     card = ModelCard(publish.card(a_lora(tmp_path / "a.safetensors", family, metadata), "owner/a"))
     assert card.data.license == "openrail++" and tag in card.data.tags
     assert card.data.base_model is None and "some\\|mix.safetensors" in card.text
-    assert configs.HUB_BASES[family] in card.text and table(card).keys() == {"algorithm", "rank", "alpha"}
+    assert named.OF_FAMILY[family].reference in card.text and table(card).keys() == {"algorithm", "rank", "alpha"}
 
 
 def test_no_metadata_at_all(tmp_path):

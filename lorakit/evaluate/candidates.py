@@ -6,9 +6,10 @@ from pathlib import Path
 
 from lorakit import base as bases
 from lorakit import config as configs
+from lorakit import named
 from lorakit import run as running
 from lorakit.base import Base
-from lorakit.config import HUB_BASES, Config
+from lorakit.config import Config
 
 DEMO = "lorakit/demo"  # the embedded base's name in files
 
@@ -123,7 +124,7 @@ def starting_point(candidates: Candidates) -> tuple[str, list[str]]:
         except (OSError, ValueError, FloatingPointError):
             continue
         demo = lora.metadata.get("ss_sd_model_name") == DEMO
-        base = "demo" if demo else HUB_BASES.get(lora.family or "", "")
+        base = "demo" if demo else named.OF_FAMILY[lora.family].reference if lora.family else ""
         return base, [lora.metadata.get("modelspec.trigger_phrase", "")]
     return "", []
 

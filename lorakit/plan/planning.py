@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lorakit import base as bases
 from lorakit import dataset as datasets
+from lorakit import named
 from lorakit.config import WHOLE, Config
 from lorakit.device import choose_device
 from lorakit.plan import cards
@@ -154,7 +155,7 @@ def predict(
     are those of a single bucket without held-out pictures.
 
     Args:
-        base: None opens the config's; for SD 1.5, 2.1 and XL nothing is downloaded.
+        base: None opens the config's; for a named base nothing is downloaded.
         card: a name from CARDS, or a card of your own; None is the device of this machine that the config trains on.
         store: folder of earlier predictions; None is the user's own.
 
@@ -164,9 +165,8 @@ def predict(
         FileNotFoundError: no such base.
     """
     if base is None:
-        ships = config.base in (*bases.KNOWN, *bases.KNOWN.values())
         kind = config.prediction_type, config.zero_terminal_snr
-        base = bases.known(config.base) if ships else bases.open(config.base, *kind)
+        base = bases.known(config.base) if named.find(config.base) else bases.open(config.base, *kind)
     local = card is None
     card = cards.card(card) if isinstance(card, str) else card or cards.local_card(config.device)
     prediction = choose_settings(base, config, card, store or stores.prediction_store(), local)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorakit import adapter as adapters
 from lorakit import base as bases
 from lorakit import dataset as datasets
-from lorakit import plan, storage, train
+from lorakit import named, plan, storage, train
 from lorakit.base import Base, Encoded, Text
 from lorakit.config import Config
 from lorakit.console import Console
@@ -78,7 +78,7 @@ def prepare(
     selection = _select(config, console)
     selection.chunks = _chunks(config, base, selection, console)
     config, fits, prediction = _fit(rungs or plan.ladder(config), base, selection, console, shared.held, processes)
-    prompts = list(config.sample_prompts) or [bases.escape(p.caption) for p in selection.dataset.pictures[:4]]
+    prompts = list(config.sample_prompts) or _prompts(config, selection.dataset)
     began, cache = time.monotonic(), shared.cache or folder / "cache"
     pictures = bases.encode_pictures(
         base, selection.pictures, fits, cache, compute, masks=selection.masks, flip=config.flip, console=console
@@ -176,6 +176,13 @@ def _select(config: Config, console: Console) -> _Selection:
     if config.mask:
         _add_masks(selection, config.mask, console)
     return selection
+
+
+def _prompts(config: Config, dataset: Dataset) -> list[str]:
+    """Prompts of samples: the first captions, with the quality tags that the base was trained with."""
+    entry = named.find(config.base)
+    form = entry.prompt if entry else "{}"
+    return [form.format(bases.escape(picture.caption)) for picture in dataset.pictures[:4]]
 
 
 def _chunks(config: Config, base: Base, selection: _Selection, console: Console) -> int:

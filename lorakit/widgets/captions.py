@@ -8,6 +8,7 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from lorakit import dataset as datasets
+from lorakit import named
 from lorakit import page as pages
 from lorakit.dataset import Dataset
 from lorakit.widgets.parts import LABEL, Pages, across, button, line, note, on_change, reporting, thumbnail
@@ -156,4 +157,8 @@ EDITS: dict[str, tuple[tuple[str, ...], Edit]] = {  # name → the labels of its
     "remove tags": (("tag, tag",), lambda p: datasets.retag(p.captions, remove=p.tags)),
     "tidy tags": ((), lambda p: datasets.retag(p.captions, spaces=True, lower=True, unique=True, keep=1)),
     "sort tags": ((), lambda p: datasets.retag(p.captions, sort=True, unique=True, keep=1)),
+    "order tags as a base does": (
+        ("base, such as noobai-1.1",),
+        lambda p: datasets.order_tags(p.captions, named.tag_order(p.tags), p.trigger),
+    ),
 }

@@ -8,22 +8,20 @@ from typing import Any, get_args, get_origin
 import ipywidgets as widgets
 import torch
 
-from lorakit import base as bases
 from lorakit import config as configs
-from lorakit import demo, presets, storage
+from lorakit import demo, named, presets, storage
 from lorakit.config import Config
 from lorakit.widgets.parts import button, line, note, on_change, reporting
 
 BASES = (  # label, value of `Config.base`
-    ("Stable Diffusion 1.5", "sd15"), ("Stable Diffusion 2.1", "sd21"), ("Stable Diffusion XL", "sdxl"),
+    *((base.title, base.name) for base in named.NAMED.values()),
     ("embedded: small, for a CPU, to try things out", "demo"),
-)  # fmt: skip
-FAMILY = {"sd15": "sd15", "sd21": "sd2", "sdxl": "sdxl"}
+)
 FIRST = (  # the fields that a first run needs; all others are folded away
     "name", "dataset", "trigger", "steps", "rank", "alpha", "learning_rate", "schedule", "batch_size", "resolution",
     "save_every", "sample_every", "sample_prompts", "validation_share",
 )  # fmt: skip
-USUAL = ""  # none of the user's own presets
+GUIDE, USUAL = "", ":usual"  # presets that are not the user's own
 STEPS = {"character": "3000–5000", "style": "2000–4000", "object": "2500–4000", "clothing": "3000–5000"}
 RANKS = {
     "character": "32–64 for a character", "style": "16–32 for a style, 64–128 for a complex one",
@@ -33,9 +31,11 @@ SIZES = {"sd15": "512 usually generalises better than 768", "sd2": "768 for SD 2
 WIDE = "min(100%, 420px)"
 
 
-def advice(name: str, kind: str, family: str) -> str:
-    """The training guide's advice on a setting, for a kind of LoRA and a family of bases; "" if there is none."""
-    return {
+def advice(name: str, kind: str, base: str) -> str:
+    """Advice on a setting, for a kind of LoRA and a base: the training guide's, and what is usual for the base."""
+    entry = named.find(base)
+    family = entry.family if entry else ""
+    of_guide = {
         "trigger": "a word unlikely in ordinary prompts; every caption should have it",
         "steps": f"{STEPS[kind]} for {kind} (the guide's)",
         "rank": "128–256 for SDXL" if family == "sdxl" else RANKS[kind],
@@ -45,13 +45,17 @@ def advice(name: str, kind: str, family: str) -> str:
         "batch_size": "1 is most consistent, 2–4 faster",
         "resolution": SIZES.get(family, ""),
         "save_every": "500, and all are kept",
-        "sample_prompts": "a prompt a line, some of them unlike the captions",
+        "sample_prompts": "a prompt a line, some of them unlike the captions"
+        + (f"; this base expects: {entry.prompt.format('…')}" if entry and entry.prompt != "{}" else ""),
         "validation_share": "0.1 holds out a tenth of the pictures: validation loss, overfit dial, best checkpoint",
     }.get(name, "")
+    usual = entry.usual if entry else None
+    of_others = f"{usual.source}: {usual.settings[name]}" if usual and name in usual.settings else ""
+    return "; ".join(filter(None, (of_guide, of_others)))
 
 
-def preset(kind: str, base: str) -> Config:
-    """The usual settings for a kind of LoRA on a base; arguments as for `Settings`.
+def preset(kind: str, base: str, usual: bool = False) -> Config:
+    """The settings to start from for a kind of LoRA on a base; arguments as for `Settings` and `presets.preset`.
 
     Raises:
         ValueError: no such kind.
@@ -59,7 +63,9 @@ def preset(kind: str, base: str) -> Config:
     base = _resolve(base)
     if base == "demo":
         return demo.config(kind=kind)
-    return presets.preset(kind, FAMILY.get(base, "sd15")).with_(base=bases.KNOWN.get(base, base))
+    if named.find(base):
+        return presets.preset(kind, base, usual=usual)
+    return presets.preset(kind).with_(base=base)
 
 
 def _resolve(base: str) -> str:
@@ -71,8 +77,8 @@ class Settings(widgets.VBox):
 
     Args:
         kind: character, style, object or clothing.
-        base: sd15, sd21, sdxl, demo, a hub id, a file or folder; "auto" is SD 1.5 on an NVIDIA card, else the embedded
-            base.
+        base: a name of `named.NAMED`, "demo", a hub id, a file or folder; "auto" is SD 1.5 on an NVIDIA card, else the
+            embedded base.
         store: file that keeps the settings, by the arguments of the panel. The same arguments restore them, so that a
             notebook that is run again resumes the same run.
         given: settings that replace the preset's.
@@ -88,7 +94,7 @@ class Settings(widgets.VBox):
         self.presets = widgets.Dropdown(layout=widgets.Layout(width=WIDE))
         self.preset_name = widgets.Text(placeholder="its name", layout=widgets.Layout(width="160px"))
         self.preset_message, self.filling = widgets.HTML(), False
-        self.message = widgets.HTML()
+        self.message, self.facts = widgets.HTML(), widgets.HTML()
         # Shared by all lines, which saves the page many models.
         self.flow = widgets.Layout(display="flex", flex_flow="row wrap", align_items="center", grid_gap="0 10px")
         self.columns = widgets.Layout(display="grid", grid_template_columns="130px minmax(0, 1fr)", grid_gap="0 10px")
@@ -100,11 +106,10 @@ class Settings(widgets.VBox):
         advanced.set_title(0, "Advanced")
         keep = [self.preset_name, button("Keep", self.keep), self.preset_message]
         super().__init__([
-            self._labelled("kind", self.kind), self._labelled("base", self.base),
+            self._labelled("kind", self.kind), self._labelled("base", self.base, self.facts),
             self._labelled("preset", self.presets), *first, advanced, self.message,
             self._labelled("keep as a preset", *keep),
         ])  # fmt: skip
-        self._list_presets(USUAL)
         self._fill_usual()
         if store and store.exists():
             self._restore(store)
@@ -124,21 +129,26 @@ class Settings(widgets.VBox):
     # ── Presets ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _fill_usual(self) -> None:
-        """Fill every field with the preset of the kind and the base."""
+        """Fill every field with the guide's preset of the kind and the base."""
         if not self.filling:
-            self.presets.value = USUAL
+            self._list_presets(GUIDE)
             self._fill(preset(self.kind.value, self.base.value).with_(**self.given))
 
     def _list_presets(self, chosen: str) -> None:
-        self.presets.options = [("the usual settings", USUAL), *((name, name) for name in presets.own_presets())]
-        self.presets.value = chosen
+        entry = named.find(self.base.value)
+        others = [(f"as {entry.usual.source} trains this base", USUAL)] if entry and entry.usual else []
+        own = [(name, name) for name in presets.own_presets()]
+        before, self.filling = self.filling, True
+        self.presets.options = [("the training guide's settings", GUIDE), *others, *own]
+        self.presets.value, self.filling = chosen, before
 
     def _use_preset(self) -> None:
-        """Fill in the settings of one of the user's own presets; all others stay."""
+        """Fill in the settings of a preset; for one of the user's own, all others stay."""
         if self.filling:
             return
-        if self.presets.value == USUAL:
-            self._fill_usual()
+        if self.presets.value in (GUIDE, USUAL):
+            usual = self.presets.value == USUAL
+            self._fill(preset(self.kind.value, self.base.value, usual).with_(**self.given))
             return
         with reporting(self.preset_message):
             settings = presets.kept(self.presets.value)
@@ -153,7 +163,7 @@ class Settings(widgets.VBox):
             self._fill(config)
 
     def _set_base(self, base: str) -> None:
-        base = {hub_id: name for name, hub_id in bases.KNOWN.items()}.get(base, base)
+        base = entry.name if (entry := named.find(base)) else base
         if base not in [value for _, value in self.base.options]:
             self.base.options = [*self.base.options, (base, base)]
         self.base.value = base
@@ -163,18 +173,17 @@ class Settings(widgets.VBox):
         with reporting(self.preset_message):
             name = self.preset_name.value.strip()
             presets.save_preset(name, self.config)
-            self.filling = True
             self._list_presets(name)
-            self.filling = False
             self.preset_message.value = note(f"{name} is kept", "good")
 
     # ── Values ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _fill(self, config: Config) -> None:
-        family = FAMILY.get(self.base.value, "")
+        entry = named.find(self.base.value)
+        self.facts.value = line(_facts(entry) if entry else "", "opacity:.75;font-size:12px")
         for name, field in self.fields.items():
             field.value = _to_field(name, getattr(config, name))
-            hint = advice(name, self.kind.value, family) or Config.model_fields[name].description or ""
+            hint = advice(name, self.kind.value, self.base.value) or Config.model_fields[name].description or ""
             self.hints[name].value = line(hint, "opacity:.75;font-size:12px")
 
     def _restore(self, store: Path) -> None:
@@ -203,12 +212,19 @@ class Settings(widgets.VBox):
 
     def _settings(self) -> dict[str, Any]:
         values = {name: _from_field(name, field.value) for name, field in self.fields.items()}
-        return values | {"kind": self.kind.value, "base": bases.KNOWN.get(self.base.value, self.base.value)}
+        entry = named.find(self.base.value)
+        return values | {"kind": self.kind.value, "base": entry.reference if entry else self.base.value}
 
     def _check(self) -> None:
         with reporting(self.message):
             configs.parse(self._settings())
             self.message.value = ""
+
+
+def _facts(base: named.NamedBase) -> str:
+    """What to know of a base before it is fetched."""
+    size = f"{base.megabytes:,} MB to fetch; " if base.megabytes else ""
+    return f"{size}licence: {base.licence or 'see its page'}; {base.sources[0]}"
 
 
 def _stored(store: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from test_memory import made_up as step_cost
 from typer.testing import CliRunner
 
 import lorakit as lk
-from lorakit import __main__
+from lorakit import __main__, named
 from lorakit.base import model as bases
 from lorakit.config import Config
 from lorakit.plan import cards, memory, planning
@@ -103,7 +103,7 @@ def test_cards_and_bases_are_known_by_name(quick, tmp_path):
     assert by_name["T4"].cost.precision == "float16" and "bfloat16" in by_name["3060"].cost.precision
     with pytest.raises(ValueError, match=naming("T5", *cards.CARDS)):
         planning.plan_for_cards(bases.known("sd15"), Config(steps=1), ["T5"], store=tmp_path)
-    with pytest.raises(ValueError, match=naming("flux", *bases.KNOWN)):
+    with pytest.raises(ValueError, match=naming("flux", *named.NAMED)):
         bases.known("flux")
 
 
@@ -122,12 +122,12 @@ def test_the_shipped_configs_are_the_families_own(name, family, prediction, reso
 
     base = bases.known(name)
     assert (base.family, base.prediction_type, base.resolution) == (family, prediction, resolution)
-    assert base.vae_factor == 8 and base.name == bases.KNOWN[name]
+    assert base.vae_factor == 8 and base.name == named.NAMED[name].reference
     with torch.device("meta"):
         built = UNet2DConditionModel.from_config(base.configs["unet"])
     assert sum(weight.numel() for weight in built.parameters()) == unet
     assert len(targets.target_names(built)) == modules
-    assert preset("style", family).base == bases.KNOWN[name] or name == "sd21-base"
+    assert preset("style", family).base == named.NAMED[name].reference or name == "sd21-base"
 
 
 def test_the_shipped_text_encoders_and_autoencoders_have_the_published_sizes():
@@ -137,7 +137,7 @@ def test_the_shipped_text_encoders_and_autoencoders_have_the_published_sizes():
     count = lambda model: sum(weight.numel() for weight in model.parameters())  # noqa: E731
     sizes = {}
     with torch.device("meta"):
-        for name in bases.KNOWN:
+        for name in named.FAMILY:
             configs = bases.known(name).configs
             sizes[name] = [count(AutoencoderKL.from_config(configs["vae"]))]
             sizes[name].append(count(CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))))

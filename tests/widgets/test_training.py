@@ -13,7 +13,7 @@ from lorakit import demo, plan, presets
 from lorakit.plan import store as stores
 from lorakit.plots import TONES
 from lorakit.widgets.parts import span
-from lorakit.widgets.settings import FIRST, Settings, advice, preset
+from lorakit.widgets.settings import FIRST, GUIDE, USUAL, Settings, advice, preset
 from lorakit.widgets.training import Curves, Training
 
 
@@ -189,7 +189,7 @@ def at_home(tmp_path, monkeypatch):
 
 def test_settings_are_kept_as_a_preset_and_picked_again(at_home):
     panel = Settings("style", "sd15", trigger="flatto", dataset="d")
-    assert [value for _, value in panel.presets.options] == [""]
+    assert [value for _, value in panel.presets.options] == [GUIDE, USUAL]
     panel.fields["rank"].value, panel.preset_name.value = "8", "crisp"
     panel.keep()
     assert names(words(panel.preset_message.value), "crisp") and tone(panel.preset_message.value) == "good"
