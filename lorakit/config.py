@@ -58,7 +58,17 @@ class Config(BaseModel):
     shuffle_captions: bool = Field(False, description="shuffle comma-separated tags")
     keep_tokens: int = Field(0, ge=0, description="leading tags that are neither shuffled nor dropped")
     tag_dropout: float = Field(0.0, ge=0, lt=1, description="share of the other tags dropped at random")
-    caption_variants: int = Field(16, ge=1, le=1000, description="shuffled versions encoded for each caption")
+    keep_tokens_separator: str = Field(
+        "", description="tags in front of this sign ('|||'), and after a second one, are neither shuffled nor dropped"
+    )
+    secondary_separator: str = Field(
+        "", description="sign (';;;') between tags that stay together when tags are shuffled and dropped"
+    )
+    caption_lines: Literal["join", "random"] = Field(
+        "join", description="a caption of several lines: join them, or draw one for each example"
+    )
+    caption_choices: bool = Field(False, description="draw one text of each {a|b} in a caption; {{ and }} are braces")
+    caption_variants: int = Field(16, ge=1, le=1000, description="versions encoded for each caption that varies")
     max_token_length: Literal[75, 150, 225] | None = Field(
         None, description="tokens read of a caption; None: as many as the longest one needs, up to 225"
     )

@@ -364,13 +364,16 @@ def test_variables_that_are_not_set_are_noted_and_change_no_setting():
 def test_files_that_a_command_names_are_read(tmp_path):
     (tmp_path / "a.toml").write_text("network_dim = 8\nnetwork_alpha = 4\nseed = 7")
     (tmp_path / "b.toml").write_text(
-        "[general]\nshuffle_caption = true\nkeep_tokens = 2\n[[datasets]]\nresolution = 768\nbatch_size = 4\n"
+        "[general]\nshuffle_caption = true\nkeep_tokens = 2\nkeep_tokens_separator = '|||'\nenable_wildcard = true\n"
+        "secondary_separator = ';;;'\n[[datasets]]\nresolution = 768\nbatch_size = 4\n"
         "[[datasets.subsets]]\nimage_dir = 'cats'\nflip_aug = true\n"
     )
     (tmp_path / "run.txt").write_text("train_network.py --config_file=a --dataset_config=D:\\b.toml --network_dim=64")
     made = kohya.read(tmp_path / "run.txt").config
     assert (made.rank, made.alpha, made.seed, made.resolution, made.batch_size) == (64, 4, 7, 768, 4)
     assert (made.flip, made.shuffle_captions, made.keep_tokens) == (True, True, 2)
+    assert (made.caption_lines, made.caption_choices) == ("random", True)
+    assert (made.keep_tokens_separator, made.secondary_separator) == ("|||", ";;;")
     assert made.dataset == str(tmp_path / "b.toml")
     with pytest.raises(FileNotFoundError, match=naming("config_file", "c.toml")):
         kohya.from_command("train_network.py --config_file=c.toml", tmp_path)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorakit.dataset.caption_quality import audit_captions
     from lorakit.dataset.captioner import Captioner, draft_captions
     from lorakit.dataset.captions import apply_template, caption_changes, caption_files, caption_text, caption_variants
+    from lorakit.dataset.captions import plain_caption
     from lorakit.dataset.captions import describe_changes, replace_text, retag, split_tags, trigger_pattern
     from lorakit.dataset.captions import undo_captions, without_trigger, write_captions
     from lorakit.dataset.folder import ARCHIVES, Dataset, find_masks, is_remote, picture_name, scan

@@ -8,6 +8,7 @@ name is a picture's path relative to the dataset's root, as in "5_cat/1.png".
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from lorakit import storage
+from lorakit.config import Config
 from lorakit.dataset.picture import PICTURES
 
 SUFFIXES = (".txt", ".caption")  # of caption files: if a picture has both, the first with a text is used
@@ -29,8 +31,9 @@ SUFFIXES = (".txt", ".caption")  # of caption files: if a picture has both, the 
 KAOMOJI = {"0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9", ">_o", "@_@", "^_^"}
 KAOMOJI |= {"o_o", "u_u", "x_x", "|_|", "||_||"}
 LITERAL = "which is learned to the letter: a caption is plain text"
+CHOICE = re.compile(r"(\{\{|\}\}|\{[^{}]+\})")
 MARKUP = {  # signs of other programs, which a text encoder reads as they stand
-    "choices": re.compile(r"\{[^{}]*\|[^{}]*\}"),
+    "choices (caption_choices draws one)": re.compile(r"\{[^{}]*\|[^{}]*\}"),
     "a tag of A1111": re.compile(r"<(?:lora|lyco|hypernet):[^>]*>"),
     "a weight": re.compile(r"\([^()]+:\d*\.?\d+\)"),
     "an HTML escape": re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d+);"),
@@ -59,30 +62,82 @@ def markup(captions: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return {sign: tuple(found) for sign, found in names.items()}
 
 
-def caption_variants(
-    caption: str, count: int, *, shuffle: bool = False, keep_tokens: int = 0, tag_dropout: float = 0.0, seed: int = 0
-) -> tuple[str, ...]:
-    """The variants of a caption that a run draws from, each encoded once.
+# ── For training ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def caption_variants(lines: Sequence[str], config: Config) -> tuple[str, ...]:
+    """The variants of a caption that a run draws from, each encoded once; one if nothing varies.
+
+    A variant is one of the lines, with one text of each choice {a|b}, tags shuffled and dropped, and separators
+    replaced, as the config asks. Lines, and texts of choices, occur equally often where `caption_variants` allows it.
 
     Args:
-        count: how many; only one is returned if nothing varies.
-        shuffle: put the tags into another order in each.
-        keep_tokens: so many tags in front, usually the trigger, keep their place and are never dropped. The name is
-            sd-scripts', which also counts tags.
-        tag_dropout: the probability that a tag is left out.
-        seed: the variants depend only on it, on the caption and on these settings.
+        lines: of the caption; one if the config joins them.
+
+    Source: sd-scripts (`enable_wildcard`, `keep_tokens_separator`, `secondary_separator`, `keep_tokens`).
     """
-    fixed, free = split_tags(caption)[:keep_tokens], split_tags(caption)[keep_tokens:]
-    if not free or not (tag_dropout or (shuffle and len(free) > 1)):
-        return (caption,)
-    digest = int(hashlib.sha256(caption.encode()).hexdigest()[:16], 16)
-    variants = []
-    for number in range(count):
-        random = np.random.default_rng([seed, digest, number])
-        keys, kept = random.random(len(free)), random.random(len(free)) >= tag_dropout
-        order = np.argsort(keys, kind="stable") if shuffle else np.arange(len(free))
-        variants.append(", ".join(fixed + [free[i] for i in order if kept[i]]))
+    forms = [_choices(line, config) for line in lines]
+    free = _sections(lines[0], config)[1]
+    shuffled = config.tag_dropout and free or (config.shuffle_captions and len(free) > 1)
+    if not (shuffled or len(forms) > 1 or any(len(texts) > 1 for texts in forms[0])):
+        return (plain_caption(lines, config),)
+    digest = int(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], 16)
+    turns, variants = max(1, config.caption_variants // len(forms)), []
+    for number in range(max(config.caption_variants, len(forms))):
+        seeds = [config.seed, digest, number]
+        text = _chosen(forms[number % len(forms)], number // len(forms), turns, np.random.default_rng([*seeds, 1]))
+        variants.append(_formed(text, config, np.random.default_rng(seeds)))
     return tuple(variants)
+
+
+def plain_caption(lines: Sequence[str], config: Config) -> str:
+    """The caption without chance: the first line, the first text of each choice, all tags in their order."""
+    return _formed("".join(texts[0] for texts in _choices(lines[0], config)), config)
+
+
+def _choices(line: str, config: Config) -> list[list[str]]:
+    """The parts of a line, each with the texts to choose from; {{ and }} stand for braces."""
+    if not config.caption_choices:
+        return [[line]]
+    braces = {"{{": ["{"], "}}": ["}"]}
+    return [
+        braces.get(part) or (part[1:-1].split("|") if place % 2 else [part])
+        for place, part in enumerate(CHOICE.split(line))
+    ]
+
+
+def _chosen(form: Sequence[Sequence[str]], turn: int, turns: int, random: np.random.Generator) -> str:
+    """A line with its choices made: all combinations in turn if there are enough turns, else one at random."""
+    combinations = math.prod(map(len, form))
+    rest = turn % combinations if combinations <= turns else int(random.integers(combinations))
+    chosen = []
+    for texts in form:
+        rest, place = divmod(rest, len(texts))
+        chosen.append(texts[place])
+    return "".join(chosen)
+
+
+def _sections(text: str, config: Config) -> tuple[list[str], list[str], list[str]]:
+    """The tags that keep their place in front, those that are shuffled and dropped, and those that stay at the end."""
+    if (separator := config.keep_tokens_separator) and separator in text:
+        first, _, rest = text.partition(separator)
+        middle, _, last = rest.partition(separator)
+        return split_tags(first), split_tags(middle), split_tags(last)
+    tags = split_tags(text)
+    return tags[: config.keep_tokens], tags[config.keep_tokens :], []
+
+
+def _formed(text: str, config: Config, random: np.random.Generator | None = None) -> str:
+    """A text with its tags shuffled and dropped, if `random` is given, and with its separators replaced."""
+    first, free, last = _sections(text, config)
+    if random and (config.shuffle_captions or config.tag_dropout):
+        keys, kept = random.random(len(free)), random.random(len(free)) >= config.tag_dropout
+        order = np.argsort(keys, kind="stable") if config.shuffle_captions else np.arange(len(free))
+        free = [free[i] for i in order if kept[i]]
+    elif not any(sign and sign in text for sign in (config.keep_tokens_separator, config.secondary_separator)):
+        return text
+    joined = ", ".join(first + free + last)
+    return ", ".join(split_tags(joined.replace(sign, ","))) if (sign := config.secondary_separator) else joined
 
 
 def trigger_pattern(trigger: str) -> re.Pattern[str]:

@@ -84,6 +84,8 @@ class Dataset:
             for (source, text), n in sources.items()
         ]
         lines.append("captions from: " + "; ".join(_shortened(counted, 5)))
+        if several := sum(len(picture.lines) > 1 for picture in self.pictures):
+            lines.append(f"{several} of several lines: joined, unless caption_lines is 'random'")
         if 0 < len(without) < len(self):
             lines.append(f"{len(without)} without a caption of their own:")
             lines += _listed(f"{n}: {_quoted(p.caption_source, p.caption)} is used" for n, p in without.items())
@@ -387,7 +389,9 @@ class _Reader:
                 if (same := first.setdefault(digest, file)) != file:
                     self._report(file, f"the same picture as {_name(same, root)}, which so counts twice: remove one")
                 group = _name(file.parent, root) if file.parent != root else ""
-                pictures.append(Picture(file, text, source, times, width, height, digest, group))
+                lines = tuple(line for line in text.splitlines() if line.strip(" ,"))
+                caption = " ".join(text.splitlines())
+                pictures.append(Picture(file, caption, source, times, width, height, digest, group, lines=lines))
         return pictures
 
     # ── Captions ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -422,9 +426,10 @@ class _Reader:
         source, text = next(((source, text) for _, source, text in (*own, *others) if text), ("none", ""))
         for file, other, differing in own:
             if differing == "":
-                self._report(file, f"an empty caption: {_quoted(source, text)} is used. Write one")
-            elif differing and differing != text:
-                self._report(file, f"{source} is used, and {other} has another text, {differing[:40]!r}: keep one")
+                self._report(file, f"an empty caption: {_quoted(source, one_line(text))} is used. Write one")
+            elif differing and one_line(differing) != one_line(text):
+                start = one_line(differing)[:40]
+                self._report(file, f"{source} is used, and {other} has another text, {start!r}: keep one")
         return source, text
 
     def _readable(self, pictures: list[Path]) -> list[Path]:
@@ -442,7 +447,7 @@ class _Reader:
         return readable
 
     def _read_caption(self, file: Path) -> str | None:
-        """The text of a caption file; None if it cannot be read."""
+        """The text of a caption file, with its lines, if it has several; None if it cannot be read."""
         try:
             raw = file.read_bytes()
         except OSError as error:
@@ -455,7 +460,8 @@ class _Reader:
         if encoding == "cp1252":
             start = one_line(text)[:40]
             self._report(file, f"not UTF-8, so read as Western European, {start!r}: if that is wrong, save it as UTF-8")
-        return one_line(text, self.first_line)
+        lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+        return one_line(text, True) if self.first_line or not one_line(text) else "\n".join(lines)
 
     def _described(self, files: Sequence[Path]) -> dict[Path, tuple[str, str]]:
         """(file's name, text) for each picture in Hugging Face's metadata files; the nearest file is used."""

@@ -46,6 +46,7 @@ class Picture:
     digest: str  # SHA-256 of the file, in hex
     group: str  # its folder relative to the root, "5_cat"; "" for the root itself
     instead_of: Path | None = None  # the file that it replaces, whose name and caption it keeps
+    lines: tuple[str, ...] = ()  # of the caption, without empty ones
 
     @property
     def known_as(self) -> Path:

@@ -232,6 +232,8 @@ def _choices(kohya: Given) -> dict[str, Any]:
         ours["max_token_length"] = int(tokens)
     elif tokens:
         kohya.note("max_token_length", "left out, it is 75, 150 or 225")
+    if kohya.flag("enable_wildcard"):
+        ours |= {"caption_lines": "random", "caption_choices": True}
     if (precision := kohya.take("mixed_precision")) in ("no", "fp16", "bf16"):
         ours["mixed_precision"] = precision
     return ours | _prompts(kohya)

@@ -17,7 +17,8 @@ VARIABLE = re.compile(r"[$@]\{?[\w:]+(\[[@*]\])?\}?|%\w+%")
 DATASET_OF_RUN = {  # settings in a dataset TOML that lorakit has for the whole run → sd-scripts' name of it
     **{name: name for name in (
         "resolution", "enable_bucket", "bucket_no_upscale", "bucket_reso_steps", "min_bucket_reso", "max_bucket_reso",
-        "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate", "caption_tag_dropout_rate",
+        "flip_aug", "shuffle_caption", "keep_tokens", "keep_tokens_separator", "secondary_separator",
+        "enable_wildcard", "caption_dropout_rate", "caption_tag_dropout_rate",
         "validation_split", "alpha_mask", "conditioning_data_dir",
     )},
     "batch_size": "train_batch_size",

@@ -7,6 +7,7 @@ SAME = {  # sd-scripts' name → lorakit's, where the value has the same meaning
         "gradient_accumulation_steps", "gradient_checkpointing", "zero_terminal_snr", "conv_alpha",
         "max_grad_norm", "min_snr_gamma", "noise_offset", "multires_noise_iterations",
         "multires_noise_discount", "min_timestep", "max_timestep", "keep_tokens", "clip_skip", "seed", "weight_decay",
+        "keep_tokens_separator", "secondary_separator",
     )},
     "pretrained_model_name_or_path": "base",
     "train_data_dir": "dataset",

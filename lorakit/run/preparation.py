@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from lorakit import adapter as adapters
@@ -84,11 +85,11 @@ def prepare(
         base, selection.pictures, fits, cache, compute, masks=selection.masks, flip=config.flip, console=console
     )
     for place, picture in enumerate(pictures):
-        variants = datasets.caption_variants(
-            picture.caption, config.caption_variants, shuffle=config.shuffle_captions,
-            keep_tokens=config.keep_tokens, tag_dropout=config.tag_dropout, seed=config.seed,
+        lines = _lines(selection.pictures[place], config)
+        pictures[place] = replace(
+            picture, caption=datasets.plain_caption(lines, config), variants=datasets.caption_variants(lines, config),
+            prior=place >= len(selection.dataset),
         )  # fmt: skip
-        pictures[place] = replace(picture, variants=variants, prior=place >= len(selection.dataset))
     selection.contents["base"] = bases.identity(base)
     texts = bases.encode_texts(
         base, train.captions_of(pictures, config), cache, compute, config.clip_skip, console, selection.chunks
@@ -182,16 +183,30 @@ def _prompts(config: Config, dataset: Dataset) -> list[str]:
     """Prompts of samples: the first captions, with the quality tags that the base was trained with."""
     entry = named.find(config.base)
     form = entry.prompt if entry else "{}"
-    return [form.format(bases.escape(picture.caption)) for picture in dataset.pictures[:4]]
+    captions = [datasets.plain_caption(_lines(picture, config), config) for picture in dataset.pictures[:4]]
+    return [form.format(bases.escape(caption)) for caption in captions]
+
+
+def _lines(picture: Picture, config: Config) -> tuple[str, ...]:
+    """The lines of a caption to draw from; one if they are joined."""
+    return picture.lines if config.caption_lines == "random" and picture.lines else (picture.caption,)
+
+
+def _longest(picture: Picture, config: Config) -> Sequence[str]:
+    """Texts of which one has the most tokens of all variants: shuffling and dropping add none."""
+    varied = config.caption_lines == "random" or config.caption_choices
+    return datasets.caption_variants(_lines(picture, config), config) if varied else [picture.caption]
 
 
 def _chunks(config: Config, base: Base, selection: _Selection, console: Console) -> int:
     """How many chunks of 75 tokens are read of each caption: as set, or what the longest one needs; at most 3."""
-    captions, limit = [picture.caption for picture in selection.pictures], bases.token_limit(base)
+    captions, limit = [_longest(picture, config) for picture in selection.pictures], bases.token_limit(base)
     if config.asks_class:
-        captions += [datasets.without_trigger(text, config.trigger, config.class_word) for text in captions]
-    tokens = bases.tokens_needed(base, set(captions))
-    counts = [tokens.get(text, 0) for text in captions]
+        captions += [
+            [datasets.without_trigger(text, config.trigger, config.class_word) for text in texts] for texts in captions
+        ]
+    tokens = bases.tokens_needed(base, set(chain(*captions)))
+    counts = [max(tokens.get(text, 0) for text in texts) for texts in captions]
     needed = min(3, -(-max(counts, default=0) // limit)) or 1
     chunks = config.max_token_length // 75 if config.max_token_length else needed
     long, cut = (sum(count > most for count in counts) for most in (limit, chunks * limit))
@@ -326,7 +341,13 @@ def settings_digest(values: object) -> str:
 
 def settings(config: Config, prepared: Prepared) -> dict:
     """The settings that decide the result, as plain values without any path of this machine."""
-    pictures = settings_digest([[p.digest, p.caption, p.repeats] for p in prepared.dataset.pictures])
+    random = prepared.config.caption_lines == "random"
+    pictures = settings_digest(
+        [
+            [p.digest, p.caption, p.repeats, *([p.lines] if random and len(p.lines) > 1 else [])]
+            for p in prepared.dataset.pictures
+        ]
+    )
     free = FREE - {"trigger"} if config.asks_class else FREE  # the trigger is replaced by the class word there
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in free}
     return values | {"dataset": pictures, "prediction_type": prepared.base.prediction_type} | prepared.contents

@@ -1,21 +1,35 @@
 """Captions: the forms one is trained in; many edited at once, seen first, written whole and undone to the byte."""
 
+import random
+import re
+from collections import Counter
+
 import pytest
 from PIL import Image
 from said import names, naming
 
+from lorakit.config import Config
 from lorakit.dataset import captions
 from lorakit.dataset import folder as folders
 
 
+def asked(**settings) -> Config:
+    return Config(steps=1, **settings)
+
+
+def variants(*lines: str, **settings) -> tuple[str, ...]:
+    return captions.caption_variants(lines, asked(**settings))
+
+
 def test_one_form_where_nothing_is_varied():
-    assert captions.caption_variants("a, b, c", 8) == ("a, b, c",)
-    assert captions.caption_variants("a", 8, shuffle=True) == ("a",)
-    assert captions.caption_variants("a, b", 8, shuffle=True, keep_tokens=2, tag_dropout=0.5) == ("a, b",)
+    assert variants("a, b,  c") == ("a, b,  c",)
+    assert variants("a", shuffle_captions=True) == ("a",)
+    assert variants("a, b", shuffle_captions=True, keep_tokens=2, tag_dropout=0.5) == ("a, b",)
+    assert variants("{a|b}, c|||d;;;e") == ("{a|b}, c|||d;;;e",)  # signs that are not asked for
 
 
 def test_shuffling_keeps_every_tag_and_the_first_in_place():
-    forms = captions.caption_variants("sks, red, big, round, old", 16, shuffle=True, keep_tokens=1)
+    forms = variants("sks, red, big, round, old", shuffle_captions=True, keep_tokens=1, caption_variants=16)
     assert len(forms) == 16 and len(set(forms)) > 8
     for form in forms:
         assert form.startswith("sks, ")
@@ -23,16 +37,80 @@ def test_shuffling_keeps_every_tag_and_the_first_in_place():
 
 
 def test_dropout_drops_about_its_share_and_keeps_the_order():
-    forms = captions.caption_variants("sks, a, b, c, d", 400, keep_tokens=1, tag_dropout=0.25)
+    forms = variants("sks, a, b, c, d", caption_variants=400, keep_tokens=1, tag_dropout=0.25)
     left = [captions.split_tags(form)[1:] for form in forms]
     assert 0.2 < 1 - sum(map(len, left)) / 1600 < 0.3
     assert all(tags == sorted(tags) for tags in left)
 
 
 def test_chance_depends_on_seed_and_words_alone():
-    first = captions.caption_variants("a, b, c, d", 8, shuffle=True, seed=1)
-    assert first == captions.caption_variants("a, b, c, d", 8, shuffle=True, seed=1)
-    assert first != captions.caption_variants("a, b, c, d", 8, shuffle=True, seed=2)
+    first = variants("a, b, c, d", shuffle_captions=True, seed=1)
+    assert first == variants("a, b, c, d", shuffle_captions=True, seed=1)
+    assert first != variants("a, b, c, d", shuffle_captions=True, seed=2)
+
+
+def test_lines_and_choices_occur_equally_often():
+    drawn = variants("sks one", "sks two", "sks {red|green} {hat|shoe|bag}", caption_choices=True, caption_variants=36)
+    assert Counter(text.split()[1] for text in drawn)["one"] == 12 and len(drawn) == 36
+    assert Counter(drawn) == {
+        "sks one": 12, "sks two": 12,
+        **{f"sks {colour} {thing}": 2 for colour in ("red", "green") for thing in ("hat", "shoe", "bag")},
+    }  # fmt: skip
+    many = variants(" ".join(["{a|b|c|d}"] * 6), caption_choices=True, caption_variants=64)  # of 4096
+    assert len(set(many)) > 50 and all(len(set(text.split()) - set("abcd")) == 0 for text in many)
+    assert many == variants(" ".join(["{a|b|c|d}"] * 6), caption_choices=True, caption_variants=64)
+    assert len(variants(*"abcdef", caption_variants=4)) == 6  # every line is learned
+    assert set(variants("{a|}{{b}} {c}", caption_choices=True)) == {"a{b} c", "{b} c"}
+
+
+def test_separators_hold_tags_in_place_and_together():
+    drawn = variants(
+        "sks, a ||| b;;;c, d, e ||| best, quality", keep_tokens_separator="|||", secondary_separator=";;;",
+        shuffle_captions=True, caption_variants=32,
+    )  # fmt: skip
+    assert all(text.startswith("sks, a, ") and text.endswith(", best, quality") and "b, c" in text for text in drawn)
+    assert len(set(drawn)) == 6 and all(
+        sorted(captions.split_tags(text)) == sorted(["sks", "a", "b", "c", "d", "e", "best", "quality"])
+        for text in drawn
+    )
+    dropped = variants("a|||b;;;c, d", keep_tokens_separator="|||", secondary_separator=";;;", tag_dropout=0.5)
+    assert {"a", "a, b, c", "a, d", "a, b, c, d"} >= set(dropped) >= {"a, b, c", "a, d"}
+    unshuffled = {"keep_tokens_separator": "|||", "secondary_separator": ";;;"}
+    assert variants("a|||b;;;c, d", **unshuffled) == ("a, b, c, d",)
+    assert captions.plain_caption(["{x|y}|||b, c", "z"], asked(caption_choices=True, **unshuffled)) == "x, b, c"
+
+
+def as_sd_scripts(caption: str, keep: str, secondary: str, shuffle: random.Random) -> str:
+    """One draw by the rules of sd-scripts' `process_caption`, written down from its description."""
+    caption = shuffle.choice(caption.split("\n"))
+    caption = re.sub(r"\{([^}]+)\}", lambda match: shuffle.choice(match[1].split("|")), caption)
+    fixed, _, rest = caption.partition(keep) if keep in caption else ("", "", caption)
+    free, _, end = rest.partition(keep)
+    tags = [tag.strip() for tag in free.split(",") if tag.strip()]
+    shuffle.shuffle(tags)
+    parts = [tag.strip() for tag in fixed.split(",")], tags, [tag.strip() for tag in end.split(",")]
+    text = ", ".join(tag for part in parts for tag in part if tag)
+    return ", ".join(tag.strip() for tag in text.replace(secondary, ",").split(","))
+
+
+def test_all_draws_of_sd_scripts_are_drawn_and_no_others():
+    caption = "sks {cat|dog}, cute ||| a;;;b, c ||| end\nsks alone, {x|y}"
+    theirs = {as_sd_scripts(caption, "|||", ";;;", random.Random(number)) for number in range(500)}
+    ours = variants(
+        *caption.split("\n"), caption_choices=True, keep_tokens_separator="|||", secondary_separator=";;;",
+        shuffle_captions=True, caption_variants=200,
+    )  # fmt: skip
+    assert set(ours) == theirs and len(theirs) == 8
+
+
+def test_lines_are_joined_and_that_is_shown(pictures):
+    for number, file in enumerate(sorted(pictures.rglob("*.txt"))):
+        file.write_text("one  cat\n\n ,\nsks dog\n" if number < 2 else "a hat")
+    dataset = folders.scan(pictures)
+    assert [p.caption for p in dataset.pictures[:3]] == ["one cat , sks dog"] * 2 + ["a hat"]
+    assert [p.lines for p in dataset.pictures[:3]] == [("one cat", "sks dog")] * 2 + [("a hat",)]
+    assert names(dataset.describe(), "2 of several lines", "caption_lines")
+    assert all(len(p.lines) == 1 for p in folders.scan(pictures, first_line=True).pictures)
 
 
 def test_the_class_takes_the_triggers_place():

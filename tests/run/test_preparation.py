@@ -11,10 +11,11 @@ from lorakit import storage
 from lorakit.adapter import proof
 from lorakit.adapter import read as read_module
 from lorakit.base import encode as encode_module
+from lorakit.base import model
 from lorakit.console import Console
+from lorakit.dataset import caption_variants, scan, selection
 from lorakit.dataset import folder as folders
 from lorakit.dataset import picture as picture_module
-from lorakit.dataset import selection
 from lorakit.run import preparation, run
 from lorakit.storage import archive
 
@@ -176,3 +177,29 @@ def test_a_replaced_picture_keeps_its_name(settings, tmp_path):
         assert prepared.names == ["0.png", "2.png", "3.png", "4.png", "5.png"]
     assert len([text for text in said if names(text, "held out", 1, 6, "1.png")]) == 2
     assert line(said, "masks", "1.png", "2.png") and not names("\n".join(said), "better.png")
+
+
+def test_drawn_captions_are_encoded_once_and_resumed_bit_for_bit(settings, pictures, tmp_path, monkeypatch):
+    for file in pictures.rglob("*.txt"):
+        file.write_text("sks {red|blue} thing ||| round;;;old, big\nsks alone, on a table\n")
+    drawn = settings.with_(
+        caption_lines="random", caption_choices=True, keep_tokens_separator="|||", secondary_separator=";;;",
+        shuffle_captions=True, caption_variants=8, steps=4, save_every=1, validation_share=0.2, validate_every=2,
+    )  # fmt: skip
+    encoded = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda *a, **k: encoded.append(len(a[1])) or encode(*a, **k))
+    whole = run.start(drawn, tmp_path / "whole", progress=False, say=(said := []).append)
+    # Four variants of each line, of which many are alike; no caption; the sample's prompt.
+    texts = set(caption_variants(scan(pictures).pictures[0].lines, drawn)) | {"", "sks thing"}
+    assert sum(encoded) == len(texts) == 5 and line(said, "pictures", 6) and line(said, 6, "several lines")
+    before = whole.lora.read_bytes()
+    for path in (*(tmp_path / "whole" / "checkpoints").glob("*[34].safetensors"), whole.lora):
+        path.unlink()
+    again = run.start(drawn, tmp_path / "whole", progress=False, say=said.append)
+    assert line(said, "resume", 2) and again.lora.read_bytes()[-5000:] == before[-5000:]
+    joined = run.start(settings.with_(steps=4), tmp_path / "joined", progress=False, say=lambda _: None)
+    assert joined.lora.read_bytes()[-5000:] != before[-5000:]
+    next(pictures.rglob("*.txt")).write_text("sks {red|blue} thing |||\nround;;;old, big sks alone, on a table\n")
+    with pytest.raises(ValueError, match=naming("dataset")):  # the words are the same, the lines are not
+        run.start(drawn, tmp_path / "whole", progress=False, say=lambda _: None)
