@@ -195,6 +195,9 @@ class Config(BaseModel):
         prodigy, schedule_free = self.optimizer == "prodigy", self.optimizer == "adamw_schedulefree"
         initialised = "start_from" if self.start_from else f"algorithm {self.algorithm!r}"
         checks = (
+            ("token=" in self.base,
+             "the address of the base contains a token, which would be written into files: leave it out, and set "
+             "CIVITAI_TOKEN"),
             ((self.steps is None) == (self.epochs is None),
              f"steps is {self.steps} and epochs is {self.epochs}: set one of them. Steps count optimizer updates, "
              "epochs count passes over pictures × repeats"),
@@ -375,7 +378,7 @@ def _explain(error: Any) -> str:
 
 def is_place(base: str) -> bool:
     """Whether a base is, or looks like, a folder or file instead of a named base or one on the hub."""
-    if base.startswith("https://huggingface.co/") or named.find(base):
+    if base.startswith("https://") or named.find(base):
         return False
     path_like = base.startswith((".", "~", "/")) or "\\" in base or base.count("/") > 1
     file = base.lower().endswith((".safetensors", ".ckpt"))

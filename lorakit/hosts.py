@@ -159,14 +159,16 @@ def secret(name: str) -> str | None:
 
 
 def use_token(name: str = "HF_TOKEN") -> bool:
-    """Give the user's token to huggingface_hub, for this process and its children; it is written to no file.
+    """Put a secret into the environment of this process and its children; it is written to no file.
+
+    huggingface_hub reads HF_TOKEN, downloads from Civitai read CIVITAI_TOKEN.
 
     Returns:
         Whether there is a token. Without one, public repositories on the Hub work.
     """
     token = secret(name)
     if token:
-        os.environ["HF_TOKEN"] = token
+        os.environ[name] = token
     return token is not None
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorakit import named, storage
 from lorakit.base import quantization, single_file
+from lorakit.console import Console
 from lorakit.device import Compute, quiet_libraries
 
 DEMO = Path(__file__).parents[1] / "demo" / "base"
@@ -83,27 +84,31 @@ class Base:
 
 
 def open(  # noqa: A001 - callers write base.open
-    reference: str | Path, prediction_type: str = "auto", zero_terminal_snr: bool = False, half: bool | None = None
-) -> Base:
+    reference: str | Path, prediction_type: str = "auto", zero_terminal_snr: bool = False, half: bool | None = None,
+    console: Console | None = None,
+) -> Base:  # fmt: skip
     """Recognise a base from its configs, or a single checkpoint file from its keys.
 
     Args:
         reference: a diffusers folder, a hub id ("owner/name"; its small config files are fetched), one
             `.safetensors` file with UNet, text encoder and VAE, such a file on the hub ("owner/name/file.safetensors",
-            or its page's address; it is fetched), a name of `named.NAMED`, or "demo".
+            or its page's address; it is fetched), the address of a model or version on Civitai (fetched too; its token
+            is in the variable CIVITAI_TOKEN), a name of `named.NAMED`, or "demo".
         prediction_type: "epsilon" or "v_prediction"; "auto" reads it from the base.
         zero_terminal_snr: the base was trained on a noise schedule that ends in pure noise.
         half: prefer weights in float16 where the Hub has them; None does where this machine computes in half precision.
+        console: shows the download from Civitai, which its `stop` ends; what has arrived is kept.
 
     Raises:
-        FileNotFoundError: no such folder or file, and no hub id that can be reached.
+        FileNotFoundError: no such folder or file, and no hub id or address that can be reached.
+        PermissionError: Civitai wants a token.
         ValueError: not a Stable Diffusion 1.x, 2.x or XL base, or its weights are pickles.
 
     Source: Lin et al. 2023, arXiv:2305.08891 (zero terminal SNR).
     """
     if prediction_type not in ("auto", "epsilon", "v_prediction"):
         raise ValueError(f"prediction_type {prediction_type!r} is unknown. Use 'auto', 'epsilon' or 'v_prediction'.")
-    base = _open(str(reference))
+    base = _open(str(reference), console or Console())
     schedule = base.configs["scheduler"] | ({"rescale_betas_zero_snr": True} if zero_terminal_snr else {})
     half = Compute.choose().half if half is None else half
     base = replace(base, configs=base.configs | {"scheduler": schedule}, half=half)
@@ -116,10 +121,13 @@ def predicting(base: Base, prediction_type: str) -> Base:
     return replace(base, configs=base.configs | {"scheduler": schedule})
 
 
-def _open(reference: str) -> Base:
+def _open(reference: str, console: Console) -> Base:
     folder = DEMO if reference == "demo" else Path(reference).expanduser()
     if folder.is_file():
         return _open_file(folder)
+    if storage.is_civitai(reference):
+        with console.bar() as bar:
+            return _open_file(storage.fetch_civitai(reference, console.say, bar))
     if not folder.exists() and (entry := named.find(reference)):
         reference = entry.reference
     if (of_hub := storage.hub_file(reference)) and not folder.exists():

@@ -117,7 +117,7 @@ def open_base(config: Config, console: Console) -> Base:
     Raises:
         ValueError: resolution or buckets that do not suit the base.
     """
-    base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr, Compute.of(config).half)
+    base = bases.open(config.base, config.prediction_type, config.zero_terminal_snr, Compute.of(config).half, console)
     step = buckets(config, base).step
     if step % base.step or config.resolution % step:
         raise ValueError(

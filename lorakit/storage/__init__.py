@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lorakit.storage.archive import mirror_folder, unpack
     from lorakit.storage.backup import Copier, Source, backup_name, backup_place, copy_verified, log_name
     from lorakit.storage.backup import newest_backup
+    from lorakit.storage.civitai import fetch_civitai, is_civitai
     from lorakit.storage.files import DISK_FULL, append_lines, claim_folder, first_line, home, printable
     from lorakit.storage.files import remove_partial, sha256, shown, user_cache, write_file, write_folder
     from lorakit.storage.index import measure_files
