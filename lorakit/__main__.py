@@ -243,7 +243,8 @@ def plan(
     base: Annotated[str, typer.Option(help=f"{BASES}, 'demo', a hub id, file or diffusers folder")] = "sd15",
     config: Annotated[Path | None, typer.Option(help="JSON file with the settings to plan")] = None,
     card: Annotated[list[str] | None, typer.Option(help="T4, A100, 1660, 2060, 3060 … 4090; all by default")] = None,
-    methods: Annotated[bool, typer.Option(help="compare with DreamBooth and textual inversion")] = False,
+    methods: Annotated[bool, typer.Option(help="compare with DreamBooth, textual inversion, hypernetworks")] = False,
+    largest: Annotated[bool, typer.Option(help="the largest resolution and batch of each card")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict memory, file size and time for cards, and choose settings that fit; nothing is downloaded."""
@@ -263,6 +264,9 @@ def plan(
             plans.compare_methods(opened, settings, dtype=torch.float16, store=plans.prediction_store()), as_json
         )
         return
+    if largest:
+        _print_largest(plans.largest(opened, settings, card), settings.resolution, as_json)
+        return
     predictions = plans.plan_for_cards(opened, settings, card)
     if as_json:
         _print_json([prediction.facts() for prediction in predictions])
@@ -276,17 +280,29 @@ def plan(
     print("Predicted: what is allocated at the peak. Times are estimates from the work of a step and the card's rate.")
 
 
+def _print_largest(answers: Any, resolution: int, as_json: bool) -> None:
+    if as_json:
+        _print_json({card: {"resolution": side, "batch": batch} for card, (side, batch) in answers.items()})
+        return
+    print(f"Predicted with these settings: the largest resolution with batch 1, the largest batch at {resolution} px:")
+    for card, (side, batch) in answers.items():
+        print(f"{card:<12}{f'{side} px' if side else 'none':<10}batch {batch or 'none'}")
+
+
 def _print_methods(methods: Any, as_json: bool) -> None:
     facts = [
-        {"method": m.name, "peak_gib": round(m.peak / 2**30, 3), "file_mb": round(m.file_size / 1e6, 3)}
+        {"method": m.name, "peak_gib": round(m.peak / 2**30, 3), "file_mb": round(m.file_size / 1e6, 3),
+         "time": m.time, "works_with": m.works_with}
         for m in methods
-    ]
+    ]  # fmt: skip
     if as_json:
         _print_json(facts)
         return
     print("The same base, pictures, batch, optimizer and checkpointing; predicted:")
     for row in facts:
-        print(f"{row['method']:<18}{row['peak_gib']:>8.2f} GiB   leaves a file of {row['file_mb']:,.2f} MB")
+        size = f"{row['file_mb']:,.2f} MB"
+        print(f"{row['method']:<18}{row['peak_gib']:>8.2f} GiB  {size:>13}  {row['time']:<10}  {row['works_with']}")
+    print("The times are the training guide's. A file works with the bases in the last column.")
 
 
 @command

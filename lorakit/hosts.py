@@ -1,4 +1,4 @@
-"""Colab, RunPod, Vast.ai, your own machine: where runs are stored, secrets, uploads, and what the machine can do.
+"""Colab, Kaggle, RunPod, Vast.ai, your own machine: folders for runs, secrets, uploads, what the machine can do.
 
 Training needs nothing of this; notebooks take their folders from here.
 """
@@ -44,6 +44,15 @@ COLAB = Host(
     "Runtime → Disconnect and delete runtime gives an empty disk",
     "Runtime → Restart session",
 )  # fmt: skip
+KAGGLE = Host(
+    "Kaggle",
+    Path("/kaggle/working"),
+    "/kaggle/working (20 GB) is kept with a saved version of the notebook, or with persistence of files; all else is "
+    "deleted when the session ends",
+    "in the notebook's options, choose the accelerator GPU T4 x2 (30 hours a week)",
+    "delete files in /kaggle/working; bases are on a larger disk, which is not kept",
+    "Run → Restart & clear cell outputs",
+)
 RUNPOD = Host(
     "RunPod", Path("/workspace"),
     "/workspace is kept when the pod stops, but not when it is terminated; a stop deletes packages: run the set-up "
@@ -70,6 +79,8 @@ def here() -> Host:
     """The current host, recognised by its environment variables."""
     if "COLAB_RELEASE_TAG" in os.environ and _colab():
         return COLAB
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return KAGGLE
     if "RUNPOD_POD_ID" in os.environ:
         return RUNPOD
     # Every open port has a variable; some images lack the label.
@@ -144,13 +155,17 @@ def _drive(mountpoint: Path, console: Console) -> str | None:
 
 
 def secret(name: str) -> str | None:
-    """A secret of the user: an environment variable, else one of Colab's secrets, else None.
+    """A secret of the user: an environment variable, else one of Colab's or Kaggle's secrets, else None.
 
     lorakit never prints or writes secrets. A missing or forbidden secret is not an error.
     """
     if value := os.environ.get(name, "").strip():
         return value
     try:
+        if here() is KAGGLE:
+            from kaggle_secrets import UserSecretsClient
+
+            return (UserSecretsClient().get_secret(name) or "").strip() or None
         from google.colab import userdata
 
         return (userdata.get(name) or "").strip() or None
@@ -301,8 +316,9 @@ def _gpu(host: Host) -> Fact:
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     # torch calls bf16 supported where it is emulated, as on a T4.
     precision = "trains in bf16" if card.bf16 else "trains in fp16, as it has no bf16"
-    others = f"; {torch.cuda.device_count()} cards" if torch.cuda.device_count() > 1 else ""
-    text = f"{card.name}, {total:.1f} GiB, {free:.1f} free; compute capability {capability}: {precision}{others}"
+    text = f"{card.name}, {total:.1f} GiB, {free:.1f} free; compute capability {capability}: {precision}"
+    if (cards := torch.cuda.device_count()) > 1:
+        text += f"; {cards} cards: `accelerate launch --multi_gpu -m lorakit train CONFIG` in a cell trains with all"
     if free < total / 2:
         return Fact("GPU", text, "warning", f"more than half is in use: {host.restart}, also in other notebooks")
     if total < LITTLE_GPU:

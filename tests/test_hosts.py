@@ -13,7 +13,7 @@ from lorakit import demo, hosts
 from lorakit.console import Console
 from lorakit.run import preparation, run
 
-MARKS = ("COLAB_RELEASE_TAG", "RUNPOD_POD_ID", "VAST_CONTAINERLABEL", "WORKSPACE", "HF_TOKEN")
+MARKS = ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "RUNPOD_POD_ID", "VAST_CONTAINERLABEL", "WORKSPACE", "HF_TOKEN")
 TOKEN = "hf_" + "Planted" * 5
 
 
@@ -63,6 +63,17 @@ def test_colab_keeps_second_copies_on_drive_where_that_is_wanted(colab, monkeypa
     assert place.backup == str(colab / "drive" / "MyDrive" / "lorakit") and place.runs == colab / "lorakit" / "runs"
     assert hosts.storage(drive=True) == place and len(said) == 1
     assert demo.config(backup=place.backup).backup == place.backup
+
+
+def test_kaggle_is_known_by_its_mark_and_has_secrets_of_its_own(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fakes")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert hosts.here() is hosts.KAGGLE and hosts.storage(drive=True) == hosts.Storage(Path("/kaggle/working/lorakit"))
+    monkeypatch.setenv("FAKE_KAGGLE_SECRETS", json.dumps({"CIVITAI_TOKEN": f" {TOKEN} "}))
+    monkeypatch.setenv("CIVITAI_TOKEN", "")
+    assert hosts.use_token("CIVITAI_TOKEN") and os.environ["CIVITAI_TOKEN"] == TOKEN
+    assert hosts.secret("ABSENT") is None and not hosts.use_token()
+    assert names(repr(hosts.check()), "Kaggle", "/kaggle/working", "T4 x2") or hosts.check().ready
 
 
 def test_secrets_are_optional(colab, monkeypatch, capfd):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lorakit.plan.cards import Card, free_memory_bytes, this_machine
     from lorakit.plan.memory import StepCost, readable_bytes
     from lorakit.plan.methods import compare_methods
-    from lorakit.plan.planning import choose_settings, ladder, plan_for_cards, predict, verdict
+    from lorakit.plan.planning import choose_settings, ladder, largest, plan_for_cards, predict, verdict
     from lorakit.plan.prediction import Prediction
     from lorakit.plan.store import prediction_store, step_cost
 else:

@@ -41,16 +41,21 @@ CARDS = {
         Card("1660", 5.8, 5, bf16=False), Card("2060", 5.8, 26, bf16=False), Card("T4", 14.7, 65, bf16=False),
         Card("3060", 11.8, 25), Card("3070", 7.7, 41), Card("3080", 9.7, 60), Card("3090", 23.7, 71),
         Card("4080", 15.6, 97), Card("4090", 23.6, 165), Card("A100", 39.4, 312),
+        # Apple's M1 to M3: Metal's recommended working set is two thirds of 8 and of 16 GiB.
+        Card("Apple 8 GB", 5.3, device="mps"), Card("Apple 16 GB", 10.7, device="mps"),
     )
 }  # fmt: skip
 
 
 def card(name: str) -> Card:
     """The card of that name in CARDS, however it is written: "t4", "RTX 4090". ValueError: unknown name."""
-    short = re.sub(r"nvidia|geforce|tesla|rtx|[\s_-]", "", name.lower())
-    if not (known := {key.lower(): found for key, found in CARDS.items()}.get(short)):
+    if not (known := {_short(key): found for key, found in CARDS.items()}.get(_short(name))):
         raise ValueError(f"There is no card {name!r} in the table. It has {', '.join(CARDS)}.")
     return known
+
+
+def _short(name: str) -> str:
+    return re.sub(r"nvidia|geforce|tesla|[rg]tx|[\s_-]", "", name.lower())
 
 
 def this_machine() -> Card | None:

@@ -1,5 +1,6 @@
-"""Compare a LoRA with other ways to train a base: DreamBooth and textual inversion."""
+"""Compare a LoRA with other ways to train a base: DreamBooth, textual inversion and hypernetworks."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,19 @@ FROZEN_SHARE = 0.6  # of a LoRA's activations, what a frozen UNet keeps: counted
 
 
 class Method(NamedTuple):
-    """A way to train a base: bytes."""
+    """A way to train a base."""
 
     name: str
-    peak: int
-    file_size: int  # in fp16; of textual inversion in float32, as is usual
+    peak: int  # bytes
+    file_size: int  # bytes, in fp16; of textual inversion and hypernetworks in float32, as is usual
+    time: str  # the training guide's
+    works_with: str  # bases that its file works with
 
 
 def compare_methods(base: bases.Base, config: Config, *, dtype: torch.dtype, store: Path | None = None) -> list[Method]:
-    """Memory and file size of LoRA, DreamBooth and textual inversion with the same base and settings.
+    """Memory and file size of LoRA, DreamBooth, textual inversion and, but for SDXL, a hypernetwork; the same settings.
 
-    The activations of the other two are derived from those of a plain LoRA. For SD 1.5, 2.1 and XL with batch 1, their
+    The activations of the others are derived from those of a plain LoRA. For SD 1.5, 2.1 and XL with batch 1, their
     peaks are within 5 % of those of a counted step; with batch 4, within 8 %.
 
     Args:
@@ -51,11 +54,32 @@ def compare_methods(base: bases.Base, config: Config, *, dtype: torch.dtype, sto
     trained = sum(8 * table.numel() + optimizer_state(config.optimizer, table.shape) for table in vectors)
     frozen = unet_numbers + sum(encoder_numbers) - sum(table.numel() for table in vectors)
     inversion = dtype.itemsize * frozen + trained + round(FROZEN_SHARE * plain.activations)
-    return [
-        Method("LoRA", lora.peak, lora.file_size),
-        Method("DreamBooth", full, 2 * (unet_numbers + vae_numbers + sum(encoder_numbers))),
-        Method("textual inversion", inversion, 4 * TOKENS * sum(table.shape[1] for table in vectors)),
+    file_size = 2 * (unet_numbers + vae_numbers + sum(encoder_numbers))
+    words = 4 * TOKENS * sum(table.shape[1] for table in vectors)
+    found = [
+        Method("LoRA", lora.peak, lora.file_size, "30–90 min", "every checkpoint of its family"),
+        Method("DreamBooth", full, file_size, "2–6 h", "it is a checkpoint itself"),
+        Method("textual inversion", inversion, words, "2–4 h", "every checkpoint with these text encoders"),
     ]
+    if base.family != "sdxl":
+        found.append(_hypernetwork(base, config, dtype.itemsize * unet_numbers + plain.activations))
+    return found
+
+
+def _hypernetwork(base: bases.Base, config: Config, others: int) -> Method:
+    """A hypernetwork: for each width of attention a network n → 2n → n for keys and one for values, in float32.
+
+    Args:
+        others: bytes of the frozen UNet and of activations.
+
+    Source: A1111's stable-diffusion-webui, whose default layers are (1, 2, 1); it has none for SDXL.
+    """
+    widths = {base.configs["unet"]["cross_attention_dim"], *base.configs["unet"]["block_out_channels"]}
+    shapes = [torch.Size(sides) for n in widths for sides in ((2 * n, n), (2 * n,), (n, 2 * n), (n,))]
+    numbers = 2 * sum(map(math.prod, shapes))
+    moments = 2 * sum(optimizer_state(config.optimizer, shape) for shape in shapes)
+    peak = others + 8 * numbers + moments
+    return Method("hypernetwork", peak, 4 * numbers, "4–8 h", "its family, in A1111 and ComfyUI")
 
 
 def _plain(config: Config) -> Config:

@@ -1,5 +1,6 @@
 """Predict a run before anything is downloaded, and choose settings that fit into memory."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from lorakit.plan.cards import Card
 from lorakit.plan.memory import StepCost, readable_bytes
 from lorakit.plan.prediction import Prediction
 
+SIDES = (256, 384, 512, 640, 768, 896, 1024, 1280, 1536)  # resolutions that `largest` tries
+BATCHES = (1, 2, 4, 8, 16)
 MARGIN = 0.1  # share of the free memory left to the driver, the kernels' workspaces and fragmentation
 LOWEST = 256  # pixels: below, Stable Diffusion draws nothing worth learning
 
@@ -144,6 +147,35 @@ def plan_for_cards(
     local, store = cards.this_machine() if names is None else None, store or stores.prediction_store()
     chosen = [*map(cards.card, names or cards.CARDS), *([local] if local else [])]
     return [choose_settings(base, config, card, store) for card in chosen]
+
+
+def largest(
+    base: bases.Base, config: Config, names: list[str] | None = None, store: Path | None = None
+) -> dict[str, tuple[int | None, int | None]]:
+    """The largest resolution with one picture, and the largest batch at the config's resolution, that fit on each card.
+
+    Args:
+        config: its other settings are kept.
+        names: from CARDS; None takes all.
+        store: folder of earlier predictions; None is the user's own.
+
+    Returns:
+        Card → (pixels, pictures) of SIDES and BATCHES; None if the smallest does not fit.
+    """
+    store = store or stores.prediction_store()
+
+    def fits(card: Card, side: int, batch: int) -> bool:
+        asked = config.with_(batch_size=batch, micro_batch_size=None)
+        dtype = card.dtype(config.mixed_precision)
+        cost = stores.step_cost(base, asked, size=(side, side), dtype=dtype, device=card.device, store=store)
+        return verdict(cost, card.free).fits is True
+
+    answers = {}
+    for card in map(cards.card, names or cards.CARDS):
+        sides = bisect_left(SIDES, True, key=lambda side: not fits(card, side, 1))
+        batches = bisect_left(BATCHES, True, key=lambda batch: not fits(card, config.resolution, batch))
+        answers[card.name] = (SIDES[sides - 1] if sides else None, BATCHES[batches - 1] if batches else None)
+    return answers
 
 
 def predict(

@@ -29,9 +29,16 @@ from lorakit.widgets.parts import across, button, line, note, span
 
 EVERY = 0.5  # seconds between two updates
 PAUSE = 50  # times as long as it took to draw, the chart stays as it is
+LOOK_FIRST = 1000  # the step of the guide's first test picture
 KEEP_EVERY = 10  # seconds between two copies of the curve in the notebook file
 SIDE = 160  # pixels of a sample
 LINES = 200  # of the run's output
+
+
+def phase(step: int) -> str:
+    """What is learned around a step, by the training guide."""
+    learned = "basic features, to 500" if step < 500 else "details, to 2000" if step < 2000 else "polish, to 5000"
+    return learned + (f"; first look at {LOOK_FIRST}" if step < LOOK_FIRST else "")
 
 
 class Training(widgets.VBox):
@@ -210,6 +217,8 @@ class Training(widgets.VBox):
         own = curves.last("own_rate")
         rate = f"{own:.1e} found by Prodigy" if own else f"{curves.last('learning_rate'):.2e}"
         figures |= {"learning rate": rate, "epoch": str(curves.last("epoch"))}
+        if self.config.base != "demo":
+            figures["phase, by the guide"] = phase(curves.steps[-1])
         assert self.control.prepared
         memory = plan.readable_bytes(self.control.prepared.prediction.peak)
         if device.type == "cuda":

@@ -26,7 +26,7 @@ class FullStep(RealStep):
 
 def test_dreambooth_takes_what_a_real_step_takes():
     base, config = bases.open("demo"), make_config(batch_size=4, resolution=64)
-    _, full, _ = methods.compare_methods(base, config, dtype=torch.float32)
+    _, full, *_ = methods.compare_methods(base, config, dtype=torch.float32)
     step = FullStep(base, config)
     step(64)  # makes the optimizer's state
     assert full.peak == pytest.approx(step.resident() + step.peak(64), rel=0.05)
@@ -44,7 +44,7 @@ def test_sd15_as_published_and_the_guides_comparison_of_methods(monkeypatch):
     costs, count_step = [], memory.count_step
     monkeypatch.setattr(memory, "count_step", lambda *a, **k: costs.append(count_step(*a, **k)) or costs[-1])
     config = make_config(rank=32, alpha=16, resolution=512, gradient_checkpointing=True)
-    lora, full, words = methods.compare_methods(bases.known("sd15"), config, dtype=torch.float16)
+    lora, full, words, hyper = methods.compare_methods(bases.known("sd15"), config, dtype=torch.float16)
     (cost,) = costs
     assert (cost.size, cost.precision, cost.peak, cost.file_size) == ((512, 512), "float16", lora.peak, lora.file_size)
     assert cost.weights == 859_520_964 * 2
@@ -59,6 +59,10 @@ def test_sd15_as_published_and_the_guides_comparison_of_methods(monkeypatch):
     # As counted on fake tensors by earlier versions of lorakit.
     assert full.peak == pytest.approx(13_846_599_680, rel=0.05) and full.file_size == 2_132_470_614
     assert words.peak == pytest.approx(2_722_210_580, rel=0.05) and words.file_size == 49_152
+    # A1111's default: two networks n → 2n → n for each of 320, 640, 768 and 1280.
+    assert hyper.file_size == 4 * 2 * sum(4 * n * n + 3 * n for n in (320, 640, 768, 1280))
+    assert lora.peak < hyper.peak < 6 * 2**30 and "A1111" in hyper.works_with
+    assert [method.time for method in (lora, full, words, hyper)] == ["30–90 min", "2–6 h", "2–4 h", "4–8 h"]
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_a_weight"), [("adamw", 16), ("lion", 12), ("prodigy", 24)])
@@ -67,7 +71,7 @@ def test_dreambooths_moments_are_the_optimizers(optimizer, bytes_a_weight):
         bases.open("demo"),
         make_config(resolution=32, bucket_step=32, optimizer=optimizer, learning_rate=1.0),
     )
-    _, full, _ = methods.compare_methods(base, config, dtype=torch.float32)
+    _, full, *_ = methods.compare_methods(base, config, dtype=torch.float32)
     weights = sum(weight.numel() for weight in bases.empty(base, "unet").parameters())
     assert full.peak == pytest.approx(bytes_a_weight * weights, rel=0.03)
 

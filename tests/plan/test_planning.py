@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,31 @@ def test_where_nothing_helps_it_says_so(quick):
     made_up.calls = 0
     # Even held in NF4 the base alone is too large: nothing below is tried.
     assert chosen(0.5).fits is False and made_up.calls == 4
+
+
+def test_the_largest_resolution_and_batch_of_each_card(monkeypatch, tmp_path):
+    """By a made-up cost: a GiB, and 8000 bytes a pixel of each picture."""
+    asked: list = []
+    peak = lambda side, batch: 2**30 + 8000 * side**2 * batch  # noqa: E731
+
+    def cost(base, config, *, size, dtype, device, store):
+        asked.append(size)
+        return peak(size[0], config.batch_size)
+
+    monkeypatch.setattr(planning.stores, "step_cost", cost)
+    monkeypatch.setattr(planning, "verdict", lambda bytes_, free: SimpleNamespace(fits=bytes_ <= 0.9 * free))
+    answers = planning.largest(bases.known("sd15"), Config(steps=1, resolution=512), store=tmp_path)
+    assert answers.keys() == cards.CARDS.keys() and len(asked) < len(answers) * 8
+    for name, answer in answers.items():
+        room = 0.9 * cards.CARDS[name].free
+        sides = [side for side in planning.SIDES if peak(side, 1) <= room]
+        batches = [batch for batch in planning.BATCHES if peak(512, batch) <= room]
+        assert answer == (max(sides, default=None), max(batches, default=None)), name
+    assert answers["1660"] == (640, 2) and answers["4090"] == (1536, 8) and answers["Apple 8 GB"] == (640, 1)
+
+
+def test_apples_computers_are_known_by_their_memory(tmp_path):
+    assert cards.card("apple 16gb").device == "mps" and cards.card("Apple 8 GB").memory < 8
 
 
 def test_unknown_memory_changes_nothing(quick):

@@ -14,7 +14,7 @@ from lorakit.plan import store as stores
 from lorakit.plots import TONES
 from lorakit.widgets.parts import span
 from lorakit.widgets.settings import FIRST, GUIDE, USUAL, Settings, advice, preset
-from lorakit.widgets.training import Curves, Training
+from lorakit.widgets.training import Curves, Training, phase
 
 
 def line(step, loss, **more):
@@ -255,3 +255,8 @@ def test_a_plan_is_told_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(stores, "step_cost", lambda *_, **__: costs[0])  # plan/test_planning.py has that of SD 1.5
     told = plan.predict(presets.preset("style").with_(dataset="demo"))._repr_html_()
     assert TONES["bad"] in told and names(words(told), "stable-diffusion-v1-5")  # it would take days on a CPU
+
+
+def test_the_phases_are_the_guides():
+    assert names(phase(0), "basic features", 500, 1000) and names(phase(500), "details", 2000, 1000)
+    assert "first look" not in phase(1000) and names(phase(4000), "polish", 5000)
