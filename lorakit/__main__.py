@@ -726,6 +726,7 @@ class JudgeOptions:
     """What a report is about."""
 
     base: Annotated[str | None, typer.Option(help="diffusers folder, checkpoint file, hub id or 'demo'")] = None
+    also: Annotated[str | None, typer.Option(help="another base of the family, to judge the LoRA on it too")] = None
     pictures: Annotated[str | None, typer.Option(help="that a file was trained on: folder or zip")] = None
     trigger: Annotated[str, typer.Option(help="the trigger word; the run's or file's by default")] = ""
     kind: Annotated[str, typer.Option("--type", help="character, style, object or clothing; the run's by default")] = ""
@@ -749,7 +750,7 @@ def report(
     from lorakit.console import Console
 
     vision = None if options.see == "none" else options.see
-    asked = evaluate.ReportOptions(options.trigger, options.kind, seed=options.seed, vision=vision)
+    asked = evaluate.ReportOptions(options.trigger, options.kind, seed=options.seed, also=options.also, vision=vision)
     pictures = datasets.scan(options.pictures) if options.pictures else None
     made = evaluate.report(
         source, asked, base=options.base, pictures=pictures, device=options.device, console=Console(_to_stderr)

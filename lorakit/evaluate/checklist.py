@@ -1,7 +1,7 @@
 """Fill in the training guide's checklist for a LoRA: make pictures with it and without, measure and judge them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,9 @@ CURES = {  # the guide's
     "overfitted": "take an earlier checkpoint, train fewer steps, add regularisation pictures",
     "learning rate": "learning rate 5e-5, schedule cosine",
     "leaking": "regularisation pictures or prior_prediction; captions that name what must not change",
+    "works on its base only": "train on the base that others were made from (SD 1.5, SDXL, Illustrious), fewer steps",
 }
+ELSEWHERE = ("gain", "adherence", "rises", "holds")  # of CHECKS, on another base
 LEAST_ADHERENCE = 0.3  # below, no checkpoint is worth keeping
 LEAST_TRIGGER_SHARE = 0.5  # share of captions with the trigger; below, the trigger is wrong
 CHECKS = {  # figure → the guide's aspect, meaning, method, and the fault whose cure helps
@@ -104,6 +106,7 @@ class Report(page.Page):
     reason: str
     missing: tuple[str, ...]  # a line for each thing that could not be measured
     copies: tuple[Copy, ...] = field(default=(), repr=False)  # pictures that repeat a training picture
+    elsewhere: "Report | None" = field(default=None, repr=False)  # on another base
 
     @property
     def name(self) -> str:
@@ -125,6 +128,7 @@ class Report(page.Page):
             "pictures": shown.count, "lines": [asdict(check) for check in self.checks], "faults": list(self.faults),
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints], "recommended": self.recommended,
             "why": self.reason, "missing": list(self.missing),
+            "elsewhere": self.elsewhere.facts() if self.elsewhere else None,
         }  # fmt: skip
 
     def describe(self) -> str:
@@ -153,6 +157,10 @@ class Report(page.Page):
             parts.append(page.pictures(prompts, zip(*shown.checkpoints.values(), strict=True), labels))
         strengths = page.pictures(prompts, zip(*shown.strengths, strict=True), plots.strength_labels(STRENGTHS))
         parts += ["<h2>With the trigger</h2>", strengths]
+        if self.elsewhere:
+            columns = zip(*self.elsewhere.pictures.strengths, strict=True)
+            grid = page.pictures(prompts, columns, plots.strength_labels(STRENGTHS))
+            parts += [f"<h2>With the trigger, on {escape(self.elsewhere.pictures.base)}</h2>", grid]
         if shown.prompts.untriggered:
             pairs = zip(*(shown.untriggered[end] + shown.unrelated[end] for end in (0, 1)), strict=True)
             others = map(escape, shown.prompts.untriggered + shown.prompts.unrelated)
@@ -202,14 +210,41 @@ def report(
         console: its `stop` ends the report with a KeyboardInterrupt; None prints.
 
     Raises:
-        FileNotFoundError, ValueError: no such run, vision model or kind; nothing to judge; or an unsuitable base.
+        FileNotFoundError, ValueError: no such run, vision model, kind or other base; nothing to judge; or an unsuitable
+            base.
     """
     options, console = options or ReportOptions(), console or Console()
     if isinstance(options.vision, str) and options.vision not in ("auto", "demo"):
         storage.locate_model(options.vision, vision.MODELS)  # report a wrong name before pictures are made
+    other = bases.open(options.also, console=console) if options.also else None  # a wrong name is reported here
     measured = make_pictures(source, options, base=base, pictures=pictures, device=device, known=known, console=console)
     model, missing = _open_vision(options.vision, measured.base == candidates.DEMO, device, console)
-    return judge(measured, model, missing)
+    judged = judge(measured, model, missing)
+    if other is None:
+        return judged
+    contexts = options.contexts or measured.prompts.contexts
+    also = replace(options, checkpoints=0, contexts=contexts)
+    there = make_pictures(source, also, base=other, pictures=pictures, device=device, console=console)
+    return _with_other(judged, judge(there, model, missing))
+
+
+def _with_other(here: Report, there: Report) -> Report:
+    """A report with the figures of another base, judged by the same limits.
+
+    Bad ones count as a fault of their own where the LoRA is good on its own base.
+    """
+    first, second = (dict(zip(CHECKS, report.checks, strict=True)) for report in (here, there))
+    fault, checks, faults = "works on its base only", [], list(here.faults)
+    for name in ELSEWHERE:
+        check = second[name]
+        carried = check.verdict != "bad" or first[name].verdict == "bad"
+        what = f"{check.what}, on {there.pictures.base}"
+        checks.append(replace(check, aspect="other checkpoints", what=what, cure="" if carried else CURES[fault]))
+        faults += [] if carried or fault in faults else [fault]
+    missing = [f"on {there.pictures.base}: {text}" for text in there.missing if text not in here.missing]
+    return replace(
+        here, checks=(*here.checks, *checks), faults=tuple(faults), missing=(*here.missing, *missing), elsewhere=there
+    )
 
 
 def save_report(report: Report, folder: str | Path, name: str = "report") -> tuple[Path, Path]:

@@ -57,6 +57,7 @@ class ReportOptions:
     steps: int | None = None  # of the sampler, like guidance; None takes the run's
     guidance: float | None = None
     checkpoints: int = 6  # of a run, how many are compared at most
+    also: str | None = None  # another base of the family, on which the LoRA is judged too
     vision: str | VisionModel | None = "auto"  # open or for `vision.open`; "auto": "demo" for its base, else "clip"
 
 
@@ -130,7 +131,7 @@ class Subject:
 
     def checkpoints(self, most: int) -> list[str]:
         """Up to `most` checkpoints of a run, spread over it; the last and the best among them."""
-        if not self.of_run or len(self.labels) < 2:
+        if not (most and self.of_run) or len(self.labels) < 2:
             return []
         chosen = {self.labels[i] for i in _spread(len(self.labels), most)} | {self.found.best}
         return [label for label in self.labels if label in chosen]

@@ -11,15 +11,17 @@ import pytest
 from PIL import Image
 from said import QUIET, line, names, naming
 
+from lorakit import base as bases
+from lorakit.adapter import merge_into_base
 from lorakit.adapter.lora import FAMILIES
 from lorakit.console import Console
 from lorakit.evaluate import checklist
 from lorakit.evaluate import figures as figures_module
 from lorakit.evaluate import pictures as pictures_module
 from lorakit.evaluate import vision as vision_module
-from lorakit.evaluate.checklist import CURES, LIMITS, Checkpoint, diagnose, fill_in, recommend
+from lorakit.evaluate.checklist import CHECKS, CURES, LIMITS, Checkpoint, diagnose, fill_in, recommend
 from lorakit.evaluate.pictures import ReportOptions
-from lorakit.run import finish, run, run_folder
+from lorakit.run import finish, lora_of, run, run_folder
 from lorakit.sample import sampler
 
 GOOD = {
@@ -252,6 +254,39 @@ def test_a_run_is_judged_and_the_page_holds_all(trained, small_vision, telling):
     assert (
         names(first, made.pictures.count, 3, 5) and names(second, made.pictures.count - 13, 3, 5) and len(known) == 13
     )
+
+
+def test_another_base_is_judged_with_the_same_prompts_and_limits(trained, small_bases, small_vision, telling, tmp_path):
+    """The other base is the first with another LoRA of the run merged into it."""
+    lora = lora_of(next((trained / "checkpoints").glob("*2.safetensors")))
+    other = tmp_path / "other mix"
+    merge_into_base(bases.open(small_bases["sd15"]), [lora], [1.0], other, console=Console.quiet())
+    how = {"vision": str(small_vision), "contexts": ["on grass", "in snow"]}
+    alone, both = judged(trained, **how), judged(trained, also=str(other), **how)
+    assert both.checks[: len(alone.checks)] == alone.checks and both.checkpoints == alone.checkpoints
+    added = both.checks[len(alone.checks) :]
+    assert [check.aspect for check in added] == ["other checkpoints"] * 4
+    assert all(check.what.endswith("on other mix") and check.figure is not None for check in added)
+    assert (
+        not both.elsewhere.checkpoints and both.elsewhere.pictures.prompts.triggered == both.pictures.prompts.triggered
+    )
+    assert escape("on other mix") in both.html() and both.facts()["elsewhere"]["base"] == "other mix"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        judged(trained, also="nowhere", **how)
+    with pytest.raises(ValueError, match="sdxl"):
+        judged(trained, also=str(small_bases["sdxl"]), **how)
+
+
+def test_what_only_works_on_its_base_is_a_fault(pictured):
+    def made(**changes):
+        return checklist.Report(pictured, fill_in(GOOD | changes, ()), (), (), None, "", ())
+
+    same = checklist._with_other(made(), made())
+    assert same.faults == () and same.verdict == "no fault"
+    only = checklist._with_other(made(), made(gain=0.1))
+    assert only.faults == ("works on its base only",) and only.checks[len(CHECKS)].cure == CURES[only.faults[0]]
+    neither = checklist._with_other(made(gain=0.1), made(gain=0.1))  # it is a fault of the LoRA
+    assert neither.faults == () and not neither.checks[len(CHECKS)].cure
 
 
 @pytest.mark.usefixtures("made_already")
