@@ -247,7 +247,7 @@ def plan(
     largest: Annotated[bool, typer.Option(help="the largest resolution and batch of each card")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict memory, file size and time for cards, and choose settings that fit; nothing is downloaded."""
+    """Predict memory, file size and time for cards, and choose settings that fit; no named base is downloaded."""
     from lorakit import base as bases
     from lorakit import config as configs
     from lorakit import plan as plans

@@ -98,7 +98,7 @@ def encode_prompts(
     def encode_batch(encoder: Any, tokenizer: Any, batch: Sequence[str]) -> Iterable[Sequence[Tensor]]:
         return [encode_fragments(base, encoder, tokenizer, special[text], clip_skip) for text in batch]
 
-    keys = {prompt: ("prompt", True, fragments) for prompt, fragments in special.items()}
+    keys = {prompt: ("prompt", fragments) for prompt, fragments in special.items()}
     weighted = _TextCache(base, Path(folder), compute, clip_skip, console).encode(keys, encode_batch, 1)
     needed = model.tokens_needed(base, plain.values())
     texts: dict[str, Text] = {}

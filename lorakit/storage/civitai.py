@@ -68,6 +68,8 @@ def fetch_civitai(reference: str, say: Callable[[str], None], progress: Progress
     assert match, reference
     query = {key: values[0] for key, values in parse_qs(urlsplit(reference).query).items()}
     version = match[2] or query.get("modelVersionId")
+    if version and not version.isdecimal():
+        raise ValueError("modelVersionId in an address of Civitai is a number. Check the address.")
     root = files.user_cache() / "civitai"
     if version and (kept := _kept(root / version)):
         return kept
@@ -90,9 +92,9 @@ def _kept(folder: Path) -> Path | None:
 
 def _find(model_id: str | None, version_id: str | None, query: Mapping[str, str]) -> tuple[str, _Offer]:
     """The number of a version, and its file; of a model without a version the newest."""
-    version = _describe(f"model-versions/{version_id}") if version_id else None
-    model = _describe(f"models/{version['modelId'] if version else model_id}")
     try:
+        version = _describe(f"model-versions/{version_id}") if version_id else None
+        model = _describe(f"models/{version['modelId'] if version else model_id}")
         version = version or model["modelVersions"][0]
         if model["type"] != "Checkpoint":
             raise ValueError(f"{model['name']} on Civitai is a {model['type']}: only a Checkpoint can be trained on.")

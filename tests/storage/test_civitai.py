@@ -281,6 +281,21 @@ def test_the_address_chooses_among_several_files(site):
     assert fetched(f"{PAGE}&fp=fp32&size=full").name == "full.safetensors"
 
 
+def test_a_version_that_is_no_number_names_no_folder(site, tmp_path):
+    (outside := tmp_path / "outside").mkdir()
+    (outside / "other.safetensors").write_bytes(CONTENT)
+    with refused(ValueError, "modelVersionId", "number"):
+        fetched("https://civitai.com/models/257749?modelVersionId=../../outside")
+    assert not site.asked
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"id": 1}, "x"])
+def test_a_description_of_another_form_is_refused_in_words(site, monkeypatch, answer):
+    monkeypatch.setattr(civitai, "_describe", lambda _: answer)
+    with refused(ValueError, "description", "read"):
+        fetched()
+
+
 def test_a_full_disk_is_said_before_the_download(site, monkeypatch):
     monkeypatch.setattr(civitai.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with refused(OSError, "no room", "pony.safetensors"):
